@@ -1,0 +1,37 @@
+# make demo   the whole method on embedded data: creates .venv, installs, ends with the path of the report
+# make test   the tests;  make check  format, lint, types, floors, knobs, sizes;  make bench  side-by-side measurements
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check faults bench clean
+
+.venv/demo.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/dev.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@ .venv/demo.stamp
+
+demo: .venv/demo.stamp
+	$(BIN)/fewlabels demo
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+check: .venv/dev.stamp
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_house.py
+
+faults: .venv/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/demo.stamp
+	$(BIN)/python benchmarks/digits.py
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,71 @@
+"""fewlabels: many unlabeled images and a few labels into an accurate, compact classifier (SimCLRv2, arXiv 2006.10029).
+
+    import fewlabels as fl
+    run = fl.fit("photos/", labels="labels.csv", out="run")
+    run.model.predict(["new.jpg"])
+
+To read the code in the order of the method: data/sources.py, data/pixels.py, data/views.py -> model/encoder.py,
+model/heads.py, model/losses.py, model/optim.py -> stages/pretrain.py, finetune.py, distill.py, loop.py ->
+pipeline.py -> use/.
+
+Names are resolved on first use, so that `import fewlabels` and `fewlabels --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "fit": "fewlabels.pipeline",
+    "Run": "fewlabels.pipeline",
+    "load": "fewlabels.use.predict",
+    "Model": "fewlabels.use.predict",
+    "FewLabelClassifier": "fewlabels.estimator",
+    "resnet": "fewlabels.model.encoder",
+    "encoder": "fewlabels.model.encoder",
+    "ProjectionHead": "fewlabels.model.heads",
+    "nt_xent": "fewlabels.model.losses",
+    "distillation_loss": "fewlabels.model.losses",
+    "LARS": "fewlabels.model.optim",
+    "views": "fewlabels.data.views",
+}
+
+__all__ = [
+    "LARS",
+    "FewLabelClassifier",
+    "Model",
+    "ProjectionHead",
+    "Run",
+    "__version__",
+    "distillation_loss",
+    "encoder",
+    "fit",
+    "load",
+    "nt_xent",
+    "resnet",
+    "views",
+]
+
+if TYPE_CHECKING:
+    from fewlabels.data import views
+    from fewlabels.estimator import FewLabelClassifier
+    from fewlabels.model.encoder import encoder, resnet
+    from fewlabels.model.heads import ProjectionHead
+    from fewlabels.model.losses import distillation_loss, nt_xent
+    from fewlabels.model.optim import LARS
+    from fewlabels.pipeline import Run, fit
+    from fewlabels.use.predict import Model, load
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fewlabels' has no attribute {name!r}")
+    home = importlib.import_module(_HOMES[name])
+    return home if name == "views" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

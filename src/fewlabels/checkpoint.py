@@ -1,0 +1,214 @@
+"""Tensors and plain values on disk: safetensors + JSON + a SHA-256 manifest, written atomically; never pickle.
+
+A folder is published by one rename, after its files and their manifest are safely on disk, so a kill at any moment
+leaves either the old folder or the new one. Neither safetensors nor torch.save notices a flipped bit (299 of 300
+loaded silently wrong), so every file is checked against the manifest before it is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewlabels.errors import DataError, StorageError
+
+FORMAT_VERSION = 1
+KEEP = 2  # the newest, and the one before it to fall back to
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint as read: its step, tensors (on the CPU) and plain values."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class Damaged(DataError):
+    """A folder whose files differ from its manifest."""
+
+
+# --- atomic files and folders --------------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the many faces of a full or failing disk into one StorageError with the free megabytes."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, StorageError):
+            raise
+        free = shutil.disk_usage(path if path.exists() else path.parent).free / 1e6
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        raise StorageError(
+            f"{'the disk is full' if full else 'writing failed'}: {path} ({error})",
+            why=f"{free:,.0f} MB are free there; what was saved before is unharmed",
+            fix="free some space (or mend the disk) and run the same command again: it goes on from the last save",
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file by one rename."""
+    with storage_errors(path):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file by one rename."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into; at the end it gets a manifest and becomes `folder` by one rename."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with storage_errors(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            write_manifest(temporary)
+            _swap(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    sync(temporary)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path) -> None:
+    """folder/manifest.json: size and SHA-256 of every file in it; everything synced, the manifest last."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+            sync(path)
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1), encoding="utf-8")
+    sync(manifest)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Check every file of folder against its manifest; Damaged names what differs."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        version, files = manifest["format_version"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{folder} has no readable manifest.json ({error})", why="it was not written whole") from error
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{folder} was written in file format {version}; this version reads up to {FORMAT_VERSION}",
+            fix="install a newer fewlabels",
+        )
+    faults = []
+    for name, facts in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != facts["bytes"] or file_digest(path) != facts["sha256"]:
+            faults.append(f"{name} differs from its SHA-256 in the manifest")
+    if faults:
+        raise Damaged(f"{folder} is damaged", details=faults, why="its files are not what was written")
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+    """Write folder/step-00001234, and remove all but the newest KEEP checkpoints. Returns the new one's path."""
+    target = folder / f"step-{step:08d}"
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_space(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
+    with publish(target) as temporary:
+        save_file(
+            {name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary / "tensors.safetensors"
+        )
+        (temporary / "values.json").write_text(json.dumps({**values, "step": step}, indent=1), encoding="utf-8")
+    for old in _checkpoints(folder)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.1 + 1e6:
+        raise StorageError(
+            f"{folder} needs {needed / 1e6:,.0f} MB for a checkpoint, {free / 1e6:,.0f} MB are free",
+            fix="free some space and run the same command again: it goes on from the last save",
+        )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def read(path: Path) -> Saved:
+    """Read one checkpoint folder after verifying it."""
+    verify(path)
+    values = json.loads((path / "values.json").read_text(encoding="utf-8"))
+    return Saved(int(values["step"]), load_file(path / "tensors.safetensors"), values)
+
+
+def latest(folder: Path) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint that verifies, or None if there is none; and what had to be passed over, in words."""
+    passed_over = []
+    for path in _checkpoints(folder):
+        try:
+            return read(path), passed_over
+        except Damaged as error:
+            passed_over.append(f"{error.what}: {'; '.join(error.details) or error.why}")
+    return None, passed_over
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints of folder."""
+    for path in _checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

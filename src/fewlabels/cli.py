@@ -1,0 +1,336 @@
+"""The command-line face: one command, one dataclass, one function.
+
+torch is imported only by the commands that need it, after the options were read, so that help and usage errors are
+immediate. stdout carries the result (--json for machines), stderr everything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+import fewlabels
+from fewlabels import config
+from fewlabels.errors import FewlabelsError, StorageError, UsageError, nearest
+
+Positional = tyro.conf.Positional
+
+
+def _overrides(kind: type) -> type:
+    """kind with every field optional and None: only what is given on the command line changes the recipe."""
+    fields: list[tuple[str, Any, Any]] = []
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        if item.name in config.SECTIONS:
+            part = _overrides(config.SECTIONS[item.name])
+            fields.append((item.name, part, field(default_factory=part)))
+        elif item.name != "name":
+            hint = hints[item.name]
+            optional = hint if isinstance(hint, types.UnionType) else hint | None
+            fields.append((item.name, Annotated[optional, tyro.conf.arg(help=_help(item))], field(default=None)))
+    made = dataclasses.make_dataclass(f"{kind.__name__}Options", fields, kw_only=True)
+    made.__doc__ = (kind.__doc__ or "").splitlines()[0] + " Left out = as the recipe says."
+    return made
+
+
+def _help(item: dataclasses.Field[Any]) -> str:
+    return str(item.metadata["about"])
+
+
+RecipeOptions = _overrides(config.Recipe)
+
+
+@dataclass(kw_only=True)
+class Fit:
+    """Pretrain, fine-tune and distill into one run folder; the same command resumes."""
+
+    images: Positional[str] = ""
+    """Folder, labels CSV, parquet, npz or npy of images. Left out: those of the run folder."""
+    labels: str | None = None
+    """CSV with the columns image,label[,split]; empty = unlabeled."""
+    out: str = "run"
+    """The run folder. Its own command resumes it; a folder of another run is refused."""
+    recipe: str = "auto"
+    """auto, best, simclrv2, digits, smoke, paper_imagenet_* or a .toml file."""
+    student: str | None = None
+    """Encoder to deploy, e.g. resnet18_0.25x or timm:NAME. Left out: the same network."""
+    budget: str | None = None
+    """90s, 30m, 2h: fit the schedule to the measured speed."""
+    test: str | None = None
+    """Held-out images with labels; no stage sees them."""
+    keep_labels: str | None = None
+    """Use only so many labels, e.g. 100 or 1%, chosen evenly over the classes by the seed."""
+    max_bad: float = 0.05
+    """Share of unreadable images that stops the run before training."""
+    seed: int = 0
+    """Decides initial weights, order, views and kept labels."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: bool = False
+    """Print the result as JSON."""
+    options: Annotated[RecipeOptions, tyro.conf.arg(name="")] = field(default_factory=RecipeOptions)  # type: ignore[valid-type]
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """The whole method on scikit-learn's digits with 20 labels, in about two minutes on two cores."""
+
+    out: str = "fewlabels-demo"
+    """The run folder."""
+    seed: int = 0
+    """Decides which 20 labels are kept, and the rest."""
+    student: str | None = None
+    """Encoder to deploy."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Measure a model on labeled images."""
+
+    run: Positional[str]
+    """Run folder or model folder."""
+    images: Positional[str]
+    """Images with labels: class folders, a CSV, parquet or npz."""
+    labels: str | None = None
+    """CSV with the columns image,label."""
+    json: bool = False
+    """Print the measurement as JSON."""
+
+
+@dataclass(kw_only=True)
+class Predict:
+    """Predict the class of images into a CSV with probabilities."""
+
+    run: Positional[str]
+    """Run folder or model folder."""
+    images: Positional[str]
+    """Images in any form."""
+    out: str = "predictions.csv"
+    """The CSV to write."""
+    json: bool = False
+    """Print the summary as JSON."""
+
+
+@dataclass(kw_only=True)
+class Export:
+    """Write the model as one file that runs without fewlabels, checked against it before it counts."""
+
+    run: Positional[str]
+    """Run folder or model folder."""
+    format: typing.Literal["onnx", "torch"] = "onnx"
+    """onnx (model.onnx) or torch (model.pt2, a torch.export program)."""
+    out: str | None = None
+    """Folder to write into. Left out: RUN/export."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Write the run's report.html again."""
+
+    run: Positional[str]
+    """Run folder."""
+
+
+# --- what the commands do ------------------------------------------------------------------------------------
+
+
+def _asked(command: Fit, until: str) -> Any:
+    from fewlabels import prepare
+
+    overrides = {
+        name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        for name, value in dataclasses.asdict(command.options).items()  # type: ignore[call-overload]
+        if value is not None
+    }
+    return prepare.asked_on_command_line(
+        images=command.images or None, labels=command.labels, test=command.test, out=command.out,
+        recipe=command.recipe, student=command.student, budget=command.budget, seed=command.seed,
+        device=command.device, keep_labels=command.keep_labels, max_bad=command.max_bad, until=until,
+        overrides={name: value for name, value in overrides.items() if value != {}},
+    )  # fmt: skip
+
+
+def _fit(command: Fit, until: str = "distill") -> None:
+    from fewlabels import pipeline
+
+    _tell(pipeline.run(_asked(command, until)), as_json=command.json)
+
+
+def _demo(command: Demo) -> None:
+    from fewlabels import pipeline, prepare
+
+    asked = prepare.asked_on_command_line(
+        images="digits", out=command.out, recipe="digits", student=command.student, seed=command.seed, keep_labels="20"
+    )
+    _tell(pipeline.run(asked), as_json=command.json)
+
+
+def _tell(run: Any, *, as_json: bool) -> None:
+    from fewlabels import runtime
+    from fewlabels.use import evaluate
+
+    if not runtime.is_main():
+        return
+    results = run.metrics
+    if as_json:
+        print(json.dumps({"run": str(run.path), **results}))
+        return
+    for row in results["rows"]:
+        print(f"{row['name']:<46} {evaluate.percent(row)}" + ("  cross-validated" if row["cross_validated"] else ""))
+    print(f"report: {run.path / 'report.html'}")
+
+
+def _check(command: Fit) -> None:
+    from fewlabels import pipeline
+
+    found = pipeline.check(_asked(command, "distill"))
+    if command.json:
+        print(json.dumps(found))
+    else:
+        print("\n".join(found["lines"]))
+
+
+def _evaluate(command: Evaluate) -> None:
+    from fewlabels.use import evaluate, predict
+
+    measured = evaluate.evaluate_run(predict.load(command.run), command.images, command.labels)
+    print(json.dumps(measured) if command.json else evaluate.format_table(measured))
+
+
+def _predict(command: Predict) -> None:
+    from fewlabels.use import predict
+
+    summary = predict.write_predictions(predict.load(command.run), command.images, command.out)
+    if command.json:
+        print(json.dumps(summary))
+    else:
+        print(f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {command.out}")
+
+
+def _export(command: Export) -> None:
+    from pathlib import Path
+
+    from fewlabels.use import export, predict
+
+    folder = Path(command.out) if command.out else Path(command.run) / "export"
+    print(export.export(predict.load(command.run), folder, format=command.format))
+
+
+def _report(command: Report) -> None:
+    from pathlib import Path
+
+    from fewlabels.use import report
+
+    print(report.write(Path(command.run)))
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
+    "demo": (Demo, _demo, "the whole method on digits in about two minutes"),
+    "fit": (Fit, _fit, "images and a few labels -> model, predictions, report"),
+    "check": (Fit, _check, "what was understood, what is wrong, what it will cost; changes nothing"),
+    "pretrain": (Fit, lambda c: _fit(c, "pretrain"), "stage 1 alone: a big encoder from unlabeled images"),
+    "finetune": (Fit, lambda c: _fit(c, "finetune"), "up to stage 2: the few labels"),
+    "distill": (Fit, lambda c: _fit(c, "distill"), "up to stage 3: into itself or a small student"),
+    "evaluate": (Evaluate, _evaluate, "accuracy with interval, per class, confusion, calibration"),
+    "predict": (Predict, _predict, "class and probabilities of new images, as CSV"),
+    "export": (Export, _export, "an ONNX or torch.export program"),
+    "report": (Report, _report, "write report.html again"),
+}
+
+
+def _overview() -> str:
+    lines = [
+        "fewlabels turns many unlabeled images and a few labels into an accurate, compact classifier.",
+        "",
+        "usage: fewlabels COMMAND ...          fewlabels COMMAND --help",
+        "",
+        *(f"  {name:<10} {about}" for name, (_, _, about) in COMMANDS.items()),
+        "",
+        "first: fewlabels demo      then: fewlabels fit PHOTOS --labels labels.csv --out run",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (design.md section 3)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"fewlabels {fewlabels.__version__}")
+        return 0
+    try:
+        return _dispatch(words)
+    except FewlabelsError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fewlabels ... | head` closed our output: that is all right
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            return _complain(
+                StorageError(f"the disk failed: {error}", fix="free some space, run the same command again")
+            )
+        return _bug()
+    except Exception:
+        return _bug()
+
+
+def _dispatch(words: list[str]) -> int:
+    if words[0] not in COMMANDS:
+        raise UsageError(
+            f'there is no command "{words[0]}"{nearest(words[0], COMMANDS)}', fix=f"use one of {', '.join(COMMANDS)}"
+        )
+    kind, function, about = COMMANDS[words[0]]
+    try:
+        command = tyro.cli(kind, args=words[1:], prog=f"fewlabels {words[0]}", description=about.capitalize() + ".")
+    except SystemExit as stop:  # tyro has spoken: help (0) or a usage error (2)
+        return int(stop.code or 0)
+    _calm()
+    function(command)
+    _leave()
+    return 0
+
+
+def _calm() -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _leave() -> None:
+    if "torch" in sys.modules:
+        from fewlabels import runtime
+
+        runtime.finish()
+
+
+def _complain(error: FewlabelsError) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\nerror: {error.text()}", file=sys.stderr)
+    return error.exit_code
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    print(
+        f"\nerror: this is a bug in fewlabels {fewlabels.__version__}, not your mistake\n"
+        "fix: report it with the lines above; what was saved is unharmed, the same command goes on from there",
+        file=sys.stderr,
+    )
+    return 1

@@ -1,0 +1,277 @@
+"""Recipes as frozen dataclasses: what can be asked for, what is allowed, and how it is read and written.
+
+A number that can be derived is not asked for; `plan.py` derives it and prints the equation. Every field has one
+name, one default and one explanation (its `about`), from which the command line's help, the docs and the error
+messages are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewlabels.errors import MissingInput, UsageError, nearest
+
+
+def knob(default: Any, about: str, **limits: Any) -> Any:
+    """A field with its explanation and limits: least=, most=, above= (exclusive) or choices=."""
+    return field(default=default, metadata={"about": about, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast a stage trains; shared by all three."""
+
+    epochs: float = knob(100.0, "passes over the stage's images", above=0)
+    batch: int = knob(256, "images a step over all processes; never more than there are", least=2)
+    optimizer: str = knob("lars", "lars, sgd (Nesterov) or adamw", choices=("lars", "sgd", "adamw"))
+    learning_rate: float = knob(0.1, "base learning rate, before scaling by the batch", above=0)
+    scaling: str = knob(
+        "sqrt", "peak = base x sqrt(batch), base x batch/256, or base", choices=("sqrt", "linear", "none")
+    )
+    warmup: float = knob(0.05, "share of the schedule that warms up from 0", least=0, most=0.9)
+    weight_decay: float = knob(1e-4, "weight decay of kernels (not of batch norm, biases, classifier)", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(Schedule):
+    """Stage 1: a big encoder from unlabeled images."""
+
+    temperature: float = knob(0.1, "NT-Xent temperature", above=0)
+    head_layers: int = knob(3, "layers of the projection head", least=1, most=8)
+    head_out: int = knob(128, "features that the contrastive loss sees", least=2)
+    strength: float = knob(1.0, "strength of the colour jitter (0.5 for 32 px, 1.0 for photos)", least=0, most=1.25)
+    blur: bool = knob(True, "Gaussian blur in half of the views")
+    momentum: float = knob(0.0, "momentum encoder: decay of its moving average (paper 0.999); 0 = off", least=0, most=1)
+    queue: int = knob(0, "memory of past keys for the momentum encoder (paper 65536); 0 = none", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(Schedule):
+    """Stage 2: the few labels, from the middle of the projection head."""
+
+    tap: int = knob(1, "keep this many layers of the projection head below the classifier", least=0)
+    freeze_below: int = knob(-1, "frozen: -1 nothing, 0 stem, 1..3 up to that block group, 4 encoder", least=-1, most=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRecipe(Schedule):
+    """Stage 3: the fine-tuned teacher into a student, with the unlabeled images again."""
+
+    temperature: float = knob(
+        1.0, "softens teacher and student (paper: 0.1 into itself, 1 into a smaller one)", above=0
+    )
+    label_weight: float = knob(0.0, "share of the loss from the true labels (1 - alpha of eq. 3)", least=0, most=1)
+    student: str | None = knob(None, 'encoder of the student, e.g. "resnet18_0.25x" or "timm:NAME"; none = itself')
+    self_first: bool = knob(
+        True, "with a student: distill into the same network first, and teach the student from that"
+    )
+    start: str = knob(
+        "scratch",
+        "student starts from random weights or, where it has the same shape, from the pretrained encoder",
+        choices=("scratch", "pretrained"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run's result, besides images, labels and seed."""
+
+    name: str = "custom"
+    encoder: str = knob("resnet50", 'the big network, e.g. "resnet50_2x_sk", "resnet18_0.25x_small", "timm:NAME"')
+    size: int = knob(224, "side of the views in pixels", least=4, most=1024)
+    kind: str = knob("photo", "views for: photo, gray, glyph, or reference (the official form)",
+                     choices=("photo", "gray", "glyph", "reference"))  # fmt: skip
+    working_size: int | None = knob(
+        None, "longest side that images are stored at; none = by the images and size", least=4
+    )
+    precision: str = knob("auto", "auto, bf16 or fp32", choices=("auto", "bf16", "fp32"))
+    pretrain: PretrainRecipe = field(default_factory=PretrainRecipe)
+    finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+    distill: DistillRecipe = field(default_factory=DistillRecipe)
+
+    def __post_init__(self) -> None:
+        faults = list(_faults(self, ""))
+        if self.finetune.tap > self.pretrain.head_layers:
+            faults.append(
+                f"finetune.tap = {self.finetune.tap}, but the projection head has "
+                f"pretrain.head_layers = {self.pretrain.head_layers} layers"
+            )
+        if self.pretrain.queue and not self.pretrain.momentum:
+            faults.append("pretrain.queue needs a momentum encoder: set pretrain.momentum, e.g. 0.999")
+        if faults:
+            raise UsageError(f'recipe "{self.name}" cannot be used', details=faults, fix="change these values")
+
+
+SECTIONS = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillRecipe}
+
+
+def _allowed(options: Mapping[str, Any]) -> str:
+    if "choices" in options:
+        return "one of " + ", ".join(options["choices"])
+    words = []
+    if "above" in options:
+        words.append(f"above {options['above']}")
+    if "least" in options:
+        words.append(f"at least {options['least']}")
+    if "most" in options:
+        words.append(f"at most {options['most']}")
+    return " and ".join(words)
+
+
+def _faults(part: Any, prefix: str) -> typing.Iterator[str]:
+    """Every value of part that is out of its limits, as a line that names what is allowed."""
+    for item in dataclasses.fields(part):
+        value, options = getattr(part, item.name), item.metadata
+        if dataclasses.is_dataclass(value):
+            yield from _faults(value, f"{item.name}.")
+        elif value is None or not options:
+            continue
+        elif "choices" in options:
+            if value not in options["choices"]:
+                hint = nearest(str(value), options["choices"])
+                yield f"{prefix}{item.name} = {value!r}{hint}; allowed: {_allowed(options)}"
+        elif isinstance(value, int | float) and not _within(value, options):
+            yield f"{prefix}{item.name} = {value}; allowed: {_allowed(options)}"
+
+
+def _within(value: float, options: Mapping[str, Any]) -> bool:
+    # NaN fails every comparison that it must pass
+    return (
+        value >= options.get("least", float("-inf"))
+        and value <= options.get("most", float("inf"))
+        and (value > options["above"] if "above" in options else True)
+    )
+
+
+# --- changing a recipe -------------------------------------------------------------------------------------
+
+
+def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """recipe with some values replaced: {"size": 64, "pretrain": {"epochs": 20}}. All faults are told at once."""
+    faults: list[str] = []
+    changes: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if name in SECTIONS and isinstance(value, Mapping):
+            part = _converted(SECTIONS[name], value, f"{name}.", faults)
+            changes[name] = part
+        else:
+            changes |= _converted(Recipe, {name: value}, "", faults)
+    if faults:
+        raise UsageError(
+            "some recipe values cannot be used",
+            details=faults,
+            fix="see `fewlabels fit --help` for all options",
+        )
+    for name in SECTIONS:
+        if name in changes:
+            changes[name] = dataclasses.replace(getattr(recipe, name), **changes[name])
+    return dataclasses.replace(recipe, **changes)
+
+
+def _converted(kind: type, values: Mapping[str, Any], prefix: str, faults: list[str]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints or name == "name":
+            hint = _where_it_lives(name) or nearest(name, hints)
+            faults.append(f'unknown option "{prefix}{name}"{hint}')
+        elif name in SECTIONS and kind is Recipe:
+            faults.append(f'"{name}" is a section: give it as {name}={{"epochs": ...}} or --{name}.epochs')
+        else:
+            try:
+                found[name] = _as_type(value, hints[name])
+            except (TypeError, ValueError):
+                faults.append(f"{prefix}{name} = {value!r} is not {_type_name(hints[name])}")
+    return found
+
+
+def _where_it_lives(name: str) -> str:
+    homes = [section for section, kind in SECTIONS.items() if name in {f.name for f in dataclasses.fields(kind)}]
+    return f" (there is {' and '.join(f'{home}.{name}' for home in homes)})" if homes else ""
+
+
+def _as_type(value: Any, hint: Any) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise TypeError
+    wanted = next(option for option in options if option is not type(None))
+    if wanted is bool:
+        if isinstance(value, bool):
+            return value
+        raise TypeError
+    if isinstance(value, bool) or (wanted is str and not isinstance(value, str)):
+        raise TypeError
+    if wanted is int and float(value) != int(float(value)):
+        raise ValueError
+    return wanted(value)
+
+
+def _type_name(hint: Any) -> str:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}[options[0].__name__]
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """recipe as nested plain values, for JSON and comparison."""
+    return dataclasses.asdict(recipe)
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The inverse of as_dict; unknown or wrong values are refused."""
+    rest = {name: value for name, value in values.items() if name != "name"}
+    return dataclasses.replace(override(Recipe(), rest), name=str(values.get("name", "custom")))
+
+
+def to_toml(recipe: Recipe) -> str:
+    """recipe as TOML text that read_toml reads back to an equal recipe (None is left out)."""
+    values = as_dict(recipe)
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if name not in SECTIONS and value is not None]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]"]
+        lines += [f"{name} = {_toml(value)}" for name, value in values[section].items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML recipe file, to be given to `override` (the key "name" is dropped)."""
+    if not path.is_file():
+        raise MissingInput(f"recipe file {path} is not there", fix="give a recipe's name or the path of a .toml file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe file {path} is not TOML: {error}", fix="mend the line that it names") from error
+    values.pop("name", None)
+    return values
+
+
+def knobs() -> dict[str, str]:
+    """Every option of a recipe by its full name, with its explanation and limits."""
+    found = {}
+    for prefix, kind in [("", Recipe), *((f"{name}.", kind) for name, kind in SECTIONS.items())]:
+        for item in dataclasses.fields(kind):
+            if "about" in item.metadata:
+                allowed = _allowed(item.metadata)
+                found[prefix + item.name] = item.metadata["about"] + (
+                    f" ({allowed})" if allowed and "choices" not in item.metadata else ""
+                )
+    return found

@@ -1,0 +1,145 @@
+"""A folder of pictures: what is a picture in it by name, and which class and split its place says."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from fewlabels.data.decode import picture_magic
+from fewlabels.data.tables import SPLITS, twins
+from fewlabels.errors import DataError, StorageError
+
+# also the pictures that we cannot read, so that they are named and not passed over in silence
+_PICTURES = """
+.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .ico .avif
+.heic .heif .hif .jp2 .j2k .jxl .psd .svg .tga .qoi .exr .hdr .wmf .eps .cr2 .cr3 .nef .arw .dng .raw
+"""
+_CLUTTER = """
+.csv .tsv .txt .json .jsonl .md .rst .xml .yaml .yml .toml .html .pdf .ini .db .log .py .sh .parquet .npy .npz
+.zip .tar .gz .7z .rar .pt .pth .mat .xlsx .xls .doc .docx .mp4 .mov .avi .lnk .tmp .part .license
+"""
+PICTURES, CLUTTER = frozenset(_PICTURES.split()), frozenset(_CLUTTER.split())
+CLUTTER_NAMES = ("readme", "license", "licence", "copying", "makefile", "manifest")
+UNLABELED = ("unlabeled", "unlabelled")
+
+
+def display_name(path: str) -> str:
+    """path for people, files and pages: what is not UTF-8 or not printable becomes %XX, so nothing can inject."""
+    if path.isprintable():
+        return path
+    parts = []
+    for character in path:
+        if character.isprintable():
+            parts.append(character)
+        else:
+            raw = os.fsencode(character) if "\udc80" <= character <= "\udcff" else _bytes(character)
+            parts.append("".join(f"%{byte:02X}" for byte in raw))
+    return "".join(parts)
+
+
+def _bytes(character: str) -> bytes:
+    return character.encode("utf-8", "surrogatepass")
+
+
+def scan(root: Path) -> list[str]:
+    """Every picture below root as a relative path, sorted by bytes.
+
+    Linked folders are entered after the real ones and never twice (by device and inode): loops end, and a folder
+    that is also here in its own right is counted there.
+    """
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    linked = [""]
+    while linked:
+        waiting = [linked.pop(0)]
+        while waiting:
+            below = waiting.pop()
+            if not _first_time(root / below, seen):
+                continue
+            for entry in sorted(_entries(root / below), key=lambda entry: os.fsencode(entry.name)):
+                path = f"{below}/{entry.name}" if below else entry.name
+                if os.path.isdir(entry.path):  # noqa: PTH112 - False for a looping link, where entry.is_dir() raises
+                    if not entry.name.startswith(".") and entry.name != "__MACOSX":
+                        (linked if entry.is_symlink() else waiting).append(path)
+                elif is_picture(entry.path):
+                    found.append(path)
+        linked.sort(key=os.fsencode)
+    return sorted(found, key=os.fsencode)
+
+
+def _first_time(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    status = folder.stat()
+    key = (status.st_dev, status.st_ino)
+    if key in seen:
+        return False
+    seen.add(key)
+    return True
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise StorageError(
+            f"the folder {display_name(str(folder))} cannot be listed: {error.strerror}",
+            fix="give yourself the right to read it, or move it away",
+        ) from error
+
+
+def is_picture(path: str) -> bool:
+    """Whether a file is meant to be a picture: by its extension, else by its first bytes. Pipes are never opened."""
+    name = os.path.basename(path)  # noqa: PTH119 - called for every file
+    stem, extension = os.path.splitext(name.lower())  # noqa: PTH122
+    if name.startswith("."):
+        return False
+    if extension in PICTURES:
+        return True
+    if extension in CLUTTER or stem in CLUTTER_NAMES or name == "Thumbs.db":
+        return False
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+            return False
+        with open(path, "rb") as file:  # noqa: PTH123
+            return picture_magic(file.read(32))
+    except OSError:
+        return False
+
+
+def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
+    """(label or None, split) of each relative path.
+
+    Folders at the top are classes, or splits when all of them (but unlabeled/) have a split's name. Below that
+    the first folder is the class; loose files and unlabeled/ have none.
+    """
+    tops = {path.split("/", 1)[0] for path in paths if "/" in path}
+    tops = {top for top in tops if top.casefold() not in UNLABELED}
+    splits = {top for top in tops if top.casefold() in SPLITS}
+    if len(splits) > 1 and splits != tops:
+        others = ", ".join(sorted(display_name(top) for top in tops - splits)[:5])
+        raise DataError(
+            f"{display_name(str(root))} holds the splits {', '.join(sorted(splits))} and beside them {others}",
+            why="the folders at the top must be all splits or all classes",
+            fix="move the others into train/, or away",
+        )
+    in_splits = bool(splits) and splits == tops
+    labels, found = [], []
+    for path in paths:
+        *folders, _ = path.split("/")
+        split = "train"
+        if in_splits and folders and folders[0].casefold() in SPLITS:
+            split = SPLITS[folders.pop(0).casefold()]
+        is_class = bool(folders) and folders[0].casefold() not in UNLABELED
+        labels.append(display_name(folders[0]) if is_class else None)
+        found.append(split)
+    alike = twins(dict.fromkeys(label for label in labels if label))
+    if alike:
+        raise DataError(
+            f"{display_name(str(root))}: class folders that look like one class",
+            details=[f'"{one}" and "{other}"' for one, other in alike],
+            why="two spellings of one class would be learned as two classes",
+            fix="merge or rename the folders",
+        )
+    return labels, found

@@ -1,0 +1,367 @@
+"""The pixel store: every image decoded once, scaled onto one canvas, checked and hashed, then read at random for ever.
+
+A store is a folder:
+    pixels.u8    (N, 3, C, C) uint8, the image at the top left, zeros elsewhere
+    extents.npy  (N, 2) int32, the image's (h, w) on its canvas
+    hashes.npy   (N, 32) uint8, SHA-256 of each image's size and pixels
+    thumbs.npy   (N, 8, 9) uint8, grey thumbnails to find near-duplicates (N = 0 on canvases below 24)
+    index.json   version, number, canvas, digest, source
+It is complete or not there: written beside its place, flushed to disk, then renamed.
+
+Departure: training crops from the stored canvas and not from the original photo, so a crop of a large photo is less
+sharp than the reference's. At C >= 1.15 x the training size that is what the reference's evaluation sees as well.
+
+Shapes: N images, B of them, C the canvas side, h, w an image's size on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewlabels.data.decode import BadPicture, Payload, decode, header_size, strict_pillow
+from fewlabels.data.sources import Source
+from fewlabels.errors import DataError, MissingInput, StorageError
+
+VERSION = 1
+LARGEST_CANVAS = 256  # unless asked for: 196 KB an image; training at 224 crops from it
+SMALLEST_CANVAS = 8
+HEADERS = 256  # pictures whose headers decide the canvas
+CHUNK_BYTES = 8 << 20  # decoded, and encoded, in the hands of one thread
+CHUNK_IMAGES = 64
+RELEASE_BYTES = 256 << 20  # mapped pages kept before they are given back
+THUMB = (8, 9)  # rows, columns: 8 differences a row make the 64-bit hash
+SMALLEST_THUMBED = 24  # below it different images have equal thumbnails by chance
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+class PixelStore:
+    """A complete store, mapped for reading; safe to read from many threads. See `open_store`."""
+
+    def __init__(self, path: Path, *, canvas: int, digest: str, extents: npt.NDArray[np.int32]) -> None:
+        self.path, self.canvas, self.digest = path, canvas, digest
+        self._extents = torch.from_numpy(extents.astype(np.int64))  # (N, 2)
+        with (path / "pixels.u8").open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._pixels = np.frombuffer(self._map, np.uint8).reshape(len(extents), 3, canvas, canvas)
+        self._touched = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._extents)
+
+    @property
+    def hashes(self) -> npt.NDArray[np.uint8]:
+        """(N, 32) SHA-256 of each image."""
+        return np.asarray(np.load(self.path / "hashes.npy", allow_pickle=False))
+
+    @property
+    def thumbs(self) -> npt.NDArray[np.uint8]:
+        """(N, 8, 9) grey thumbnails, or (0, 8, 9) on small canvases."""
+        return np.asarray(np.load(self.path / "thumbs.npy", allow_pickle=False))
+
+    def read(self, ids: npt.NDArray[np.int64] | Tensor) -> tuple[Tensor, Tensor]:
+        """Images by row: uint8 (B, 3, C, C), and int64 (B, 2) = the valid top-left (h, w). Raises IndexError."""
+        rows = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {len(self)} images")
+        pixels = torch.from_numpy(self._pixels[rows])  # (B, 3, C, C), a copy
+        self._release(pixels.nbytes)
+        return pixels, self._extents[torch.from_numpy(rows.astype(np.int64))]
+
+    def _release(self, read: int) -> None:
+        """Give mapped pages back now and then: the kernel counts them as ours, and keeps them cached all the same."""
+        with self._lock:
+            self._touched += read
+            if self._touched < RELEASE_BYTES:
+                return
+            self._touched = 0
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def open_store(folder: Path) -> PixelStore:
+    """The store in folder; its index, sizes and digest are checked. Raises MissingInput or StorageError."""
+    if not (folder / "index.json").is_file():
+        raise MissingInput(f"{folder} holds no pixel store", fix="run the command that made it again")
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if index["version"] != VERSION:
+            raise ValueError(f"version {index['version']}, this program reads {VERSION}")
+        count, canvas = int(index["images"]), int(index["canvas"])
+        extents = np.load(folder / "extents.npy", allow_pickle=False)
+        hashes = np.load(folder / "hashes.npy", allow_pickle=False)
+        found, wanted = (folder / "pixels.u8").stat().st_size, count * 3 * canvas * canvas
+        if found != wanted:
+            raise ValueError(f"pixels.u8 has {found:,} bytes instead of {wanted:,}")
+        if extents.shape != (count, 2) or _digest(hashes, extents) != index["digest"]:
+            raise ValueError("hashes and extents are not those of its index")
+        return PixelStore(folder, canvas=canvas, digest=index["digest"], extents=extents)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise StorageError(
+            f"the pixel store {folder} is damaged: {error}",
+            why="training on other pixels than were checked would go wrong in silence",
+            fix=f"delete {folder} and run the same command again; the images are then read anew",
+        ) from error
+
+
+def build(
+    source: Source,
+    folder: Path,
+    *,
+    working_size: int | None,
+    bad_csv: Path,
+    max_bad_share: float = 0.05,
+    threads: int,
+) -> tuple[PixelStore, npt.NDArray[np.int64], list[BadImage]]:
+    """Decode all images of source into a store at folder (replaced if it is there).
+
+    working_size: the canvas side; None = the longest side in a sample of headers, at most 256. bad_csv: the file
+    that lists unreadable images, always written. Returns the store, kept (the source's indices of its rows, in
+    order) and the unreadable images. Raises DataError when more than max_bad_share of them are, or none is left;
+    StorageError when the disk is full. Holds some tens of megabytes whatever the number of images.
+    """
+    canvas = working_size or _canvas(source)
+    _check_space(folder, len(source), canvas)
+    with _writing(folder, len(source) * 3 * canvas * canvas), _fresh(folder) as draft:
+        written = _write(source, draft, canvas, threads)
+        bad = [BadImage(source.names[i], reason) for i, reason in written.bad]
+        _write_bad(bad_csv, bad)
+        _check_share(source, bad, max_bad_share, bad_csv)
+        digest = _digest(written.hashes, written.extents)
+        for name, array in (("extents", written.extents), ("hashes", written.hashes), ("thumbs", written.thumbs)):
+            np.save(draft / f"{name}.npy", array)
+        index = {"version": VERSION, "images": len(written.kept), "canvas": canvas, "digest": digest}
+        index["source"] = source.description
+        (draft / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return open_store(folder), written.kept, bad
+
+
+# --- decoding ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Chunk:
+    """n images decoded by one thread; only the readable m <= n have pixels."""
+
+    pixels: npt.NDArray[np.uint8]  # (m, 3, C, C)
+    extents: npt.NDArray[np.int32]  # (m, 2)
+    hashes: npt.NDArray[np.uint8]  # (m, 32)
+    thumbs: npt.NDArray[np.uint8]  # (m, 8, 9), (0, 8, 9) on small canvases
+    reasons: list[str]  # n of them, "" = readable
+
+
+@dataclass
+class _Written:
+    """What is known of all images after the last chunk."""
+
+    kept: npt.NDArray[np.int64]
+    extents: npt.NDArray[np.int32]
+    hashes: npt.NDArray[np.uint8]
+    thumbs: npt.NDArray[np.uint8]
+    bad: list[tuple[int, str]]
+
+
+def _canvas(source: Source) -> int:
+    sizes = [size for payload in source.sample(HEADERS) if (size := header_size(payload)) is not None]
+    longest = max((max(size) for size in sizes), default=LARGEST_CANVAS)
+    return min(max(longest, SMALLEST_CANVAS), LARGEST_CANVAS)
+
+
+def _write(source: Source, draft: Path, canvas: int, threads: int) -> _Written:
+    """Stream the images through threads into pixels.u8, in order."""
+    chunks: list[_Chunk] = []
+    with (draft / "pixels.u8").open("wb") as file:
+        for chunk in _decoded(source.payloads(), canvas, threads):
+            file.write(memoryview(chunk.pixels).cast("B"))
+            chunk.pixels = chunk.pixels[:0].copy()
+            chunks.append(chunk)
+    reasons = [reason for chunk in chunks for reason in chunk.reasons]
+    if len(reasons) != len(source):
+        raise DataError(
+            f"{source.description} gave {len(reasons):,} images instead of {len(source):,}",
+            why="it changed while it was read",
+            fix="run the command again",
+        )
+    return _Written(
+        kept=np.flatnonzero([not reason for reason in reasons]).astype(np.int64),
+        extents=np.concatenate([chunk.extents for chunk in chunks]),
+        hashes=np.concatenate([chunk.hashes for chunk in chunks]),
+        thumbs=np.concatenate([chunk.thumbs for chunk in chunks]),
+        bad=[(i, reason) for i, reason in enumerate(reasons) if reason],
+    )
+
+
+def _decoded(payloads: Iterable[Payload], canvas: int, threads: int) -> Iterator[_Chunk]:
+    """Chunks in order, with only a few of them in flight."""
+    with strict_pillow(), ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        waiting: deque[Future[_Chunk]] = deque()
+        try:
+            for chunk in _grouped(payloads, canvas):
+                waiting.append(pool.submit(_decode_chunk, chunk, canvas))
+                if len(waiting) > threads + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _grouped(payloads: Iterable[Payload], canvas: int) -> Iterator[list[Payload]]:
+    """Chunks bounded in number, in pixels to come and in encoded bytes."""
+    most = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // (3 * canvas * canvas)))
+    chunk: list[Payload] = []
+    size = 0
+    for payload in payloads:
+        chunk.append(payload)
+        size += len(payload) if isinstance(payload, bytes) else 0
+        if len(chunk) >= most or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _decode_chunk(payloads: list[Payload], canvas: int) -> _Chunk:
+    count = len(payloads)
+    thumbed = canvas >= SMALLEST_THUMBED
+    pixels = np.zeros((count, 3, canvas, canvas), np.uint8)
+    extents = np.zeros((count, 2), np.int32)
+    hashes = np.zeros((count, 32), np.uint8)
+    thumbs = np.zeros((count if thumbed else 0, *THUMB), np.uint8)
+    reasons = []
+    row = 0
+    for payload in payloads:
+        try:
+            image = decode(payload, canvas)  # (h, w, 3)
+        except BadPicture as bad:
+            reasons.append(str(bad))
+            continue
+        height, width = image.shape[:2]
+        pixels[row, :, :height, :width] = image.transpose(2, 0, 1)
+        extents[row] = height, width
+        digest = hashlib.sha256(struct.pack("<II", height, width))
+        digest.update(np.ascontiguousarray(image))
+        hashes[row] = np.frombuffer(digest.digest(), np.uint8)
+        if thumbed:
+            small = Image.fromarray(image).convert("L").resize(THUMB[::-1], Image.Resampling.BOX)
+            thumbs[row] = np.asarray(small)
+        reasons.append("")
+        row += 1
+    return _Chunk(pixels[:row], extents[:row], hashes[:row], thumbs[:row], reasons)
+
+
+def _digest(hashes: npt.NDArray[np.uint8], extents: npt.NDArray[np.int32]) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(hashes, np.uint8).tobytes())
+    digest.update(np.ascontiguousarray(extents, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def _check_share(source: Source, bad: list[BadImage], max_bad_share: float, bad_csv: Path) -> None:
+    share = len(bad) / len(source)
+    if share <= max_bad_share and len(bad) < len(source):
+        return
+    raise DataError(
+        f"{len(bad):,} of {len(source):,} images ({100 * share:.1f} %) cannot be read",
+        details=[f"{image.name}: {image.reason}" for image in bad],
+        why=f"more than {100 * max_bad_share:g} % usually means a wrong folder or a broken download",
+        fix=f"see {bad_csv} for all of them; mend or remove them, or allow a larger share",
+    )
+
+
+def _write_bad(path: Path, bad: list[BadImage]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "reason"])
+        writer.writerows([image.name, image.reason] for image in bad)
+
+
+def _check_space(folder: Path, count: int, canvas: int) -> None:
+    needed = count * (3 * canvas * canvas + 128)
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise _disk_full(folder, needed, free)
+
+
+def _disk_full(folder: Path, needed: int, free: int) -> StorageError:
+    return StorageError(
+        f"the disk is full: the pixels need {needed / 1e6:,.0f} MB at {folder}, {free / 1e6:,.0f} MB are free",
+        why="images are decoded once and kept as plain pixels",
+        fix="free some space, put the run on another disk, or use a smaller working_size",
+    )
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, needed: int) -> Iterator[None]:
+    """Turn the system's write errors into a StorageError that says how much is missing."""
+    try:
+        yield
+    except (DataError, StorageError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = next(parent for parent in folder.absolute().parents if parent.exists())
+            raise _disk_full(folder, needed, shutil.disk_usage(place).free) from error
+        raise StorageError(f"the pixels cannot be written to {folder}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _fresh(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place, flushed to disk, when the block ends well; else it goes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("draft", "old"))
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for file in [*draft.iterdir(), draft]:
+            _flush(file)
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle: Any = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,95 @@
+"""Crop, resize, flip and warp: where the pixels of a view come from.
+
+Crop, resize and flip are one linear map per axis, so a view is rows @ image @ columns^T with two small matrices for
+each image. That is exact for images of different shapes in one batch, and only pixels inside the crop have any weight.
+
+B = images, H, W = height and width of the canvas, S = side of the view, I, O = pixels in and out along one axis,
+T = taps: input pixels that one output pixel looks at.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def matrices(
+    start: Tensor, length: Tensor, flip: Tensor | None = None, *, in_size: int, out_size: int, antialias: bool
+) -> Tensor:
+    """Bicubic interpolation matrices of one axis: each row holds the weights of one output pixel and sums to 1.
+
+    Keys' cubic convolution with a = -0.5 and half-pixel centres; taps outside the crop are dropped and the others
+    renormalised, as if the crop had been cut out first.
+
+    Args:
+        start, length: (B,) float32, the crop in whole pixels.
+        flip: (B,) bool, mirror the result; None for no mirroring.
+        in_size, out_size: pixels of the canvas and of the view. in_size may be symbolic (torch.export).
+        antialias: widen the kernel with the scale when shrinking, as Pillow does. False TensorFlow's
+            tf.image.resize: the kernel is never widened, and its offsets are rounded to 1/1024 as in its table.
+
+    Returns:
+        (B, out_size, in_size) float32.
+    """
+    centre, scale = _centres(length, flip, out_size=out_size, antialias=antialias)
+    pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) - start[:, None]  # (B, I)
+    return _weights(pixel[:, None], centre, scale, length)
+
+
+def sparse_matrices(
+    start: Tensor, length: Tensor, flip: Tensor | None = None, *, in_size: int, out_size: int, antialias: bool
+) -> Tensor:
+    """matrices(), with the weights computed for the T nearest pixels only and scattered.
+
+    Measured for 64 images on 2 cores, 160 -> 128: 0.4 ms against 3.2. in_size must be a plain number.
+    """
+    widest = max(1.0, in_size / out_size) if antialias else 1.0
+    taps = 2 * math.ceil(2 * widest) + 1
+    centre, scale = _centres(length, flip, out_size=out_size, antialias=antialias)
+    pixel = torch.floor(centre - 2 * scale) + torch.arange(taps, device=start.device)  # (B, O, T)
+    weights = _weights(pixel, centre, scale, length)
+    dense = weights.new_zeros(len(start), out_size, in_size)
+    # Clamped pixels are outside the crop and add zero
+    return dense.scatter_add_(2, (pixel + start[:, None, None]).clamp(0, in_size - 1).long(), weights)
+
+
+def _centres(length: Tensor, flip: Tensor | None, *, out_size: int, antialias: bool) -> tuple[Tensor, Tensor]:
+    """Where each output pixel's centre falls in the crop (B, O, 1), and the kernel's width factor (B, 1, 1)."""
+    index = torch.arange(out_size, device=length.device, dtype=torch.float32)[None]  # (1, O)
+    if flip is not None:
+        index = torch.where(flip[:, None], out_size - 1 - index, index)
+    step = (length / out_size)[:, None]
+    centre = (index + 0.5) * step - 0.5
+    if not antialias:
+        centre = torch.round(centre * 1024) / 1024
+        step = torch.ones_like(step)
+    return centre[..., None], step.clamp(min=1.0)[..., None]
+
+
+def _weights(pixel: Tensor, centre: Tensor, scale: Tensor, length: Tensor) -> Tensor:
+    """Normalised weights (B, O, I or T) of input pixels for output pixels; pixel and centre count from the crop."""
+    distance = ((pixel - centre) / scale).abs()
+    # Keys' two cubic pieces as truncated powers: a third of the passes over memory that torch.where would take
+    outer, inner = (2 - distance).clamp(min=0), (1 - distance).clamp(min=0)
+    weights = 0.5 * outer * outer * (outer - 1) + inner * inner * (1 - 2 * inner)
+    weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ images @ columns^T: float32 (B, 3, H, W), (B, S, H), (B, S, W) -> (B, 3, S, S)."""
+    num_images, channels, height, width = images.shape
+    narrow = images.reshape(num_images, channels * height, width) @ columns.mT  # (B, 3H, S)
+    return rows[:, None] @ narrow.view(num_images, channels, height, -1)
+
+
+def warp(images: Tensor, affine: Tensor) -> Tensor:
+    """Bilinear affine warp; what lies beyond the border repeats the border.
+
+    images: float32 (B, 3, S, S). affine: (B, 2, 3), from output to input coordinates, both in [-1, 1].
+    """
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # (B, S, S, 2)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -1,0 +1,365 @@
+"""Whatever holds images becomes a Source: names, labels, splits, and the images themselves as a stream.
+
+Reading order: `open_source`, then the openers in the order of `_open`, then how labels are laid over a source.
+Nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewlabels.data import folders, tables
+from fewlabels.data.decode import Payload
+from fewlabels.data.folders import display_name
+from fewlabels.data.parts import ALLOWED_ARRAYS, Array, Files, Part, check_images, open_npy, open_npz, open_parquet
+from fewlabels.errors import DataError, MissingInput, UsageError, nearest
+
+KINDS = 'a folder, a labels CSV, a .parquet, .npz or .npy file, a uint8 array, a list of paths, or "digits"'
+DIGITS_TRAIN = 1200  # of 1,797: the rest is the test split
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images, in a fixed order, with what is said of them.
+
+    names are printable and for people; two images may share one. A label is a class name or None. classes are the
+    names that the source declares, in its own order, if it does. folder is where the images' relative names start.
+    """
+
+    description: str
+    names: Sequence[str]
+    labels: Sequence[str | None]
+    splits: Sequence[str]
+    classes: tuple[str, ...] | None
+    parts: tuple[Part, ...]
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def payloads(self) -> Iterator[Payload]:
+        """Every image, one per name and in that order, streaming: a path, encoded bytes, or pixels."""
+        return chain.from_iterable(part.payloads() for part in self.parts)
+
+    def sample(self, count: int) -> Iterator[Payload]:
+        """About count images from all over the source, without reading the rest where that is cheap."""
+        share = max(1, count // len(self.parts))
+        return chain.from_iterable(part.sample(share) for part in self.parts)
+
+
+def open_source(images: Any, labels: Any = None, *, test: Any = None) -> Source:
+    """The Source of images.
+
+    images: see KINDS. labels: a labels CSV, or one label per image, -1, None or "" = unlabeled; they replace what
+    the images' own place or file says. test: held-out images of any kind, or a tuple (images, labels).
+    Raises MissingInput for what is not there, DataError for what cannot be used, UsageError for a wrong kind.
+    """
+    source = _open(images)
+    if labels is not None:
+        source = _with_labels(source, labels)
+    if test is not None:
+        held_out = open_source(*test) if isinstance(test, tuple) and len(test) == 2 else _open(test)
+        source = _with_test(source, held_out)
+    return source
+
+
+def _open(images: Any) -> Source:
+    if isinstance(images, np.ndarray):
+        return _array(images)
+    if isinstance(images, str) and images == "digits":
+        return _digits()
+    if isinstance(images, str | os.PathLike):
+        return _path(Path(images))
+    if isinstance(images, list | tuple):
+        return _paths(images)
+    raise UsageError(f"images cannot be a {type(images).__name__}", why=f"images are {KINDS}", fix=_array_hint(images))
+
+
+def _array_hint(images: Any) -> str:
+    return f"arrays are {ALLOWED_ARRAYS}" if hasattr(images, "shape") else "give one of these"
+
+
+def _path(path: Path) -> Source:
+    openers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".npz": _npz, ".npy": _npy}
+    if not path.exists():
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []  # noqa: PTH208 - names, not paths
+        raise MissingInput(
+            f"{display_name(str(path))}: no such file or folder{nearest(path.name, siblings)}",
+            why=f"images are {KINDS}",
+            fix="correct the path",
+        )
+    if path.is_dir():
+        return _folder(path)
+    opener = openers.get(path.suffix.lower())
+    if opener is not None:
+        return opener(path)
+    if folders.is_picture(str(path)):
+        return _paths([path])
+    raise UsageError(f"{display_name(str(path))} is no kind of images that is known", why=f"images are {KINDS}")
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _folder(root: Path) -> Source:
+    paths = folders.scan(root)
+    if not paths:
+        tables_here = sorted(root.rglob("*.parquet"))
+        if tables_here:
+            return _parquet_folder(root, tables_here)
+        raise DataError(
+            f"{display_name(str(root))} holds no pictures",
+            why="there is nothing to learn from",
+            fix="put pictures (JPEG, PNG, WebP, ...) into it, or into folders named after their classes",
+        )
+    labels, splits = folders.place(paths, root)
+    return Source(
+        description=f"folder {display_name(str(root))}",
+        names=tuple(map(display_name, paths)),
+        labels=tuple(labels),
+        splits=tuple(splits),
+        classes=None,
+        parts=(Files(tuple(f"{root}/{path}" for path in paths)),),
+        folder=root,
+    )
+
+
+def _paths(images: Sequence[Any]) -> Source:
+    wrong = next((image for image in images if not isinstance(image, str | os.PathLike)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"a list of images holds a {type(wrong).__name__}",
+            why="a list must hold paths of pictures",
+            fix=f"stack arrays into one: {ALLOWED_ARRAYS}",
+        )
+    if not images:
+        raise DataError("the list of images is empty", fix="give at least one path")
+    paths = tuple(os.fsdecode(image) for image in images)
+    return _unlabeled(f"{len(paths):,} files", tuple(map(display_name, paths)), Files(paths))
+
+
+def _csv(path: Path) -> Source:
+    """The images that a labels CSV names, each once, in the order of their first line."""
+    table = tables.read_table(path)
+    root = Path(os.path.realpath(path.parent))
+    inside = tables.Finder([root], ())
+    numbers: dict[str, int] = {}
+
+    def find(image: str) -> int | str:
+        for spelled in dict.fromkeys((image, image.strip(), image.strip().replace("\\", "/"))):
+            file = os.path.normpath(root / spelled)
+            if file.startswith(f"{root}{os.sep}") and os.path.lexists(file):
+                return numbers.setdefault(file, len(numbers))
+        return inside(image)
+
+    answers = tables.match(table, find, lambda: _names_below(root))
+    files = tuple(numbers)
+    return Source(
+        description=f"labels CSV {display_name(str(path))}",
+        names=tuple(display_name(os.path.relpath(file, root)) for file in files),
+        labels=tuple(answers[i].label for i in range(len(files))),
+        splits=tuple(answers[i].split or "train" for i in range(len(files))),
+        classes=None,
+        parts=(Files(files),),
+        folder=root,
+    )
+
+
+def _names_below(root: Path) -> Iterator[str]:
+    """Pictures near root, to offer for a name that is not there."""
+    return (os.path.relpath(path, root) for path in root.rglob("*") if folders.is_picture(str(path)))
+
+
+# --- tables and arrays -------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path) -> Source:
+    facts = open_parquet(path)
+    if not facts.names:
+        raise DataError(f"{display_name(str(path))} has no rows", fix="give a file with at least one image")
+    source = _unlabeled(f"parquet {display_name(str(path))}", tuple(map(display_name, facts.names)), facts.part)
+    source = replace(source, classes=facts.classes)
+    return source if facts.labels is None else _with_sequence(source, facts.labels)
+
+
+def _parquet_folder(root: Path, files: Sequence[Path]) -> Source:
+    """Hugging Face's layout: the split is the beginning of the file's name, train-00000-of-00001.parquet."""
+    opened = []
+    for file in files:
+        match = re.match(r"(train|val|valid|validation|test)(?![a-z])", file.stem.lower())
+        split = tables.SPLITS[match[1]] if match else "train"
+        part = _parquet(file)
+        opened.append(replace(part, splits=(split,) * len(part)))
+    source = opened[0]
+    for following in opened[1:]:
+        source = _joined(source, following)
+    return replace(source, description=f"parquet folder {display_name(str(root))}")
+
+
+def _npz(path: Path) -> Source:
+    images, small = open_npz(path)
+    classes = tuple(str(name) for name in small["classes"].tolist()) if "classes" in small else None
+    joined: Source | None = None
+    for name, part in images.items():
+        split = "test" if name == "test_images" else "train"
+        source = _unlabeled(f"npz {display_name(str(path))}", _numbers(len(part)), part)
+        source = replace(source, classes=classes, splits=(split,) * len(part))
+        labels = small.get(name.replace("images", "labels"))
+        source = source if labels is None else _with_sequence(source, labels)
+        joined = source if joined is None else _joined(joined, source)
+    assert joined is not None
+    return joined
+
+
+def _npy(path: Path) -> Source:
+    part = open_npy(path)
+    return _unlabeled(f"npy {display_name(str(path))}", _numbers(len(part)), part)
+
+
+def _array(images: np.ndarray) -> Source:
+    check_images(images.shape, images.dtype, "images")
+    return _unlabeled(f"array of {len(images):,} images", _numbers(len(images)), Array(images))
+
+
+def _digits() -> Source:
+    """scikit-learn's digits: 8x8 grey, values 0..16 stretched to 0..255."""
+    from sklearn.datasets import load_digits  # 1.0 s to import, and only this source needs it
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+    count = len(pixels)
+    return Source(
+        description="scikit-learn's digits",
+        names=tuple(f"digit-{i:04d}" for i in range(count)),
+        labels=tuple(str(label) for label in digits.target),
+        splits=("train",) * DIGITS_TRAIN + ("test",) * (count - DIGITS_TRAIN),
+        classes=tuple(str(digit) for digit in range(10)),
+        parts=(Array(pixels),),
+    )
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(f"image-{i:06d}" for i in range(count))
+
+
+def _unlabeled(description: str, names: tuple[str, ...], part: Part) -> Source:
+    count = len(names)
+    return Source(description, names, (None,) * count, ("train",) * count, None, (part,))
+
+
+# --- labels laid over a source -----------------------------------------------------------------------------------
+
+
+def _with_labels(source: Source, labels: Any) -> Source:
+    if not isinstance(labels, str | os.PathLike):
+        return _with_sequence(source, labels)
+    path = Path(labels)
+    table = tables.read_table(path)
+    parts = [part for part in source.parts if isinstance(part, Files)]
+    if len(parts) == len(source.parts):
+        files = [file for part in parts for file in part.paths]
+        where = [path.parent, source.folder] if source.folder else [path.parent]
+        find = tables.Finder(where, _real_paths(files, source.folder))
+    else:
+        find = tables.Finder([Path("/")], (f"/{name}" for name in source.names))
+    answers = tables.match(table, find, lambda: source.names)
+    nothing = tables.Answer(None, None)
+    found = [answers.get(i, nothing) for i in range(len(source))]
+    return replace(
+        source,
+        description=f"{source.description}, labels from {display_name(str(path))}",
+        labels=tuple(answer.label for answer in found),
+        splits=tuple(a.split or split for a, split in zip(found, source.splits, strict=True)),
+        classes=None,
+    )
+
+
+def _real_paths(files: Sequence[str], root: Path | None) -> Iterable[str]:
+    """Absolute paths that agree with a real folder's; links below root stay as they are named."""
+    if root is None:
+        return (os.path.join(os.path.realpath(os.path.dirname(f)), os.path.basename(f)) for f in files)  # noqa: PTH118, PTH119, PTH120
+    real = os.path.realpath(root)
+    return (real + file[len(str(root)) :] for file in files)
+
+
+def _with_sequence(source: Source, labels: Iterable[Any]) -> Source:
+    """source with one label per image, each an int, a class name, or -1, None, NaN or "" for unlabeled."""
+    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if not isinstance(values, list) or len(values) != len(source):
+        count = len(values) if isinstance(values, list) else 1
+        raise DataError(
+            f"{count:,} labels for {len(source):,} images ({source.description})",
+            why="there must be exactly one label per image, -1 or None for an unlabeled one",
+            fix="give the labels in the order of the images, or a CSV that names them",
+        )
+    faults: list[str] = []
+    names: dict[Any, str | None] = {}
+    for i, value in enumerate(values):
+        try:
+            known = (type(value), value) in names
+        except TypeError:
+            faults.append(f"label {i}: a {type(value).__name__} is not a label")
+            continue
+        if not known:
+            names[type(value), value], fault = _class_of(value, source.classes)
+            faults += [f"label {i}: {fault}"] if fault else []
+    alike = tables.twins(dict.fromkeys(name for name in names.values() if name is not None))
+    faults += [f'the classes "{one}" and "{other}" look like one class' for one, other in alike]
+    if faults:
+        raise DataError(
+            f"{len(faults):,} fault{'s' if len(faults) > 1 else ''} in the labels of {source.description}",
+            details=faults,
+            why="a label that is guessed would be learned",
+            fix='use whole numbers or class names, and -1, None or "" for unlabeled images',
+        )
+    declared = (
+        source.classes if source.classes and all(n is None or n in source.classes for n in names.values()) else None
+    )
+    return replace(source, labels=tuple(names[type(value), value] for value in values), classes=declared)
+
+
+def _class_of(value: Any, classes: tuple[str, ...] | None) -> tuple[str | None, str]:
+    """(class name or None, fault or '') of one label of a sequence."""
+    if value is None or value == "" or value != value or (value == -1 and not isinstance(value, bool)):
+        return None, ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        name = value.strip()
+        return name or None, tables.label_fault(name) if name else ""
+    if isinstance(value, bool):
+        return str(value), ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int | np.integer) or value < 0:
+        return None, f"{value!r} is neither a whole number from 0 nor a class name"
+    if classes is None:
+        return str(value), ""
+    if value >= len(classes):
+        return None, f"{value} is not one of the {len(classes)} declared classes (0 to {len(classes) - 1})"
+    return classes[value], ""
+
+
+def _with_test(source: Source, held_out: Source) -> Source:
+    joined = _joined(source, replace(held_out, splits=("test",) * len(held_out)))
+    return replace(joined, description=f"{source.description}, test images: {held_out.description}", folder=None)
+
+
+def _joined(first: Source, second: Source) -> Source:
+    """Both sources as one; declared classes stay only where both declare the same."""
+    return replace(
+        first,
+        names=(*first.names, *second.names),
+        labels=(*first.labels, *second.labels),
+        splits=(*first.splits, *second.splits),
+        classes=first.classes if first.classes == second.classes else None,
+        parts=first.parts + second.parts,
+    )

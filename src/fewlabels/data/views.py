@@ -1,0 +1,367 @@
+"""Views: what the network sees of an image, as a pure function of a whole batch.
+
+A view is drawn and then made. draw_placement() and draw_paint() turn (seed, epoch, image id, view) into numbers;
+place() cuts and resizes, paint() colours and blurs. Nothing else is random, so a view depends neither on the batch that
+it is made in nor on workers, ranks or restarts. On a GPU all shapes are fixed and the host is never waited for.
+
+Four kinds of images:
+
+    photo       random crop, flip, colour jitter, grayscale, blur; antialiased
+    gray        the same for images with three equal channels: brightness and contrast instead of colour
+    glyph       digits, letters, drawings: small affine warps of the whole image, brightness and contrast; no flip
+    reference   photo exactly as google-research/simclr makes it (TF2), with its quirks
+
+photo departs from reference in four places: resizing is antialiased, crops reach the last row and column, blur does not
+darken the border, and the blur's sigma is drawn for each image in both (the reference draws one per batch).
+
+B = images, H, W = height and width of the canvas, S = side of the view. An extent is the valid top-left (h, w) of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fewlabels.data import colour
+from fewlabels.data.resample import matrices, resample, sparse_matrices, warp
+from fewlabels.errors import DataError, UsageError, nearest
+from fewlabels.random import uniforms
+
+# Candidate crops per image; the whole image when all fail. The reference tries 100 times. One try fails with
+# probability 0.06 on images of 3:4, 0.10 at 2:5, 0.16 at 1:4, 0.5 at 1:8 (measured); all ten with 1e-12 to 1e-3.
+TRIES = 10
+ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
+AREA_DRAWN, AREA_KEPT = 0.08, 0.1  # the reference draws from 8 % up and then rejects what is below 10 %
+BLUR_SIGMA = (0.1, 2.0)
+CHUNK_BYTES = 1 << 21  # CPU: views made at once, so that a chunk stays in the cache between operations
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of image can bear."""
+
+    colour: bool = True  # hue and saturation mean something
+    warp: bool = False  # a crop or a mirror image would be another class
+    official: bool = False  # bit by bit as the reference
+
+
+KINDS = {
+    "photo": Kind(),
+    "gray": Kind(colour=False),
+    "glyph": Kind(colour=False, warp=True),
+    "reference": Kind(official=True),
+}
+
+
+class _Rows:
+    """Tensors that share their first axis."""
+
+    def rows(self, part: slice) -> Self:
+        """These rows of every tensor."""
+        return type(self)(*(getattr(self, field.name)[part] for field in fields(self)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Placement(_Rows):
+    """Where the pixels of a view come from: a crop, perhaps mirrored, then warped (glyphs only; else the identity)."""
+
+    box: Tensor  # (B, 4) float32 top, left, height, width in whole pixels
+    flip: Tensor  # (B,) bool
+    affine: Tensor  # (B, 2, 3) float32, from output to input coordinates in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Paint(_Rows):
+    """What is done to the colours of a view, and how much it is blurred."""
+
+    jitter: Tensor  # (B,) bool
+    order: Tensor  # (B, 4) int64, a permutation of colour.JITTER
+    factors: Tensor  # (B, 4) float32 factors of brightness, contrast, saturation; turns of hue
+    gray: Tensor  # (B,) bool
+    blur: Tensor  # (B,) bool
+    sigma: Tensor  # (B,) float32, pixels of the view
+
+
+# --- the three views of the method ------------------------------------------------------------------------
+
+
+def pretrain(
+    pixels: Tensor,
+    extent: Tensor,
+    ids: Tensor,
+    *,
+    size: int,
+    epoch: int,
+    seed: int,
+    view: int,
+    strength: float = 1.0,
+    blur: bool = True,
+    kind: str = "photo",
+    shared_blur_sigma: bool = False,
+) -> Tensor:
+    """A view for contrastive learning (SimCLRv2's pretraining augmentation; tf2/data_util.py preprocess_for_train).
+
+    Args:
+        pixels: uint8 (B, 3, H, W).
+        extent: int64 (B, 2), the valid top-left (h, w) of each image; what lies outside never shows.
+        ids: int64 (B,), the numbers of the images, on the device of pixels.
+        size: side of the view in pixels.
+        epoch, seed, view: which random numbers; two views of an image differ in view.
+        strength: of the colour jitter, 0 to 1.25; 1 for ImageNet, 0.5 for CIFAR in the paper.
+        blur: blur half of the views. It does nothing below 20 px, where the reference's kernel has one tap.
+        kind: "photo", "gray", "glyph" or "reference".
+        shared_blur_sigma: the reference's one sigma for the batch (its first image's): a view then depends on it.
+
+    Returns:
+        float32 (B, 3, size, size) in [0, 1].
+
+    Raises:
+        UsageError: an unknown kind, or a size or strength out of range. DataError: pixels of another shape or type.
+    """
+    _check(pixels, extent, size, kind)
+    placement = draw_placement(extent, ids, epoch=epoch, seed=seed, view=view, kind=kind)
+    strokes = draw_paint(ids, epoch=epoch, seed=seed, view=view, strength=strength)
+    if shared_blur_sigma:
+        strokes = replace(strokes, sigma=strokes.sigma[:1].expand_as(strokes.sigma))
+
+    def make(part: slice) -> Tensor:
+        images = place(pixels[part], placement.rows(part), size=size, kind=kind)
+        return paint(images, strokes.rows(part), blur=blur, kind=kind)
+
+    return _in_chunks(make, pixels, size)
+
+
+def finetune(
+    pixels: Tensor,
+    extent: Tensor,
+    ids: Tensor,
+    *,
+    size: int,
+    epoch: int,
+    seed: int,
+    view: int = 0,
+    kind: str = "photo",
+) -> Tensor:
+    """A view for finetuning and distillation: crop and flip only; for glyphs warps of half the strength.
+
+    Arguments, result and errors as for pretrain(), whose crop it shares for equal (seed, epoch, id, view).
+    """
+    _check(pixels, extent, size, kind)
+    placement = draw_placement(extent, ids, epoch=epoch, seed=seed, view=view, kind=kind, amount=0.5)
+
+    def make(part: slice) -> Tensor:
+        return place(pixels[part], placement.rows(part), size=size, kind=kind).clamp_(0, 1)
+
+    return _in_chunks(make, pixels, size)
+
+
+def evaluate(pixels: Tensor, extent: Tensor, *, size: int, kind: str = "photo", crop: float | None = None) -> Tensor:
+    """The view for evaluation and prediction; nothing random.
+
+    The central square of crop times the shorter side: 0.875 by default, or all of it for views of 32 px and less
+    (method.md 5.3). Glyphs are never cropped: the whole image is resized to the square.
+    Arguments, result and errors as for pretrain().
+    """
+    _check(pixels, extent, size, kind)
+    box = _central_box(extent, size=size, kind=kind, crop=crop)
+    stay = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
+    placement = Placement(box, stay, _identity(stay))
+
+    def make(part: slice) -> Tensor:
+        return _cut(pixels[part], placement.rows(part), size=size, kind=kind).clamp_(0, 1)
+
+    return _in_chunks(make, pixels, size)
+
+
+def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo", crop: float | None = None) -> Tensor:
+    """evaluate() for images that fill their canvas, as a program that torch.export can trace with any H, W >= 2.
+
+    uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in [0, 1]. Basic operations only, for exported models.
+    """
+    _check_kind(kind, size)
+    height, width = pixels.shape[2:]
+    extent = torch.cat([torch.full((1, 1), side, device=pixels.device) for side in (height, width)], dim=1)
+    top, left, tall, wide = _central_box(extent, size=size, kind=kind, crop=crop).unbind(1)
+    antialias = not KINDS[kind].official
+    rows = matrices(top, tall, in_size=height, out_size=size, antialias=antialias)
+    columns = matrices(left, wide, in_size=width, out_size=size, antialias=antialias) / 255
+    return resample(pixels.to(torch.float32), rows, columns).clamp(0, 1)
+
+
+# --- drawing ----------------------------------------------------------------------------------------------
+
+
+def draw_placement(
+    extent: Tensor, ids: Tensor, *, epoch: int, seed: int, view: int, kind: str = "photo", amount: float = 1.0
+) -> Placement:
+    """Where the views of these images come from. amount scales the warps of glyphs."""
+    numbers = uniforms(seed, epoch, ids, 2 * view, 3 + 2 * TRIES)  # (B, 23)
+    if KINDS[kind].warp:
+        flip = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        return Placement(_whole(extent), flip, _draw_affine(numbers, amount))
+    flip = numbers[:, 0] < 0.5
+    return Placement(_draw_boxes(extent, numbers[:, 1:], official=KINDS[kind].official), flip, _identity(flip))
+
+
+def draw_paint(ids: Tensor, *, epoch: int, seed: int, view: int, strength: float = 1.0) -> Paint:
+    """How the views of these images are coloured: jitter with probability 0.8, gray 0.2, blur 0.5."""
+    if not 0 <= strength <= 1.25:
+        raise UsageError(
+            f"colour strength {strength} is out of range",
+            why="brightness and contrast factors are drawn from 1 - 0.8 * strength up, and must not be negative",
+            fix="use a strength from 0 to 1.25",
+        )
+    numbers = uniforms(seed, epoch, ids, 2 * view + 1, 12)  # (B, 12)
+    signed = 2 * numbers[:, 4:8] - 1
+    factors = torch.cat([1 + 0.8 * strength * signed[:, :3], 0.2 * strength * signed[:, 3:]], dim=1)
+    low, high = BLUR_SIGMA
+    return Paint(
+        jitter=numbers[:, 0] < 0.8,
+        order=numbers[:, 8:12].argsort(dim=1, stable=True),
+        factors=factors,
+        gray=numbers[:, 1] < 0.2,
+        blur=numbers[:, 2] < 0.5,
+        sigma=low + (high - low) * numbers[:, 3],
+    )
+
+
+def _draw_boxes(extent: Tensor, numbers: Tensor, *, official: bool) -> Tensor:
+    """Random crops (B, 4): TensorFlow's sample_distorted_bounding_box, as the reference calls it, without its loop.
+
+    Aspect and height are uniform, not area: the mean area is 0.39 to 0.43 of the image (method.md 5.1).
+    numbers: (B, 2 + 2 * TRIES) uniform.
+    """
+    height, width = extent.to(torch.float32)[:, :, None].unbind(1)  # (B, 1) each
+    area = height * width
+    aspect = ASPECT[0] + (ASPECT[1] - ASPECT[0]) * numbers[:, 2 : 2 + TRIES]  # (B, TRIES)
+    tallest = torch.round((area / aspect).sqrt())
+    fitting = torch.floor((width + 0.5) / aspect)
+    fitting = fitting - (torch.round(fitting * aspect) > width).float()  # when rounding goes up at the half
+    tallest = torch.where(torch.round(tallest * aspect) > width, fitting, tallest).minimum(height)
+    lowest = torch.round((AREA_DRAWN * area / aspect).sqrt()).minimum(tallest)
+    tall = lowest + torch.floor(numbers[:, 2 + TRIES :] * (tallest - lowest + 1))
+    # Rounding may leave the allowed areas by a row; the reference mends that before it judges
+    tall = tall + (tall * torch.round(tall * aspect) < AREA_DRAWN * area).float()
+    tall = tall - (tall * torch.round(tall * aspect) > area).float()
+    wide = torch.round(tall * aspect)
+    accepted = (tall * wide >= AREA_KEPT * area) & (wide <= width) & (tall <= height)
+    turn = torch.arange(TRIES, 0, -1, device=extent.device) * accepted  # (B, TRIES), largest where accepted first
+    first = turn.argmax(dim=1, keepdim=True)
+    found = accepted.gather(1, first)
+    tall = torch.where(found, tall.gather(1, first), height)
+    wide = torch.where(found, wide.gather(1, first), width)
+    room = torch.cat([height - tall, width - wide], dim=1)  # (B, 2)
+    # The reference never draws the last offset (TensorFlow's Uniform(n) excludes n): its crops miss the last row
+    corner = torch.floor(numbers[:, :2] * (room if official else room + 1)).minimum(room)
+    return torch.cat([corner, tall, wide], dim=1)
+
+
+def _draw_affine(numbers: Tensor, amount: float) -> Tensor:
+    """Random warps (B, 2, 3): rotation up to 15 degrees, shear up to 10, area 0.6 to 1, aspect up to 1.2, shift."""
+    signed = 2 * numbers - 1  # (B, many)
+    angle = torch.deg2rad(15 * amount * signed[:, 0])
+    shear = torch.tan(torch.deg2rad(10 * amount * signed[:, 1]))
+    zoom = (1 - 0.4 * amount * numbers[:, 2]).sqrt()
+    stretch = 1.2 ** (0.5 * amount * signed[:, 3])
+    across, down = zoom * stretch, zoom / stretch  # sides of the window, 1 = the image's own
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    # rotation @ shear @ scale; the window stays on the image but for what rotation and shear turn out of it
+    first = torch.stack([across * cos, down * (shear * cos - sin), signed[:, 4] * (1 - across).clamp(min=0)], dim=1)
+    second = torch.stack([across * sin, down * (shear * sin + cos), signed[:, 5] * (1 - down).clamp(min=0)], dim=1)
+    return torch.stack([first, second], dim=1)
+
+
+def _identity(flip: Tensor) -> Tensor:
+    """(B, 2, 3) the warp that changes nothing."""
+    return torch.eye(2, 3, device=flip.device).expand(len(flip), 2, 3)
+
+
+def _whole(extent: Tensor) -> Tensor:
+    """(B, 4) the boxes that hold whole images."""
+    sides = extent.to(torch.float32)
+    return torch.cat([torch.zeros_like(sides), sides], dim=1)
+
+
+def _central_box(extent: Tensor, *, size: int, kind: str, crop: float | None) -> Tensor:
+    """(B, 4) the crops of evaluate(); rounding half to even and offsets as in the reference's center_crop."""
+    if KINDS[kind].warp and crop is None:
+        return _whole(extent)
+    share = (0.875 if size > 32 else 1.0) if crop is None else crop
+    sides = extent.to(torch.float32)
+    side = torch.round(share * sides.amin(dim=1, keepdim=True)).clamp(min=1)
+    corner = torch.floor((sides - side + 1) / 2)
+    return torch.cat([corner, side, side], dim=1)
+
+
+# --- making -----------------------------------------------------------------------------------------------
+
+
+def place(pixels: Tensor, placement: Placement, *, size: int, kind: str = "photo") -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 (B, 3, size, size), a little beyond [0, 1] where the bicubic kernel overshoots."""
+    images = _cut(pixels, placement, size=size, kind=kind)
+    return warp(images, placement.affine) if KINDS[kind].warp else images
+
+
+def paint(images: Tensor, strokes: Paint, *, blur: bool = True, kind: str = "photo") -> Tensor:
+    """Colour jitter, grayscale and blur: float32 (B, 3, S, S) -> the same in [0, 1]."""
+    has_colour = KINDS[kind].colour
+    images = colour.jitter(images, strokes.factors, strokes.order, strokes.jitter, operations=4 if has_colour else 2)
+    if has_colour:
+        images = colour.on_rows(lambda rows, _: colour.grayscale(rows), images, strokes.sigma, strokes.gray)
+    images = images.clamp(0, 1)
+    radius = images.shape[-1] // 10 // 2
+    if blur and radius > 0:
+
+        def soften(rows: Tensor, sigma: Tensor) -> Tensor:
+            return colour.blur(rows, sigma, radius=radius, dark_border=KINDS[kind].official)
+
+        images = colour.on_rows(soften, images, strokes.sigma, strokes.blur).clamp_(0, 1)
+    return images
+
+
+def _cut(pixels: Tensor, placement: Placement, *, size: int, kind: str) -> Tensor:
+    """Crop, resize and flip: uint8 (B, 3, H, W) -> float32 (B, 3, size, size)."""
+    top, left, tall, wide = placement.box.unbind(1)
+    height, width = pixels.shape[2:]
+    antialias = not KINDS[kind].official
+    rows = sparse_matrices(top, tall, in_size=height, out_size=size, antialias=antialias)
+    columns = sparse_matrices(left, wide, placement.flip, in_size=width, out_size=size, antialias=antialias)
+    return resample(pixels.to(torch.float32), rows, columns / 255)
+
+
+def _in_chunks(make: Callable[[slice], Tensor], pixels: Tensor, size: int) -> Tensor:
+    """make() over the batch, in float32 whatever autocast says; on a CPU a few images at a time."""
+    num_images = len(pixels)
+    chunk = num_images if pixels.is_cuda else max(4, CHUNK_BYTES // (12 * size * size))
+    with _full_precision(pixels.device):
+        parts = [make(slice(first, first + chunk)) for first in range(0, num_images, chunk)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """No autocast: bfloat16 would cost 1.6 grey levels."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _check_kind(kind: str, size: int) -> None:
+    if kind not in KINDS:
+        raise UsageError(f'unknown kind of views "{kind}"{nearest(kind, KINDS)}', fix=f"use one of {', '.join(KINDS)}")
+    if size < 1:
+        raise UsageError(f"views of {size} px cannot be made", fix="use a size of at least 1")
+
+
+def _check(pixels: Tensor, extent: Tensor, size: int, kind: str) -> None:
+    _check_kind(kind, size)
+    if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3 or len(pixels) == 0:
+        raise DataError(
+            f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}", fix="pass uint8 (B, 3, H, W) with B > 0"
+        )
+    if extent.shape != (len(pixels), 2):
+        raise DataError(
+            f"extents are of shape {tuple(extent.shape)} for {len(pixels)} images", fix="pass (B, 2): valid h, w"
+        )

@@ -1,0 +1,97 @@
+"""What a user can do wrong. Every message says what was found, why it stops us, and what to do about it.
+
+Each class carries the exit code the command line ends with (sysexits.h numbers where one fits).
+Anything that is not a FewlabelsError is our bug and ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+SHOWN_DETAILS = 12  # a file with 5,000 faults still fits on a screen; the count is always given
+
+
+class FewlabelsError(Exception):
+    """A fault that the user can mend.
+
+    what: what was found, with the value and the place ("labels.csv line 17: ...").
+    why: why that stops the work. fix: what to do, a command to paste where there is one.
+    details: all faults of the same kind at once, one line each.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "", details: Sequence[str] = ()) -> None:
+        self.what, self.why, self.fix, self.details = what, why, fix, tuple(details)
+        super().__init__(self.text())
+
+    def text(self) -> str:
+        """The whole message as plain text, several lines."""
+        lines = [self.what]
+        lines += [f"  - {detail}" for detail in self.details[:SHOWN_DETAILS]]
+        if len(self.details) > SHOWN_DETAILS:
+            lines.append(f"  ... and {len(self.details) - SHOWN_DETAILS:,} more")
+        if self.why:
+            lines.append(f"why: {self.why}")
+        if self.fix:
+            lines.append(f"fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class UsageError(FewlabelsError, ValueError):
+    """A wrong option, recipe or argument."""
+
+    exit_code = 2
+
+
+class DataError(FewlabelsError, ValueError):
+    """Images or labels that cannot be used as they are."""
+
+    exit_code = 65
+
+
+class MissingInput(FewlabelsError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+    exit_code = 66
+
+
+class Diverged(FewlabelsError):
+    """The loss or the weights stopped being finite numbers; nothing of it was saved."""
+
+    exit_code = 70
+
+
+class CannotCreate(FewlabelsError):
+    """An output folder that cannot be used, for example because it holds another run."""
+
+    exit_code = 73
+
+
+class StorageError(FewlabelsError, OSError):
+    """The disk is full, or reading or writing failed."""
+
+    exit_code = 74
+
+
+class RunAgain(FewlabelsError):
+    """Something passing went wrong; the same command resumes."""
+
+    exit_code = 75
+
+
+class Stopped(FewlabelsError):
+    """Ctrl-C or SIGTERM: everything was saved, the same command goes on. exit_code is 128 + signal."""
+
+    def __init__(self, signal_number: int, where: str, *, fix: str = "") -> None:
+        self.exit_code = 128 + signal_number
+        name = "Ctrl-C" if signal_number == 2 else f"signal {signal_number}"
+        super().__init__(f"stopped by {name} {where}; everything is saved", fix=fix or "run the same command to go on")
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """' (did you mean "x"?)' when one of choices is close to word, else ''."""
+    by_folded = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
+    return f' (did you mean "{by_folded[close[0]]}"?)' if close else ""

@@ -1,0 +1,79 @@
+"""The scikit-learn face: fit(X, y) with y == -1 for unlabeled images, then predict, predict_proba, transform, score."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from fewlabels.errors import DataError
+from fewlabels.pipeline import fit
+from fewlabels.use.predict import Model
+
+
+class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Pretrain, fine-tune and distill behind scikit-learn's contract.
+
+    recipe: name of a recipe. student: encoder to deploy, None = the same network. random_state: the seed.
+    out: the run folder; None = a temporary one that lives as long as the fitted model needs it.
+
+    Learned: classes_ (K,), model_, run_dir_ (only where out was given), n_features_in_ is not set: X are images,
+    uint8 (N, H, W[, 3]).
+    """
+
+    def __init__(
+        self, recipe: str = "auto", student: str | None = None, random_state: int = 0, out: str | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.student = student
+        self.random_state = random_state
+        self.out = out
+
+    def fit(self, X: npt.NDArray[np.uint8], y: Any) -> FewLabelClassifier:
+        """X: uint8 (N, H, W) or (N, H, W, 3); y: (N,) labels of any kind, -1 (or None, or "") = unlabeled."""
+        labels = list(np.asarray(y, dtype=object))
+        known = sorted({value for value in labels if not _is_unlabeled(value)}, key=lambda v: (str(type(v)), v))
+        if not known:
+            raise DataError("y holds no label, only -1", fix="label some images; -1 means unlabeled")
+        by_name = {str(value): value for value in known}
+        names = [None if _is_unlabeled(value) else str(value) for value in labels]
+        if self.out is not None:
+            run = fit(X, names, out=self.out, recipe=self.recipe, student=self.student, seed=self.random_state)
+            self.model_, self.run_dir_ = run.model, Path(self.out)
+        else:
+            with tempfile.TemporaryDirectory(prefix="fewlabels-") as folder:
+                run = fit(
+                    X, names, out=Path(folder) / "run", recipe=self.recipe, student=self.student, seed=self.random_state
+                )
+                self.model_ = run.model
+        # In the model's order of columns, as the values that y held
+        self.classes_ = np.asarray([by_name[name] for name in self.model_.classes])
+        return self
+
+    def predict(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """(N,) class of each image, as the values of y."""
+        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+
+    def predict_proba(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """(N, K) probabilities, columns as in classes_."""
+        check_is_fitted(self, "model_")
+        model: Model = self.model_
+        return model.predict_proba(X)
+
+    def transform(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """(N, D) features of the deployed network."""
+        check_is_fitted(self, "model_")
+        model: Model = self.model_
+        return model.features(X)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "model_")
+
+
+def _is_unlabeled(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value == "") or (not isinstance(value, str) and value == -1)

@@ -1,0 +1,311 @@
+"""The encoders: every ResNet of the paper, small ones, and any timm model.
+
+Shapes: N images, 3 x H x W pixels in [0, 1] (the method never normalises by mean and std), D features.
+Modules are created in the order of the reference's variables (shortcut first), so the k-th convolution and the k-th
+batch norm of `modules()` are its `conv2d_k` and `batch_normalization_k`.
+Source: google-research/simclr at 383d414, `resnet.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewlabels.errors import UsageError, nearest
+from fewlabels.model.layers import BatchNorm, ConvNorm, SelectiveKernel, ShortcutPool, conv, max_pool
+
+BLOCKS = {  # depth: residual blocks in each of the four groups
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
+STEMS = ("imagenet", "small")
+SK_RATIO = 1 / 16  # of every published model with selective kernels
+
+
+# --- by name -----------------------------------------------------------------------------------------------
+
+
+def encoder(name: str, *, stem: str | None = None) -> Encoder:
+    """An encoder by its name, with fresh weights; (N, 3, H, W) -> (N, .feature_dim), and `.freeze(block)`.
+
+    name: "resnet50", "resnet18_0.25x", "resnet152_3x_sk", "resnet18_small" (suffixes in this order: width, selective
+    kernels, small stem), or "timm:NAME" for any model of timm. stem: "imagenet" or "small", overrules the name.
+    Raises UsageError for names that are none of these, with the nearest one that is.
+    """
+    if name.startswith("timm:"):
+        if stem is not None:
+            raise UsageError(f'stem="{stem}" was given for "{name}"', fix="timm models have their own stems")
+        return TimmEncoder(name.removeprefix("timm:"))
+    match = re.fullmatch(r"resnet(\d+)(?:_(\d+(?:\.\d+)?)x)?(_sk)?(_small)?", name)
+    if match is None or int(match[1]) not in BLOCKS:
+        names = [f"resnet{depth}{ending}" for depth in BLOCKS for ending in ("", "_2x", "_sk", "_2x_sk", "_small")]
+        raise UsageError(
+            f'unknown encoder "{name}"{nearest(name, names)}',
+            fix=f"use resnetDEPTH[_WIDTHx][_sk][_small] with depth {_listed(BLOCKS)}, or timm:NAME",
+        )
+    return resnet(
+        int(match[1]),
+        width=float(match[2] or 1),
+        selective_kernel=match[3] is not None,
+        stem=stem or ("small" if match[4] else "imagenet"),
+    )
+
+
+def resnet(depth: int, *, width: float = 1, selective_kernel: bool = False, stem: str = "imagenet") -> ResNet:
+    """A ResNet as in the paper; (N, 3, H, W) float in [0, 1] -> (N, .feature_dim), float32 or higher.
+
+    depth: 18, 34 (basic blocks), 50, 101, 152 or 200 (bottlenecks). width: multiplies all channels; fractions give
+    the small networks. selective_kernel: the paper's SK networks, with the stem and shortcuts of ResNet-D.
+    stem: "imagenet" (7x7 convolution of stride 2, pool) or "small" (3x3, no pool; for images up to about 64 pixels).
+    Raises UsageError for anything else.
+    """
+    if depth not in BLOCKS:
+        raise UsageError(f"there is no ResNet of depth {depth}", fix=f"use depth {_listed(BLOCKS)}")
+    if not 1 / 8 <= width < math.inf:
+        raise UsageError(
+            f"width = {width}, but it multiplies the channels",
+            why="below 1/8 the first layers have too few to tell anything apart",
+            fix="use 1, 2, 3, 0.5, 0.25, 0.125 ...",
+        )
+    if stem not in STEMS:
+        raise UsageError(f'unknown stem "{stem}"{nearest(stem, STEMS)}', fix='use "imagenet" or "small"')
+    if selective_kernel and depth < 50:
+        raise UsageError(
+            f"a ResNet of depth {depth} cannot have selective kernels",
+            why="they replace the 3x3 convolution of a bottleneck, and basic blocks have no bottleneck",
+            fix="use depth 50 or more, or no selective kernels",
+        )
+    return ResNet(depth, width=width, sk_ratio=SK_RATIO if selective_kernel else 0.0, stem=stem)
+
+
+def parameters_count(module: nn.Module) -> int:
+    """Trainable and frozen parameters, without the running statistics of batch norm (which Table 1 counts)."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    *most, last = [str(number) for number in numbers]
+    return f"{', '.join(most)} or {last}"
+
+
+class Encoder(nn.Module):
+    """What every encoder has: (N, 3, H, W) -> (N, feature_dim), and parts that can be frozen."""
+
+    feature_dim: int
+    freezable: tuple[int, ...]  # what freeze accepts
+    _frozen = -1
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The parts that freeze counts, from the images up."""
+        raise NotImplementedError
+
+    def freeze(self, block: int) -> None:
+        """Freeze the parts up to block, and no others: -1 nothing, 0 the stem, 1 to 3 groups, 4 the whole encoder.
+
+        Frozen parts get no gradients, and their batch norm stays in inference mode, whatever train() says. Here we
+        leave the reference, whose frozen blocks go on updating batch norm (TF2 always, TF1 unless all are frozen).
+        Of a timm model only nothing or all can be frozen. Raises UsageError for other numbers.
+        """
+        if block not in self.freezable:
+            raise UsageError(
+                f"cannot freeze {type(self).__name__} up to block {block}", fix=f"use {_listed(self.freezable)}"
+            )
+        self._frozen = block
+        for number, part in enumerate(self.blocks):
+            part.requires_grad_(number > block)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
+        super().train(mode)
+        for part in self.blocks[: self._frozen + 1]:
+            part.eval()
+        return self
+
+
+# --- the network -------------------------------------------------------------------------------------------
+
+
+class ResNet(Encoder):
+    """Stem, four groups of residual blocks, mean over the pixels. Made by `resnet`, which checks its arguments.
+
+    sk_ratio: 0 for plain networks, else the width ratio of the selective kernels.
+    """
+
+    freezable = (-1, 0, 1, 2, 3, 4)
+
+    def __init__(self, depth: int, *, width: float, sk_ratio: float, stem: str) -> None:
+        super().__init__()
+        channels = round(64 * width)
+        self.stem = Stem(channels, resnet_d=sk_ratio > 0, small=stem == "small")
+        groups = []
+        for number, count in enumerate(BLOCKS[depth]):
+            filters, stride = round(64 * width) * 2**number, 2 if number else 1
+            if depth < 50:
+                group, channels = _basic_group(channels, filters, count=count, stride=stride)
+            else:
+                group, channels = _bottleneck_group(channels, filters, count=count, stride=stride, sk_ratio=sk_ratio)
+            groups.append(group)
+        self.group1, self.group2, self.group3, self.group4 = groups
+        self.feature_dim = channels
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """[stem, group1, group2, group3, group4]: the parts that `freeze` counts."""
+        return [self.stem, self.group1, self.group2, self.group3, self.group4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return _mean_over_pixels(x)
+
+    def endpoints(self, x: Tensor) -> dict[str, Tensor]:
+        """The named outputs of the reference; "final_avg_pool" is what forward returns.
+
+        "initial_conv" is the last stem convolution before its batch norm, "initial_max_pool" the stem's output.
+        """
+        found = {"initial_conv": self.stem.convolve(x)}
+        x = found["initial_max_pool"] = self.stem.finish(found["initial_conv"])
+        for number, group in enumerate(self.blocks[1:], start=1):
+            x = found[f"block_group{number}"] = group(x)
+        found["final_avg_pool"] = _mean_over_pixels(x)
+        return found
+
+
+class Stem(nn.Module):
+    """(N, 3, H, W) -> (N, channels, H/4, W/4), or (N, channels, H, W) when small.
+
+    resnet_d: three 3x3 convolutions in place of the 7x7 one, the first two of half the channels. A small stem is one
+    3x3 convolution whatever resnet_d is, as in the reference.
+    """
+
+    def __init__(self, channels: int, *, resnet_d: bool, small: bool) -> None:
+        super().__init__()
+        self.small = small
+        self.first = nn.Sequential()
+        if small:
+            self.conv = conv(3, channels, kernel=3)
+        elif resnet_d:
+            half = channels // 2
+            self.first.append(ConvNorm(3, half, kernel=3, stride=2))
+            self.first.append(ConvNorm(half, half, kernel=3))
+            self.conv = conv(half, channels, kernel=3)
+        else:
+            self.conv = conv(3, channels, kernel=7, stride=2)
+        self.norm = BatchNorm(channels)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Up to the last convolution."""
+        return self.conv(self.first(x))  # type: ignore[no-any-return]
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Batch norm, ReLU and, unless small, the pool."""
+        x = F.relu_(self.norm(x))
+        return x if self.small else max_pool(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(self.convolve(x))
+
+
+class Residual(nn.Module):
+    """relu(branch(x) + shortcut(x))."""
+
+    def __init__(self, shortcut: nn.Module, branch: nn.Sequential) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        # in place: the branch ends in batch norm, which does not need its output in backward
+        return F.relu_(self.branch(x).add_(shortcut))
+
+
+def _basic_group(channels: int, filters: int, *, count: int, stride: int) -> tuple[nn.Sequential, int]:
+    """Blocks of two 3x3 convolutions, and the channels that come out."""
+    blocks = nn.Sequential()
+    for index in range(count):
+        first = index == 0
+        shortcut = ConvNorm(channels, filters, stride=stride, relu=False) if first else nn.Identity()
+        branch = nn.Sequential(
+            ConvNorm(channels, filters, kernel=3, stride=stride if first else 1),
+            ConvNorm(filters, filters, kernel=3, relu=False, zero_scale=True),
+        )
+        blocks.append(Residual(shortcut, branch))
+        channels = filters
+    return blocks, channels
+
+
+def _bottleneck_group(
+    channels: int, filters: int, *, count: int, stride: int, sk_ratio: float
+) -> tuple[nn.Sequential, int]:
+    """Blocks of 1x1, 3x3 (or selective kernel) and 1x1 to four times the filters, and the channels that come out.
+
+    The stride is in the 3x3 convolution. The first block projects its input, in group 1 too.
+    """
+    blocks, wide = nn.Sequential(), 4 * filters
+    for index in range(count):
+        first = index == 0
+        step = stride if first else 1
+        shortcut: nn.Module = nn.Identity()
+        if first and sk_ratio:
+            shortcut = nn.Sequential(ShortcutPool(stride), ConvNorm(channels, wide, relu=False))
+        elif first:
+            shortcut = ConvNorm(channels, wide, stride=stride, relu=False)
+        branch = nn.Sequential(ConvNorm(channels, filters))
+        if sk_ratio:
+            branch.append(SelectiveKernel(filters, filters, stride=step, ratio=sk_ratio))
+        else:
+            branch.append(ConvNorm(filters, filters, kernel=3, stride=step))
+        branch.append(ConvNorm(filters, wide, relu=False, zero_scale=True))
+        blocks.append(Residual(shortcut, branch))
+        channels = wide
+    return blocks, channels
+
+
+def _mean_over_pixels(x: Tensor) -> Tensor:
+    """(N, D, H, W) -> (N, D) in float32 or higher: bf16 features would keep 3 digits."""
+    return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+# --- timm --------------------------------------------------------------------------------------------------
+
+
+class TimmEncoder(Encoder):
+    """A timm model without its classifier and with fresh weights, as an encoder.
+
+    Images come in [0, 1] as everywhere; a model that wants them normalised learns it in its first layer.
+    Its batch norms are its own: their statistics are of one rank's images.
+    """
+
+    freezable = (-1, 4)
+
+    def __init__(self, name: str) -> None:
+        # 2.0 s, more than torch itself: only those pay who ask for a timm model
+        import timm
+
+        super().__init__()
+        if not timm.is_model(name):
+            raise UsageError(
+                f'timm has no model "{name}"{nearest(name, timm.list_models())}',
+                fix='see timm.list_models("*resnet*") for names',
+            )
+        self.model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+        self.feature_dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)  # type: ignore[arg-type]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [self.model]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)  # type: ignore[no-any-return]

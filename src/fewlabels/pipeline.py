@@ -1,0 +1,416 @@
+"""The three stages as one run folder: pretrain -> finetune -> distill -> what came of it.
+
+A finished stage is skipped, a broken one goes on from its last checkpoint; the same command does both. The only file
+that knows all three stages.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import resource
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fewlabels import plan, runtime
+from fewlabels.config import Schedule
+from fewlabels.data import views
+from fewlabels.data.loader import Batch
+from fewlabels.errors import DataError, FewlabelsError, RunAgain, Stopped, UsageError
+from fewlabels.model.encoder import encoder as build_encoder
+from fewlabels.model.heads import Classifier, ProjectionHead
+from fewlabels.prepare import (
+    Asked,
+    Prepared,
+    check_resumable,
+    explain,
+    identity,
+    open_images,
+    parse_budget,
+    prepare,
+    stages_to_run,
+    write_resolved,
+)
+from fewlabels.runfolder import Interrupts, RunFolder, duration, metrics, read_json, say
+from fewlabels.stages import runner
+from fewlabels.stages.distill import Distill
+from fewlabels.stages.finetune import Finetune
+from fewlabels.stages.loop import Stage
+from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum, View
+from fewlabels.stages.runner import Job, Workplace
+from fewlabels.use import artefact, compare, report
+from fewlabels.use.artefact import Card
+from fewlabels.use.predict import Model, load
+
+T = TypeVar("T", bound=nn.Module)
+
+# Independent streams of random numbers, so that no stage sees another's views
+STREAMS = {"pretrain": 1, "finetune": 2, "distill": 3, "supervised": 4, "distill_self": 5}
+LEAST_BASELINE_STEPS = 300  # the supervised baseline starts from nothing: give it time, however short finetuning is
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what is in it."""
+
+    path: Path
+
+    @property
+    def model(self) -> Model:
+        """The deployable classifier."""
+        return load(self.path)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """results.json: the table of methods, and the final model's measurements on held-out images."""
+        found = read_json(self.path / "results.json")
+        if found is None:
+            raise RunAgain(f"{self.path} has no results yet", fix="run the same command again to finish it")
+        return found
+
+    def report(self) -> Path:
+        """Write report.html anew and return its path."""
+        return report.write(self.path)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The logged scalars of every stage, in order."""
+        return metrics(self.path)
+
+
+def fit(
+    images: Any, labels: Any = None, *, out: str | Path, recipe: str = "auto", test: Any = None,
+    student: str | None = None, budget: str | float | None = None, seed: int = 0, device: str = "auto",
+    keep_labels: str | int | None = None, max_bad: float = 0.05, until: str = "distill", **overrides: Any,
+) -> Run:  # fmt: skip
+    """Pretrain, fine-tune and distill on images, in the run folder `out`; call it again to resume.
+
+    images: folder, labels CSV, parquet, npz, numpy uint8 (N, H, W[, 3]) or list of paths.
+    labels: CSV path or one label an image; -1, None or "" = unlabeled. Without labels only stage 1 runs.
+    test: held-out images with labels, in any of these forms; never seen by any stage.
+    student: the encoder to deploy ("resnet18_0.25x", "timm:NAME"); None = the same network.
+    budget: "30m", "2h" or minutes: the schedule is fitted to the measured speed.
+    keep_labels: "1%" or a number: use only so many of the labels, chosen evenly over classes by the seed.
+    max_bad: the share of unreadable images that stops the run before training.
+    until: "pretrain", "finetune" or "distill": the last stage to run.
+    overrides: recipe values, e.g. size=64, pretrain={"epochs": 20}.
+    Raises a FewlabelsError for every fault a user can mend.
+    """
+    asked = Asked(
+        images=images, labels=labels, out=Path(out), recipe=recipe, test=test, student=student,
+        budget=parse_budget(budget), seed=seed, device=device, keep_labels=keep_labels, max_bad=max_bad,
+        until=until, overrides=overrides,
+    )  # fmt: skip
+    return run(asked)
+
+
+def run(asked: Asked) -> Run:
+    """Do what was asked, from wherever the run folder stands."""
+    if asked.until not in plan.STAGES:
+        raise UsageError(f'until "{asked.until}" is not a stage', fix=f"use one of {', '.join(plan.STAGES)}")
+    device = runtime.start(asked.device)
+    source = open_images(asked)
+    folder = RunFolder(asked.out)
+    with Interrupts().watching() as interrupts, folder.locked():
+        try:
+            folder.status("running", "prepare")
+            _run_stages(asked, folder, prepare(asked, source, folder, device), interrupts)
+        except Stopped as stop:
+            folder.status("stopped", reason=stop.what)
+            raise
+        except FewlabelsError as error:
+            folder.status("failed", reason=error.what)
+            raise
+    return Run(asked.out)
+
+
+def check(asked: Asked) -> dict[str, Any]:
+    """What a run would understand, do and cost, found out in a temporary folder; changes nothing.
+
+    Returns lines (text), understood, seconds (for each stage, measured), disk_mb and memory_mb (of this process).
+    """
+    device = runtime.start(asked.device)
+    source = open_images(asked)
+    with tempfile.TemporaryDirectory(prefix="fewlabels-check-") as temporary, Interrupts().watching() as interrupts:
+        folder = RunFolder(Path(temporary))
+        prepared = prepare(asked, source, folder, device)
+        prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
+        per_step = Worker(prepared, interrupts).seconds_per_step()
+        seconds = {s: prepared.derived(s).total_steps * per_step[s] for s in stages_to_run(prepared)}
+        store = sum(file.stat().st_size for file in folder.data.rglob("*")) / 1e6
+        found = explain(prepared, sums)
+        bad = (folder.path / "bad_images.csv").read_text(encoding="utf-8").splitlines()[1:]
+    weights = 4e-6 * sum(p.numel() for p in build_encoder(prepared.recipe.encoder).parameters())
+    disk = store + weights * 3 * 2 * len(seconds)  # weights and two slots of the optimizer, two checkpoints a stage
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    lines = [prepared.dataset.understood.line(), *prepared.dataset.understood.notes]
+    lines += [f"unreadable: {line}" for line in bad[:20]] + found
+    lines += [f"{name}: about {duration(value)} at the measured speed" for name, value in seconds.items()]
+    lines += [f"about {duration(sum(seconds.values()))} in all, {memory:,.0f} MB of memory, {disk:,.0f} MB of disk"]
+    return {
+        "lines": lines, "understood": prepared.dataset.understood.as_dict(), "seconds": seconds, "disk_mb": disk,
+        "memory_mb": memory,
+    }  # fmt: skip
+
+
+def _run_stages(
+    asked: Asked, folder: RunFolder, prepared: Prepared, interrupts: Interrupts
+) -> None:
+    stages = stages_to_run(prepared)
+    if asked.until not in stages:
+        if asked.until != "distill":
+            raise DataError(f"{asked.until} needs labels and there are none", fix="give labels with --labels")
+        say("  note: no labels: only pretraining runs; give labels later with the same --out")
+    stages = stages[: stages.index(asked.until) + 1] if asked.until in stages else stages
+    known = folder.resolved()
+    fresh = known is None or known["asked"] != asked.wishes()
+    sums: list[str] = known["budget"] if known and not fresh else []
+    if fresh:
+        prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
+    check_resumable(prepared)
+    write_resolved(prepared, asked, sums)
+    worker = Worker(prepared, interrupts)
+    for stage in stages:
+        getattr(worker, stage)()
+    if "finetune" in stages:
+        worker.supervised()
+    folder.status("running", "report")
+    with runtime.main_first():
+        if runtime.is_main():
+            _publish(prepared, worker, "distill" if "distill" in stages else stages[-1])
+    folder.status("finished")
+    say(f"report: {folder.report}")
+
+
+def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Prepared, list[str]]:
+    """The schedule within asked.budget; without one, `auto` on a CPU stays within an hour. And the sums behind it."""
+    cut_only = asked.budget is None
+    if cut_only and not (asked.recipe == "auto" and prepared.device.type == "cpu"):
+        return prepared, []
+    seconds = plan.CPU_MINUTES * 60 if asked.budget is None else asked.budget
+    per_step = worker.seconds_per_step()
+    needed = sum(prepared.derived(s).total_steps * per_step[s] for s in stages_to_run(prepared))
+    if cut_only and needed < plan.TRAINING_SHARE * seconds:
+        return prepared, []
+    if cut_only:
+        say(f"  the full schedule would take {duration(needed)} here; `auto` on a CPU keeps to an hour (see --budget)")
+    recipe, sums = plan.fit_budget(prepared.recipe, prepared.images, seconds, per_step, runtime.world_size())
+    for stage in ("pretrain", "distill"):
+        if "epochs" in asked.overrides.get(stage, {}):  # a number given in words stays
+            recipe = replace(recipe, **{stage: getattr(prepared.recipe, stage)})
+    return replace(prepared, recipe=recipe), sums
+
+
+def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
+    """The table, the artefact and the report, from trained networks."""
+    recipe, path = prepared.recipe, prepared.folder.path
+    pretrained = worker.pretrain()
+    results, arrays = compare.compare(
+        prepared.dataset, (pretrained.encoder, pretrained.head), worker.classifiers, final, prepared.setting
+    )
+    compare.write(path, results, arrays)
+    if final in worker.classifiers:
+        student = recipe.distill.student if final == "distill" else None
+        card = Card(
+            encoder=student or recipe.encoder,
+            stem=None,
+            tap=recipe.finetune.tap if final == "finetune" else 0,
+            head_layers=recipe.pretrain.head_layers,
+            classes=prepared.dataset.classes,
+            size=recipe.size,
+            kind=recipe.kind,
+            canvas=prepared.dataset.store.canvas,
+            metrics=results["measurement"],
+            training={
+                "recipe": recipe.name, "images": len(prepared.dataset.train), "labels": len(prepared.dataset.labeled),
+                "seed": prepared.seed,
+            },
+        )  # fmt: skip
+        artefact.save(prepared.folder.model, worker.classifiers[final], card)
+    report.write(path)
+
+
+class Worker:
+    """Builds the networks of a run and trains each stage, resuming what is there. A stage runs once, then is kept."""
+
+    def __init__(self, prepared: Prepared, interrupts: Interrupts) -> None:
+        self.prepared = prepared
+        self.recipe, self.device, self.dataset = prepared.recipe, prepared.device, prepared.dataset
+        self.workplace = Workplace(prepared.folder, prepared.dataset, prepared.device, prepared.precision, interrupts)
+        self.pretrained: Pretrain | None = None
+        self.classifiers: dict[str, Classifier] = {}
+
+    # --- networks ---
+
+    def _seeded(self, stage: str, build: Callable[[], T]) -> T:
+        """build() with initial weights that depend on the seed and the stage only."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.prepared.seed * 1000 + STREAMS[stage])
+            module = build()
+        self.prepared.precision.layout(module.to(self.device))
+        return module
+
+    def _view(self, stage: str) -> View:
+        """The views of a stage, as a function of a batch and the view's number."""
+        recipe, seed = self.recipe, self.prepared.seed + (STREAMS[stage] << 32)
+        shared = {"size": recipe.size, "seed": seed, "kind": recipe.kind}
+        pretraining = {"strength": recipe.pretrain.strength, "blur": recipe.pretrain.blur}
+        make = (
+            functools.partial(views.pretrain, **shared, **pretraining)
+            if stage == "pretrain"
+            else (functools.partial(views.finetune, **shared))
+        )
+        layout = torch.channels_last if self.prepared.precision.channels_last else torch.contiguous_format
+
+        def view(batch: Batch, number: int) -> Tensor:
+            made = make(batch.pixels, batch.extent, batch.ids, epoch=batch.epoch, view=number)
+            return made.contiguous(memory_format=layout)
+
+        return view
+
+    def _pretrain_stage(self) -> Pretrain:
+        settings = self.recipe.pretrain
+
+        def build() -> Pretrain:
+            network = build_encoder(self.recipe.encoder)
+            head = ProjectionHead(network.feature_dim, settings.head_out, settings.head_layers)
+            view = self._view("pretrain")
+            if not settings.momentum:
+                return Pretrain(network, head, view=view, temperature=settings.temperature)
+            return PretrainWithMomentum(
+                network, head, view=view, temperature=settings.temperature, momentum=settings.momentum,
+                queue=settings.queue,
+            )  # fmt: skip
+
+        return self._seeded("pretrain", build)
+
+    def _teacher(self, stage: str, pretrained: Pretrain) -> Classifier:
+        """A copy of the encoder and the kept layers of the head, with a classifier at zero."""
+        tap, classes = self.recipe.finetune.tap, self.dataset.num_classes
+
+        def build() -> Classifier:
+            encoder, head = copy.deepcopy(pretrained.encoder), copy.deepcopy(pretrained.head)
+            return Classifier(encoder, head if tap else None, tap=tap, num_classes=classes)
+
+        return self._seeded(stage, build)
+
+    def _student(self, stage: str, name: str | None, pretrained: Pretrain) -> Classifier:
+        """The student: an encoder with a classifier on it, no projection head."""
+        same = name is None or name == self.recipe.encoder
+
+        def build() -> Classifier:
+            if same and self.recipe.distill.start == "pretrained":
+                network = copy.deepcopy(pretrained.encoder)
+            else:
+                network = build_encoder(name or self.recipe.encoder)
+            return Classifier(network, None, tap=0, num_classes=self.dataset.num_classes)
+
+        return self._seeded(stage, build)
+
+    # --- stages ---
+
+    def pretrain(self) -> Pretrain:
+        """Stage 1 on all training images."""
+        if self.pretrained is None:
+            stage = self._pretrain_stage()
+            self._train("pretrain", stage)
+            self.pretrained = stage
+        return self.pretrained
+
+    def finetune(self) -> Classifier:
+        """Stage 2 on the labeled training images."""
+        if "finetune" not in self.classifiers:
+            network = self._teacher("finetune", self.pretrain())
+            network.encoder.freeze(self.recipe.finetune.freeze_below)
+            stage = Finetune(network, view=self._view("finetune"))
+            self._train("finetune", stage)
+            self.classifiers["finetune"] = network
+        return self.classifiers["finetune"]
+
+    def distill(self) -> Classifier:
+        """Stage 3 on all training images: into the same network, and from there into a smaller one if asked."""
+        student = self.recipe.distill.student
+        if student is None:
+            return self._distill("distill", self.finetune(), None)
+        teacher = (
+            self._distill("distill_self", self.finetune(), None)
+            if self.recipe.distill.self_first
+            else (self.finetune())
+        )
+        return self._distill("distill", teacher, student)
+
+    def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:
+        if name not in self.classifiers:
+            network, settings = self._student(name, student, self.pretrain()), self.recipe.distill
+            stage = Distill(
+                teacher, network, view=self._view(name), temperature=settings.temperature,
+                label_weight=settings.label_weight,
+            )  # fmt: skip
+            self._train(name, stage)
+            self.classifiers[name] = network
+        return self.classifiers[name]
+
+    def supervised(self) -> Classifier:
+        """The baseline: the same network from random weights, on the labels alone."""
+        if "supervised" not in self.classifiers:
+            network = self._teacher("supervised", self._pretrain_stage())
+            stage = Finetune(network, view=self._view("supervised"))
+            self._train("supervised", stage)
+            self.classifiers["supervised"] = network
+        return self.classifiers["supervised"]
+
+    def baseline_schedule(self) -> Schedule:
+        """Nesterov SGD with the paper's supervised settings, at least LEAST_BASELINE_STEPS long."""
+        derived = self.prepared.derived("finetune")
+        steps = max(LEAST_BASELINE_STEPS, derived.total_steps)
+        return Schedule(
+            epochs=steps * derived.batch / derived.images, batch=derived.batch, optimizer="sgd",
+            learning_rate=0.1, scaling="linear", warmup=0.1, weight_decay=1e-4,
+        )  # fmt: skip
+
+    # --- training ---
+
+    def _job(self, name: str, stage: Stage) -> Job:
+        """What running this stage means: its images, its schedule, and whose result it is."""
+        kind = "distill" if name == "distill_self" else name
+        schedule = self.baseline_schedule() if name == "supervised" else getattr(self.recipe, kind)
+        labeled_only = name in ("finetune", "supervised")
+        return Job(
+            name=name,
+            stage=stage,
+            schedule=schedule,
+            ids=self.dataset.labeled if labeled_only else self.dataset.train,
+            seed=self.prepared.seed + (STREAMS[name] << 32),
+            identity=identity(self.prepared, name),
+            scores=self._feature_scores if name == "pretrain" and len(self.dataset.labeled) else None,
+        )
+
+    def _train(self, name: str, stage: Stage) -> None:
+        runner.run(self._job(name, stage), self.workplace)
+
+    def _feature_scores(self, stage: Stage) -> dict[str, float]:
+        """kNN and linear accuracy on frozen features of labeled training images, left out in turn."""
+        assert isinstance(stage, Pretrain)
+        return compare.feature_scores(self.dataset, stage.encoder, self.prepared.setting)
+
+    def seconds_per_step(self) -> dict[str, float]:
+        """Measured seconds a step of every stage, on throwaway networks; rank 0's word counts."""
+        stage = self._pretrain_stage()
+        throwaways: dict[str, Stage] = {"pretrain": stage}
+        if len(self.dataset.labeled) >= 2 * runtime.world_size():
+            teacher = self._teacher("finetune", stage)
+            # The student of the last stage where there is one: with self_first the bigger one costs more
+            first = None if self.recipe.distill.self_first else self.recipe.distill.student
+            student = self._student("distill", first, stage)
+            throwaways["finetune"] = Finetune(self._teacher("finetune", stage), view=self._view("finetune"))
+            throwaways["distill"] = Distill(teacher, student, view=self._view("distill"), temperature=1.0)
+        measured = {
+            name: runner.seconds_per_step(self._job(name, throwaway), self.workplace)
+            for name, throwaway in throwaways.items()
+        }
+        return runtime.from_main(measured)

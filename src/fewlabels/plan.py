@@ -1,0 +1,125 @@
+"""The derived numbers: from a recipe and the facts to what each stage will do, each number as an equation.
+
+The user speaks epochs and base learning rates, the loop speaks steps; this file is the one place that translates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from fewlabels.config import Recipe, Schedule
+from fewlabels.errors import UsageError
+from fewlabels.model import optim
+from fewlabels.recipes import Facts
+
+STAGES = ("pretrain", "finetune", "distill")
+CPU_MINUTES = 60.0  # what `auto` allows itself without --budget on a CPU
+TRAINING_SHARE = 0.9  # of a budget; the rest is for reading images, evaluation and the report
+MOST_EPOCHS = {"pretrain": 1000.0, "distill": 600.0}  # a bigger budget than these need is not spent
+
+
+@dataclass(frozen=True)
+class Derived:
+    """One stage's numbers."""
+
+    images: int
+    batch: int
+    total_steps: int
+    warmup_steps: int
+    peak: float  # learning rate
+
+    def learning_rate(self, step: int) -> float:
+        """Of the update after `step` finished ones: linear from 0, then half a cosine to 0."""
+        return optim.learning_rate(step, peak=self.peak, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+
+
+def fitted_batch(batch: int, images: int, ranks: int) -> int:
+    """batch, lowered to the images there are and to a multiple of the ranks."""
+    return max(ranks, min(batch, images) // ranks * ranks)
+
+
+def derive(schedule: Schedule, images: int, ranks: int) -> Derived:
+    """What a stage with this schedule does on that many images."""
+    if images < 2 * ranks:
+        raise UsageError(
+            f"{images} images are too few for {ranks} processes",
+            why="batch norm needs at least two images on every process",
+            fix="give more images or fewer processes",
+        )
+    batch = fitted_batch(schedule.batch, images, ranks)
+    return Derived(
+        images=images,
+        batch=batch,
+        total_steps=optim.total_steps(images, schedule.epochs, batch),
+        warmup_steps=optim.warmup_steps(images, schedule.warmup * schedule.epochs, batch),
+        peak=optim.peak_learning_rate(schedule.learning_rate, batch, schedule.scaling),
+    )
+
+
+def equations(stage: str, schedule: Schedule, derived: Derived, ranks: int) -> list[str]:
+    """The derived numbers, as a person would check them."""
+    scaled = {
+        "sqrt": f"{schedule.learning_rate:g} x sqrt({derived.batch})",
+        "linear": f"{schedule.learning_rate:g} x {derived.batch} / 256",
+        "none": f"{schedule.learning_rate:g}",
+    }[schedule.scaling]
+    lines = []
+    if derived.batch != schedule.batch:
+        lines.append(
+            f"{stage}: batch {derived.batch} = the largest multiple of {ranks} within "
+            f"min({schedule.batch} asked, {derived.images:,} images)"
+        )
+    elif ranks > 1:
+        lines.append(f"{stage}: batch {derived.batch} = {ranks} processes x {derived.batch // ranks}")
+    return [
+        *lines,
+        f"{stage}: steps {derived.total_steps:,} = {derived.images:,} images x {schedule.epochs:g} epochs "
+        f"// {derived.batch} + 1",
+        f"{stage}: peak learning rate {derived.peak:.4g} = {scaled} ({schedule.optimizer}), "
+        f"after {derived.warmup_steps:,} warm-up steps = {schedule.warmup:g} of the schedule",
+    ]
+
+
+def reasons(recipe: Recipe, facts: Facts) -> list[str]:
+    """Why the recipe looks as it does."""
+    machine = "a GPU" if facts.on_gpu else f"{facts.threads} CPU threads"
+    colour = "gray" if facts.gray else "colour"
+    return [
+        f"encoder {recipe.encoder}, views of {recipe.size} px: images of about {facts.side} px on {machine}",
+        f"views of kind {recipe.kind}: {colour} images of {facts.side} px",
+        f"finetune from layer {recipe.finetune.tap} of the head: {facts.labeled:,} labels in {facts.classes} classes",
+        f"distill into {recipe.distill.student or 'the same network'}",
+    ]
+
+
+def fit_budget(
+    recipe: Recipe, images: dict[str, int], seconds: float, per_step: dict[str, float], ranks: int
+) -> tuple[Recipe, list[str]]:
+    """recipe with its pretraining and distillation cut or stretched to `seconds`, and the sums behind it.
+
+    per_step: measured seconds a step of each stage. Fine-tuning (and the supervised baseline, which costs the same)
+    keeps its length; of the rest 7 : 3 go to pretraining and distillation.
+    """
+    finetune = derive(recipe.finetune, images["finetune"], ranks) if images["finetune"] >= 2 * ranks else None
+    fixed = 2 * finetune.total_steps * per_step["finetune"] if finetune else 0.0
+    left = TRAINING_SHARE * seconds - fixed
+    if left <= 0.1 * seconds:
+        raise UsageError(
+            f"a budget of {seconds / 60:.3g} minutes is too small: fine-tuning and its baseline alone take "
+            f"{fixed / 60:.2g} minutes at the measured speed",
+            fix=f"give at least {math.ceil(fixed / 60 * 2 + 1)} minutes, or lower finetune.epochs",
+        )
+    shares = {"pretrain": 0.7, "distill": 0.3} if finetune else {"pretrain": 1.0}
+    sums, sections = [], {}
+    for stage, share in shares.items():
+        schedule: Schedule = getattr(recipe, stage)
+        batch = fitted_batch(schedule.batch, images[stage], ranks)
+        an_epoch = images[stage] / batch * per_step[stage]
+        epochs = min(MOST_EPOCHS[stage], max(1.0, round(share * left / an_epoch, 1)))
+        sums.append(
+            f"{stage}: {epochs:g} epochs = {share:g} x {left:,.0f} s // ({images[stage]:,} / {batch} steps "
+            f"x {per_step[stage] * 1000:.3g} ms), at most {MOST_EPOCHS[stage]:g}"
+        )
+        sections[stage] = replace(schedule, epochs=epochs)
+    return replace(recipe, **sections), sums  # type: ignore[arg-type]

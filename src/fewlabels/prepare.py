@@ -1,0 +1,383 @@
+"""From what was asked to what will be done: images understood and stored, the recipe resolved, every number derived.
+
+Nothing here trains. `fewlabels check` ends after it; `pipeline.py` goes on from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fewlabels
+from fewlabels import checkpoint, config, plan, recipes, runtime
+from fewlabels.config import Recipe
+from fewlabels.data import decode, labels, pixels
+from fewlabels.data.labels import Dataset
+from fewlabels.data.sources import Source, open_source
+from fewlabels.errors import CannotCreate, MissingInput, UsageError
+from fewlabels.recipes import Facts
+from fewlabels.runfolder import RunFolder, say
+from fewlabels.use import compare
+
+SURVEYED = 32  # images looked at to choose a recipe, spread over the first SURVEYED * 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the user asked for, in one place for both faces."""
+
+    images: Any
+    labels: Any = None
+    out: Path
+    recipe: str = "auto"
+    test: Any = None
+    student: str | None = None
+    budget: float | None = None  # seconds
+    seed: int = 0
+    device: str = "auto"
+    keep_labels: str | int | None = None
+    max_bad: float = 0.05
+    until: str = "distill"
+    command: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def inputs(self) -> dict[str, str | None]:
+        """Paths that a later command on the same run folder may leave out."""
+        found = {"images": self.images, "labels": self.labels, "test": self.test}
+        return {name: str(value) if isinstance(value, str | Path) else None for name, value in found.items()}
+
+    def wishes(self) -> dict[str, Any]:
+        """What decides the recipe, as plain values."""
+        return {
+            "recipe": self.recipe,
+            "student": self.student,
+            "budget": self.budget,
+            "seed": self.seed,
+            "keep_labels": self.keep_labels,
+            "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything the stages need."""
+
+    folder: RunFolder
+    dataset: Dataset
+    facts: Facts
+    recipe: Recipe
+    device: torch.device
+    precision: runtime.Precision
+    seed: int
+
+    @property
+    def setting(self) -> compare.Setting:
+        """How features and predictions are computed."""
+        return compare.Setting(self.recipe.size, self.recipe.kind, self.device, self.precision)
+
+    @property
+    def images(self) -> dict[str, int]:
+        """How many images each stage trains on."""
+        train, labeled = len(self.dataset.train), len(self.dataset.labeled)
+        return {"pretrain": train, "finetune": labeled, "distill": train}
+
+    def derived(self, stage: str) -> plan.Derived:
+        """The numbers of one stage."""
+        return plan.derive(getattr(self.recipe, stage), self.images[stage], runtime.world_size())
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+def survey(source: Source) -> tuple[int, bool]:
+    """The usual longest side of the images, and whether they are gray, from a few of them."""
+    sides, gray = [], []
+    for payload in islice(source.payloads(), 0, SURVEYED * 8, 8):
+        try:
+            image = decode.decode(payload)  # (H, W, 3) uint8
+        except decode.BadPicture:
+            continue
+        sides.append(max(image.shape[:2]))
+        spread = image.max(axis=2).astype(np.int16) - image.min(axis=2)
+        gray.append(float(np.mean(spread > 8)) < 0.01)  # JPEG's chroma noise stays below 8 levels
+    return (int(np.median(sides)), bool(np.mean(gray) > 0.95)) if sides else (32, False)
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 of the source's names, labels and splits: whether a stored decoding may be used again."""
+    digest = hashlib.sha256()
+    for row in zip(source.names, source.labels, source.splits, strict=True):
+        digest.update("\0".join(str(value) for value in row).encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
+def store_images(source: Source, folder: RunFolder, working_size: int | None, max_bad: float) -> Dataset:
+    """Decode once into RUN/data (or use what is there), and join pixels with labels."""
+    about = {"fingerprint": fingerprint(source), "working_size": working_size}
+    note = folder.path / "data.json"
+    with runtime.main_first():
+        if runtime.is_main() and not _stored(folder, note, about):
+            say(f"reading {source.description} ...")
+            _, kept, bad = pixels.build(
+                source,
+                folder.data,
+                working_size=working_size,
+                max_bad_share=max_bad,
+                threads=runtime.threads(),
+                bad_csv=folder.path / "bad_images.csv",
+            )
+            checkpoint.write_json(note, about | {"kept": kept.tolist(), "unreadable": [asdict(b) for b in bad]})
+    facts = _read_note(note)
+    store = pixels.open_store(folder.data)
+    bad = [pixels.BadImage(**b) for b in facts["unreadable"]]
+    return labels.assemble(source, store, np.asarray(facts["kept"], dtype=np.int64), bad)
+
+
+def _read_note(note: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    return found
+
+
+def _stored(folder: RunFolder, note: Path, about: Mapping[str, Any]) -> bool:
+    if not (note.exists() and folder.data.exists()):
+        return False
+    before = _read_note(note)
+    return all(before.get(name) == value for name, value in about.items())
+
+
+# --- the recipe --------------------------------------------------------------------------------------------------
+
+
+def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: set[str]) -> Recipe:
+    """The recipe as it will be run. The same command gets its stored recipe; stages already begun keep theirs."""
+    if stored and stored["asked"] == asked.wishes():
+        return config.from_dict(stored["recipe"])
+    recipe = _named(asked.recipe, facts)
+    if stored and begun:
+        before = config.from_dict(stored["recipe"])
+        kept = {stage: getattr(before, stage) for stage in begun if stage in config.SECTIONS}
+        top = {name: getattr(before, name) for name in ("encoder", "size", "kind", "working_size", "precision")}
+        recipe = replace(recipe, **kept, **top)
+    if asked.student is not None:
+        recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
+    return config.override(recipe, asked.overrides)
+
+
+def _named(name: str, facts: Facts) -> Recipe:
+    if name.endswith(".toml"):
+        return config.override(recipes.best(facts), config.read_toml(Path(name)))
+    return recipes.named(name, facts)
+
+
+def begun_stages(folder: RunFolder) -> set[str]:
+    """The stages that have saved something."""
+    return {stage for stage in plan.STAGES if any(folder.stage(stage).glob("step-*"))}
+
+
+def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
+    """What decides the result of a stage: equal identities mean that its checkpoint belongs to this run."""
+    recipe, dataset = prepared.recipe, prepared.dataset
+    facts: dict[str, Any] = {
+        "images": hashlib.sha256(dataset.store.hashes[dataset.train].tobytes()).hexdigest()[:16],
+        "seed": prepared.seed,
+        "size": recipe.size,
+        "kind": recipe.kind,
+        "encoder": recipe.encoder,
+        "precision": prepared.precision.name,
+        "pretrain": asdict(recipe.pretrain),
+    }
+    if stage != "pretrain":
+        labeled = dataset.labels[dataset.train].tobytes() + "\0".join(dataset.classes).encode()
+        facts |= {"labels": hashlib.sha256(labeled).hexdigest()[:16], "finetune": asdict(recipe.finetune)}
+    if stage in ("distill", "distill_self"):
+        facts["distill"] = asdict(recipe.distill)
+    return facts
+
+
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str, folder: Path) -> None:
+    """Refuse a checkpoint of another run, naming every difference."""
+    flat_before, flat_now = _flat(before), _flat(now)
+    differences = [
+        f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"
+        for name in sorted(flat_before.keys() | flat_now.keys())
+        if flat_before.get(name) != flat_now.get(name)
+    ]
+    if differences:
+        raise CannotCreate(
+            f"{folder} holds another run's {stage} stage",
+            details=differences,
+            why="going on would mix two runs; nothing was changed",
+            fix="give a new --out for the new settings, or repeat the command that made this folder",
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+# --- all of it ---------------------------------------------------------------------------------------------------
+
+
+def open_images(asked: Asked) -> Source:
+    """The source, checked as far as that goes without decoding."""
+    if asked.images is None:
+        raise MissingInput("no images were given", fix="give a folder, a CSV, a parquet or npz file, or an array")
+    return open_source(asked.images, asked.labels, test=asked.test)
+
+
+def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.device) -> Prepared:
+    """Understand the images, resolve the recipe, and say both."""
+    stored, begun = folder.resolved(), begun_stages(folder)
+    side, gray = survey(source)
+    rough = Facts(
+        images=sum(split == "train" for split in source.splits),
+        labeled=sum(s == "train" and y is not None for s, y in zip(source.splits, source.labels, strict=True)),
+        classes=len({y for y in source.labels if y is not None}),
+        side=side,
+        gray=gray,
+        on_gpu=device.type == "cuda",
+        threads=runtime.threads(),
+    )
+    working_size = resolve(asked, rough, stored, begun).working_size
+    dataset = store_images(source, folder, working_size, asked.max_bad)
+    if asked.keep_labels is not None:
+        dataset = labels.keep_labels(dataset, asked.keep_labels, asked.seed)
+    say(dataset.understood.line())
+    for remark in dataset.understood.notes:
+        say(f"  note: {remark}")
+    facts = replace(rough, images=len(dataset.train), labeled=len(dataset.labeled), classes=len(dataset.classes))
+    recipe = resolve(asked, facts, stored, begun)
+    precision = runtime.precision(device, recipe.precision)
+    return Prepared(folder, dataset, facts, recipe, device, precision, asked.seed)
+
+
+def check_resumable(prepared: Prepared) -> None:
+    """Refuse, before anything is done, a folder whose stages belong to another run."""
+    for stage in ("pretrain", "finetune", "supervised", "distill_self", "distill"):
+        saved, _ = checkpoint.latest(prepared.folder.stage(stage))
+        if saved is not None:
+            check_identity(saved.values["identity"], identity(prepared, stage), stage, prepared.folder.path)
+
+
+def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
+    """recipe.toml and resolved.json: what was asked and what will be run."""
+    if not runtime.is_main():
+        return
+    recipe, understood = prepared.recipe, prepared.dataset.understood
+    for line in explain(prepared, sums):
+        say(f"  {line}")
+    checkpoint.write_text(prepared.folder.path / "recipe.toml", config.to_toml(recipe))
+    checkpoint.write_json(
+        prepared.folder.resolved_file,
+        {
+            "format_version": checkpoint.FORMAT_VERSION,
+            "command": asked.command or "fewlabels.fit(...)",
+            "asked": asked.wishes(),
+            "inputs": asked.inputs(),
+            "recipe": config.as_dict(recipe),
+            "equations": sums + equations(prepared),
+            "budget": sums,
+            "why": plan.reasons(recipe, prepared.facts),
+            "derived": {s: asdict(prepared.derived(s)) for s in stages_to_run(prepared)},
+            "versions": versions(),
+            "device": device_name(prepared.device),
+            "precision": prepared.precision.name,
+            "threads": torch.get_num_threads(),
+            "ranks": runtime.world_size(),
+            "seed": prepared.seed,
+            "understood": understood.as_dict() | {"line": understood.line()},
+        },
+    )
+
+
+def equations(prepared: Prepared) -> list[str]:
+    """Every derived number of every stage that will run."""
+    return [
+        line
+        for stage in stages_to_run(prepared)
+        for line in plan.equations(
+            stage, getattr(prepared.recipe, stage), prepared.derived(stage), runtime.world_size()
+        )
+    ]
+
+
+def explain(prepared: Prepared, sums: list[str]) -> list[str]:
+    """Why the recipe looks as it does, and what follows from it."""
+    return plan.reasons(prepared.recipe, prepared.facts) + sums + equations(prepared)
+
+
+def stages_to_run(prepared: Prepared) -> list[str]:
+    """All three stages, or only pretraining while there are no labels."""
+    return list(plan.STAGES) if len(prepared.dataset.labeled) else ["pretrain"]
+
+
+def versions() -> dict[str, str]:
+    """What ran, for resolved.json and bug reports."""
+    return {
+        "fewlabels": fewlabels.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {runtime.threads()} threads ({platform.machine()})"
+
+
+def parse_budget(text: str | float | None) -> float | None:
+    """Seconds from "90s", "30m", "2h" or a number of minutes."""
+    if text is None:
+        return None
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    word = str(text).strip().lower()
+    number, unit = (word[:-1], word[-1]) if word[-1:] in units else (word, "m")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = float("nan")
+    if not seconds > 0 or seconds == float("inf"):
+        raise UsageError(f'budget "{text}" is not a duration', fix='write "90s", "30m" or "2h"')
+    return seconds
+
+
+def asked_on_command_line(**values: Any) -> Asked:
+    """Asked from the words of a command line. Images, labels and test left out are those that the run folder knows."""
+    out = Path(values["out"])
+    known = (RunFolder(out).resolved() or {}).get("inputs", {})
+    for name in ("images", "labels", "test"):
+        if values.get(name) is None:
+            values[name] = known.get(name)
+    keep = values.get("keep_labels")
+    if keep is not None and keep.isdecimal():
+        values["keep_labels"] = int(keep)
+    values["budget"] = parse_budget(values.get("budget"))
+    return Asked(**{**values, "out": out, "command": command_line()})
+
+
+def command_line() -> str:
+    """This process's command, to be pasted again."""
+    program = "fewlabels" if Path(sys.argv[0]).name in ("fewlabels", "__main__.py") else Path(sys.argv[0]).name
+    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m " if "WORLD_SIZE" in os.environ else ""
+    return launcher + shlex.join([program, *sys.argv[1:]])

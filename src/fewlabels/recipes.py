@@ -1,0 +1,228 @@
+"""Named recipes, each a function of the facts that can be read aloud. `auto` chooses.
+
+A recipe returns numbers as they are asked for; what follows from them (steps, peak learning rate) is in plan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fewlabels.config import DistillRecipe, FinetuneRecipe, PretrainRecipe, Recipe
+from fewlabels.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe may know: the data and the machine, before anything is decoded."""
+
+    images: int  # training images, labeled or not
+    labeled: int
+    classes: int
+    side: int  # the usual longest side of the images in pixels
+    gray: bool  # the three channels are equal
+    on_gpu: bool
+    threads: int
+
+
+def digits(facts: Facts) -> Recipe:
+    """`fewlabels demo`: scikit-learn's digits, a fixed schedule that two CPU cores finish in about two minutes."""
+    return Recipe(
+        name="digits",
+        encoder="resnet18_0.25x_small",
+        size=16,
+        kind="glyph",
+        pretrain=PretrainRecipe(
+            epochs=60, batch=256, optimizer="adamw", learning_rate=2e-3, scaling="none", warmup=0.1,
+            weight_decay=1e-4, temperature=0.2, strength=0.5, blur=False,
+        ),
+        finetune=_finetune(facts),
+        distill=DistillRecipe(
+            epochs=40, batch=128, optimizer="adamw", learning_rate=2e-3, scaling="none", warmup=0.05,
+            weight_decay=1e-4, temperature=1.0,
+        ),
+    )  # fmt: skip
+
+
+def smoke(facts: Facts) -> Recipe:
+    """Seconds, for tests: every stage runs, nothing is learned that is worth having."""
+    batch = max(2, min(16, facts.images))
+    return Recipe(
+        name="smoke",
+        encoder="resnet18_0.125x_small",
+        size=16,
+        kind=_kind(facts),
+        precision="fp32",
+        pretrain=PretrainRecipe(epochs=2, batch=batch, strength=0.5, blur=False, head_out=32),
+        finetune=FinetuneRecipe(epochs=4, batch=16, learning_rate=0.02, weight_decay=0.0, warmup=0.0),
+        distill=DistillRecipe(epochs=2, batch=batch),
+    )
+
+
+def simclrv2(facts: Facts) -> Recipe:
+    """The paper's method and settings (method.md sections 6 and 7), sized for the data.
+
+    Small images take the reference's CIFAR command (temperature 0.5, jitter 0.5, no blur, small stem); photos take
+    the ImageNet settings. Batch and epochs are what the data and the machine can carry; the learning rate follows
+    the batch by the paper's square root.
+    """
+    small = facts.side <= 48
+    size = _size(facts)
+    batch = _batch(facts)
+    return Recipe(
+        name="simclrv2",
+        encoder=_encoder(facts),
+        size=size,
+        kind="reference" if not facts.gray else _kind(facts),
+        working_size=None if small else _working_size(facts, size),
+        pretrain=PretrainRecipe(
+            epochs=800 if facts.on_gpu else 100,
+            batch=batch,
+            temperature=0.5 if small else 0.1,
+            strength=0.5 if small else 1.0,
+            blur=not small,
+            momentum=0.0,
+        ),
+        finetune=FinetuneRecipe(
+            # 60 epochs at 1 % of ImageNet's labels, 30 at 10 %: the fewer labels, the more epochs
+            epochs=60 if facts.labeled < 0.05 * facts.images else 30,
+            batch=_label_batch(facts),
+            learning_rate=0.005,
+            warmup=0.0,
+            weight_decay=0.0,
+            tap=1,
+        ),
+        distill=DistillRecipe(epochs=400 if facts.on_gpu else 50, batch=batch, temperature=0.1),
+    )
+
+
+def best(facts: Facts) -> Recipe:
+    """Ours: the paper's method with settings that measured better at few labels and small budgets.
+
+    Gentler views, a softer temperature, AdamW (no tuning of LARS for batches below 1,000), and a student that
+    starts from the pretrained encoder where it has the same shape.
+    """
+    base = simclrv2(facts)
+    return replace(
+        base,
+        name="best",
+        kind=_kind(facts),
+        pretrain=replace(
+            base.pretrain,
+            optimizer="adamw", learning_rate=2e-3, scaling="none", warmup=0.1,
+            temperature=0.2, strength=0.5, blur=base.size > 48,
+        ),
+        finetune=_finetune(facts),
+        distill=replace(
+            base.distill, optimizer="adamw", learning_rate=2e-3, scaling="none", temperature=1.0,
+        ),
+    )  # fmt: skip
+
+
+def auto(facts: Facts) -> Recipe:
+    """`best`, sized for the images, the labels and the machine. On a CPU its schedule is cut to an hour (plan.py)."""
+    return replace(best(facts), name="auto")
+
+
+def paper_imagenet(depth: int, width: int, *, selective_kernel: bool) -> Callable[[Facts], Recipe]:
+    """The paper's own settings for ImageNet (method.md section 6): 800 epochs at batch 4096 and 224 px, 128 TPU cores.
+
+    Fine-tuning is the 1 % setting; for 10 % of the labels set finetune.epochs to 30.
+    """
+    encoder = f"resnet{depth}" + (f"_{width}x" if width > 1 else "") + ("_sk" if selective_kernel else "")
+    plain = width == 1 and not selective_kernel
+
+    def recipe(_facts: Facts) -> Recipe:
+        return Recipe(
+            name=f"paper_imagenet_{encoder.removeprefix('resnet')}",
+            encoder=encoder,
+            size=224,
+            kind="reference",
+            working_size=320,
+            pretrain=PretrainRecipe(epochs=800, batch=4096, momentum=0.999, queue=65536),
+            finetune=FinetuneRecipe(
+                epochs=60, batch=1024, learning_rate=0.005 if plain else 0.002, warmup=0.0, weight_decay=0.0
+            ),
+            distill=DistillRecipe(epochs=400, batch=4096, temperature=0.1),
+        )
+
+    return recipe
+
+
+# The 13 architectures of the paper's Table 1
+_TABLE_1 = [(d, w, sk) for d in (50, 101, 152) for w in (1, 2) for sk in (False, True)] + [(152, 3, True)]
+RECIPES: dict[str, Callable[[Facts], Recipe]] = {
+    "auto": auto,
+    "best": best,
+    "simclrv2": simclrv2,
+    "digits": digits,
+    "smoke": smoke,
+} | {
+    f"paper_imagenet_{depth}" + (f"_{width}x" if width > 1 else "") + ("_sk" if sk else ""): paper_imagenet(
+        depth, width, selective_kernel=sk
+    )
+    for depth, width, sk in _TABLE_1
+}
+
+
+def named(name: str, facts: Facts) -> Recipe:
+    """The recipe called name, for these facts."""
+    if name not in RECIPES:
+        raise UsageError(
+            f'there is no recipe "{name}"{nearest(name, RECIPES)}',
+            fix=f"use one of {', '.join(n for n in RECIPES if not n.startswith('paper_'))}, paper_imagenet_*, "
+            "or the path of a .toml file",
+        )
+    return RECIPES[name](facts)
+
+
+# --- choices that several recipes share -----------------------------------------------------------------------
+
+
+def _kind(facts: Facts) -> str:
+    if not facts.gray:
+        return "photo"
+    return "glyph" if facts.side <= 32 else "gray"
+
+
+def _size(facts: Facts) -> int:
+    """Side of the views: the image's own below 33 px; then what a machine can afford."""
+    if facts.side <= 12:
+        return 16
+    if facts.side <= 48:
+        return facts.side
+    return min(224 if facts.on_gpu else 64, facts.side)
+
+
+def _working_size(facts: Facts, size: int) -> int:
+    # A crop of 40 % of the area has 0.63 of the side: 1.5 x the view's side keeps most crops from being enlarged
+    return min(facts.side, round(1.5 * size))
+
+
+def _encoder(facts: Facts) -> str:
+    if facts.on_gpu:
+        return "resnet50" if facts.side > 48 else "resnet18_small"
+    return "resnet18_0.5x" if facts.side > 48 else "resnet18_0.25x_small"
+
+
+def _batch(facts: Facts) -> int:
+    """A power of two, at most a quarter of the images and what the machine carries."""
+    most = 1024 if facts.on_gpu else 256
+    batch = 8
+    while batch * 2 <= min(most, facts.images // 4):
+        batch *= 2
+    return max(2, min(batch, facts.images))
+
+
+def _label_batch(facts: Facts) -> int:
+    return max(2, min(1024 if facts.on_gpu else 128, facts.labeled or 2))
+
+
+def _finetune(facts: Facts) -> FinetuneRecipe:
+    """Few labels: enough steps rather than epochs, so 20 labels get as many updates as 2,000."""
+    batch = max(2, min(64, facts.labeled or 2))
+    steps = 200 if facts.labeled < 1000 else 600
+    return FinetuneRecipe(
+        epochs=max(10.0, round(steps * batch / max(1, facts.labeled))),
+        batch=batch, optimizer="adamw", learning_rate=5e-4, scaling="none", warmup=0.1, weight_decay=1e-4, tap=1,
+    )  # fmt: skip

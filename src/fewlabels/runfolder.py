@@ -1,0 +1,208 @@
+"""One run is one folder: the only memory between the stages, and all that `use/` reads.
+
+Only rank 0 writes. Text files are replaced by one rename; metrics.jsonl is appended, and cut back to the step that
+a resumed stage starts from, so that a resumed run's metrics are those of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fewlabels import checkpoint, runtime
+from fewlabels.errors import CannotCreate, DataError, Stopped
+
+LOG_SECONDS = 30.0  # one plain line this often where stderr is not a terminal
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class RunFolder:
+    """The files of a run by name, and the few ways to change them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data, self.model, self.report = path / "data", path / "model", path / "report.html"
+        self.resolved_file, self.status_file = path / "resolved.json", path / "status.json"
+        self.metrics_file, self.results_file = path / "metrics.jsonl", path / "results.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder if need be, and keep every other process of this machine out of it until the end."""
+        if not runtime.is_main():
+            yield
+            return
+        self._check_ours()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise CannotCreate(f"cannot write into {self.path}: {error.strerror}", fix="give another --out") from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CannotCreate(
+                    f"another process is working in {self.path}", fix="wait for it, or give another --out"
+                ) from error
+            yield
+
+    def _check_ours(self) -> None:
+        if self.path.is_file():
+            raise CannotCreate(f"{self.path} is a file", fix="give the name of a folder as --out")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ".lock").exists():
+            raise CannotCreate(
+                f"{self.path} is a folder with other things in it",
+                why="a run needs a folder of its own",
+                fix="give a new folder as --out",
+            )
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage's checkpoints."""
+        return self.path / name
+
+    def resolved(self) -> dict[str, Any] | None:
+        """resolved.json of an earlier start, or None."""
+        return read_json(self.resolved_file)
+
+    def status(self, state: str, stage: str = "", reason: str = "", seconds: dict[str, float] | None = None) -> None:
+        """Replace status.json. state: running, finished, stopped or failed."""
+        if runtime.is_main() and self.path.is_dir():
+            before = (read_json(self.status_file) or {}).get("seconds", {})
+            checkpoint.write_json(
+                self.status_file,
+                {"state": state, "stage": stage, "reason": reason, "seconds": before | (seconds or {})},
+            )
+
+    def log(self, stage: str, step: int, total: int, values: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl."""
+        if runtime.is_main():
+            with checkpoint.storage_errors(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
+                record = {"stage": stage, "step": step, "total_steps": total}
+                file.write(json.dumps(record | {name: float(f"{v:.6g}") for name, v in values.items()}) + "\n")
+
+    def cut_metrics(self, stage: str, step: int) -> None:
+        """Drop what a killed process logged of `stage` after `step`, which will be done again."""
+        if runtime.is_main() and self.metrics_file.exists():
+            kept = [r for r in metrics(self.path) if r["stage"] != stage or r["step"] <= step]
+            checkpoint.write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file of the run, None if it is not there."""
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not readable: {error}", fix="give a new --out, or restore the file") from error
+    return found
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a torn last line (a kill while it was written) is left out."""
+    path = run / "metrics.jsonl"
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+# --- signals -----------------------------------------------------------------------------------------------------
+
+
+class Interrupts:
+    """Ctrl-C, SIGTERM and SIGUSR1: while a stage trains they only raise a flag, elsewhere they stop at once.
+
+    Outside training nothing is lost by stopping anywhere: every file is published by one rename.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.patient = False  # a loop polls `received`
+
+    @contextmanager
+    def watching(self) -> Iterator[Interrupts]:
+        """Install the handlers (main thread only) and put the old ones back at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.received = self.received or number
+        if not self.patient:
+            raise Stopped(number, "between two steps")
+
+    def pending(self) -> bool:
+        """Whether a signal has come."""
+        return self.received is not None
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+
+def say(text: str = "") -> None:
+    """One line for the person, on stderr (stdout carries results), from rank 0."""
+    if runtime.is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A stage's progress on stderr: a live line on a terminal, one plain line now and then in a log."""
+
+    def __init__(self, stage: str, total: int, first: int, images_per_step: int) -> None:
+        self.stage, self.total, self.first, self.batch = stage, total, first, images_per_step
+        self.live = sys.stderr.isatty() and runtime.is_main() and os.environ.get("TERM") != "dumb"
+        self.began = self.last = time.perf_counter()
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Show where the stage stands, if it is time to."""
+        now = time.perf_counter()
+        done = step >= self.total
+        if not (self.live or done or now - self.last >= LOG_SECONDS):
+            return
+        self.last = now
+        speed = (step - self.first) / max(now - self.began, 1e-9)
+        shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", "accuracy", "agreement") if name in values)
+        line = (
+            f"{self.stage:<10} step {step:,}/{self.total:,} ({step / self.total:.0%})  {shown}  "
+            f"{speed * self.batch:,.0f} images/s  {clock(self.total, step, speed)}"
+        )
+        if self.live:
+            sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if done else ""))
+            sys.stderr.flush()
+        else:
+            say(line)
+
+
+def clock(total: int, step: int, speed: float) -> str:
+    """How long the rest takes at this speed (steps a second)."""
+    return f"{duration((total - step) / max(speed, 1e-9))} left" if step < total else "done"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

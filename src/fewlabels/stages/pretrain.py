@@ -1,0 +1,90 @@
+"""Stage 1: a big encoder from images without labels (SimCLRv2 section 2, "Self-supervised pretraining").
+
+Two views of every image go through the encoder and a deep projection head in one forward pass, so that batch norm
+sees both; NT-Xent pulls the two views of an image together and pushes all others apart.
+
+Shapes: B images of this rank, D projections, Q keys in the memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fewlabels import random, runtime
+from fewlabels.data.loader import Batch
+from fewlabels.model.losses import contrast_accuracy, nt_xent, nt_xent_with_queue
+from fewlabels.stages.loop import Stage
+
+View = Callable[[Batch, int], Tensor]  # (batch, number of the view) -> (B, 3, size, size) in [0, 1]
+
+
+class Pretrain(Stage):
+    """SimCLRv2 pretraining: forward(batch) -> NT-Xent of two views."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, *, view: View, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self.view, self.temperature = view, temperature
+
+    def project(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Both views in one tensor (2B, 3, size, size), and their projections (B, D) each."""
+        views = torch.cat([self.view(batch, 0), self.view(batch, 1)])
+        first, second = self.head(self.encoder(views)).chunk(2)
+        return views, first, second
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        _, first, second = self.project(batch)
+        return {
+            "loss": nt_xent(first, second, self.temperature),  # the paper's mean over 2N anchors
+            "contrast_accuracy": contrast_accuracy(first, second),
+        }
+
+
+class PretrainWithMomentum(Pretrain):
+    """The same with a momentum encoder and a memory of past keys (SimCLRv2 section 3.1, "memory").
+
+    The authors did not release theirs. Here keys are the moving average's projections of both views in train-mode
+    batch norm; an anchor's positive is the other view's key, its negatives are all other keys of the batch and the
+    memory. After the step the average moves, weights and batch norm statistics alike, and the keys enter the memory.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, head: nn.Module, *, view: View, temperature: float, momentum: float, queue: int
+    ) -> None:
+        super().__init__(encoder, head, view=view, temperature=temperature)
+        self.momentum = momentum
+        self.average = copy.deepcopy(nn.ModuleDict({"encoder": encoder, "head": head})).requires_grad_(False)
+        width = next(p.shape[0] for p in reversed(list(head.parameters())) if p.dim() == 2)
+        # Random unit vectors until real keys fill the memory, as in MoCo
+        noise = random.uniforms(0, 0, torch.arange(queue), stream=99, count=width) - 0.5
+        self.register_buffer("queue", nn.functional.normalize(noise, dim=1) if queue else noise)  # (Q, D)
+        self.register_buffer("next_row", torch.zeros((), dtype=torch.long))
+        self._keys = torch.empty(0)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        views, first, second = self.project(batch)
+        with torch.no_grad():
+            keys = nn.functional.normalize(self.average["head"](self.average["encoder"](views)).float(), dim=1)
+        first_key, second_key = keys.chunk(2)
+        self._keys = runtime.gather(keys)
+        return {
+            "loss": nt_xent_with_queue(first, second, first_key, second_key, self.queue, self.temperature),
+            "contrast_accuracy": contrast_accuracy(first, second),
+        }
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        live = nn.ModuleDict({"encoder": self.encoder, "head": self.head}).state_dict()
+        for name, average in self.average.state_dict().items():
+            if average.is_floating_point():
+                average.lerp_(live[name], 1 - self.momentum)
+            else:
+                average.copy_(live[name])
+        if len(self.queue):
+            rows = (self.next_row + torch.arange(len(self._keys), device=self._keys.device)) % len(self.queue)
+            self.queue[rows] = self._keys.to(self.queue.dtype)
+            self.next_row.copy_((self.next_row + len(self._keys)) % len(self.queue))

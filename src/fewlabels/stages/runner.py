@@ -1,0 +1,181 @@
+"""A stage in a run folder: trained from its last checkpoint to the end of its schedule, saved and logged on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewlabels import checkpoint, runtime
+from fewlabels.config import Schedule
+from fewlabels.data.labels import Dataset
+from fewlabels.data.loader import Order, training_batches
+from fewlabels.errors import Stopped
+from fewlabels.model import optim
+from fewlabels.plan import Derived, derive
+from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
+from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState, step, train
+
+LOGS, EVALUATIONS, SAVES = 100, 8, 20  # of each, about so many a stage
+MOST_STEPS_UNSAVED = 500
+TIMED_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where stages run: the folder, the images, the machine."""
+
+    folder: RunFolder
+    dataset: Dataset
+    device: torch.device
+    precision: runtime.Precision
+    interrupts: Interrupts
+
+    def surroundings(self) -> dict[str, Any]:
+        """What must not change for a resumed run to be bit-identical."""
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "device": kind,
+            "threads": torch.get_num_threads(),
+            "ranks": runtime.world_size(),
+            "torch": torch.__version__,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to run: under which name, on which images, how long, and whose results it is."""
+
+    name: str
+    stage: Stage
+    schedule: Schedule
+    ids: np.ndarray  # (n,) rows of the store
+    seed: int
+    identity: dict[str, Any]
+    scores: Callable[[Stage], dict[str, float]] | None = None  # logged now and then while training
+
+    @property
+    def derived(self) -> Derived:
+        """The numbers that follow."""
+        return derive(self.schedule, len(self.ids), runtime.world_size())
+
+    def state(self) -> TrainState:
+        """Step 0."""
+        optimizer = optim.optimizer(
+            self.schedule.optimizer, self.stage, lr=self.derived.peak, weight_decay=self.schedule.weight_decay
+        )
+        return TrainState(self.stage, optimizer)
+
+    def order(self) -> Order:
+        """Which images make up which step."""
+        return Order(self.ids, self.derived.batch, self.seed)
+
+
+def pace(derived: Derived, *, evaluate: bool) -> Plan:
+    """How often a stage logs, evaluates and saves. The same on every rank, so that all of them save together."""
+    total = derived.total_steps
+    return Plan(
+        total_steps=total,
+        learning_rate=derived.learning_rate,
+        log_every=max(1, total // LOGS),
+        eval_every=max(1, total // EVALUATIONS) if evaluate else 0,
+        save_every=max(1, min(MOST_STEPS_UNSAVED, total // SAVES)),
+    )
+
+
+def run(job: Job, at: Workplace) -> None:
+    """Train job.stage in place. A finished stage only gets its weights back. Raises Stopped after a signal."""
+    state, total = job.state(), job.derived.total_steps
+    spent = _resume(job, at, state)
+    runtime.barrier()
+    if state.step >= total:
+        return
+    at.folder.status("running", job.name)
+    at.folder.cut_metrics(job.name, state.step)
+    say(f"{job.name}: " + (f"going on from step {state.step:,} of {total:,}" if state.step else f"{total:,} steps"))
+    clock = _Clock(spent)
+    batches = training_batches(at.dataset, job.order(), first_step=state.step, last_step=total, device=at.device)
+    at.interrupts.patient = True
+    try:
+        finished = train(
+            state, batches, pace(job.derived, evaluate=job.scores is not None), _listeners(job, at, state, clock),
+            at.precision,
+        )  # fmt: skip
+    finally:
+        at.interrupts.patient = False
+        batches.close()
+    at.folder.status("running", job.name, seconds={job.name: clock.seconds()})
+    if not finished:
+        raise Stopped(from_signal(at.interrupts), f"at step {state.step:,} of {total:,} of {job.name}")
+    say(f"{job.name}: done in {duration(clock.seconds())}")
+
+
+def from_signal(interrupts: Interrupts) -> int:
+    """The signal that stopped this rank; SIGTERM's number where only another rank got one."""
+    return interrupts.received or 15
+
+
+class _Clock:
+    """Seconds spent on a stage over all its starts."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.began = before, time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+
+def _resume(job: Job, at: Workplace, state: TrainState) -> float:
+    """Put the last good checkpoint into state; returns the seconds that were spent before it."""
+    saved, passed_over = checkpoint.latest(at.folder.stage(job.name))
+    for words in passed_over:
+        say(f"  warning: {words}; the checkpoint before it is used")
+    if saved is None:
+        return 0.0
+    state.load(saved.step, {name: tensor.to(at.device) for name, tensor in saved.tensors.items()})
+    before, now = saved.values["surroundings"], at.surroundings()
+    moved = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if moved and saved.step < job.derived.total_steps:
+        say(f"  note: resuming elsewhere ({', '.join(moved)}): results will be close, not bit-identical")
+    return float(saved.values["seconds"])
+
+
+def _listeners(job: Job, at: Workplace, state: TrainState, clock: _Clock) -> Listeners:
+    derived = job.derived
+    progress = Progress(job.name, derived.total_steps, state.step, derived.batch)
+
+    def on_log(step: int, values: dict[str, float]) -> None:
+        at.folder.log(job.name, step, derived.total_steps, values)
+        progress.update(step, values)
+
+    def on_eval(state: TrainState) -> None:
+        if job.scores is not None:
+            at.folder.log(job.name, state.step, derived.total_steps, job.scores(state.stage))
+
+    def on_save(state: TrainState) -> None:
+        values = {"identity": job.identity, "seconds": clock.seconds(), "surroundings": at.surroundings()}
+        with runtime.main_first():
+            if runtime.is_main():
+                checkpoint.save(at.folder.stage(job.name), state.step, state.tensors(), values)
+
+    return Listeners(on_log=on_log, on_eval=on_eval, on_save=on_save, should_stop=at.interrupts.pending)
+
+
+def seconds_per_step(job: Job, at: Workplace) -> float:
+    """Measured: the median of a few steps after a warm-up one. job.stage is spoiled by it: give a throwaway."""
+    state, derived = job.state(), job.derived
+    state.stage.train()
+    times = []
+    order = job.order()
+    last = min(TIMED_STEPS + 1, order.steps_per_epoch * 4)
+    for batch in training_batches(at.dataset, order, first_step=0, last_step=last, device=at.device):
+        began = time.perf_counter()
+        step(state, batch, derived.peak * 1e-3, at.precision)
+        if at.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:] or times))

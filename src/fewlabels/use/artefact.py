@@ -1,0 +1,308 @@
+"""The deployable folder `model/`: weights, everything needed to use them, a model card, and a manifest.
+
+    model/  weights.safetensors  model.json  README.md  manifest.json
+
+Nothing in it is run when it is loaded: tensors are safetensors, the rest is JSON. The folder is published by one
+rename and every byte is checked against the manifest before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewlabels import __version__, checkpoint
+from fewlabels.errors import DataError, FewlabelsError, MissingInput
+from fewlabels.model.encoder import encoder
+from fewlabels.model.heads import Classifier, ProjectionHead
+
+FORMAT_VERSION = 1
+WEIGHTS, DESCRIPTION, MANIFEST, README = "weights.safetensors", "model.json", "manifest.json", "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What model.json says beside the weights: enough to rebuild the network and to feed it.
+
+    encoder, stem: as given to `encoder`. tap: layers of the projection head below the classifier. head_layers,
+    head_out: the head it was pretrained with, unused when tap is 0. size, kind: of the evaluation view.
+    canvas: the working size at which images were kept for training, None = as they came. temperature: divides the
+    logits. metrics: what `measure` returned, or None.
+    training: facts for the model card (images, labels, recipe, ...), plain JSON values.
+    """
+
+    encoder: str
+    stem: str | None = None
+    tap: int = 0
+    head_layers: int = 3
+    head_out: int = 128
+    classes: tuple[str, ...]
+    size: int
+    kind: str
+    canvas: int | None = None
+    temperature: float = 1.0
+    metrics: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.classes)
+
+
+def build(card: Card) -> Classifier:
+    """The network of card with new weights."""
+    body = encoder(card.encoder, stem=card.stem)
+    head = ProjectionHead(body.feature_dim, card.head_out, card.head_layers) if card.tap else None  # type: ignore[arg-type]
+    return Classifier(body, head, tap=card.tap, num_classes=card.num_classes)
+
+
+def save(folder: Path, network: Classifier, card: Card) -> Path:
+    """Write the artefact as `folder`, replacing an older one only when all of it is on the disk."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.publish(folder) as temporary:
+        save_file(tensors, temporary / WEIGHTS)
+        description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(card)}
+        description["num_classes"] = card.num_classes
+        checkpoint.write_json(temporary / DESCRIPTION, description)
+        digest = checkpoint.file_digest(temporary / WEIGHTS)
+        checkpoint.write_text(temporary / README, model_card(card, parameters=_count(tensors), digest=digest))
+    return folder
+
+
+def read(folder: Path) -> tuple[Classifier, Card]:
+    """The network (in inference mode, on the CPU) and card of an artefact, after every byte was checked.
+
+    Raises MissingInput where there is no artefact, DataError where it is damaged, newer than this version, or
+    where weights and description do not fit each other.
+    """
+    missing = [name for name in (WEIGHTS, DESCRIPTION, MANIFEST) if not (folder / name).is_file()]
+    if missing:
+        raise MissingInput(
+            f"{folder} is not a whole model folder: {', '.join(missing)} not found",
+            why="a model needs its weights, its description and the manifest that vouches for them",
+            fix="give the folder model/ of a finished run, or copy it again with all its files",
+        )
+    try:
+        checkpoint.verify(folder)
+        _check_listed(folder)
+    except DataError as error:
+        raise DataError(
+            error.what,
+            details=error.details,
+            why=error.why or "a model that is not what was written cannot be trusted",
+            fix=error.fix or "copy the folder again from where it came; `fewlabels fit` on its run writes it anew",
+        ) from error
+    card = _card(folder / DESCRIPTION)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise _unusable(folder / WEIGHTS, str(error)) from error
+    network = _rebuilt(card, tensors, folder)
+    return network.eval().requires_grad_(False), card
+
+
+def _check_listed(folder: Path) -> None:
+    listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    unlisted = [name for name in (WEIGHTS, DESCRIPTION) if name not in listed]
+    if unlisted:
+        raise DataError(f"{folder / MANIFEST} does not vouch for {', '.join(unlisted)}")
+
+
+def _unusable(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path} cannot be used: {reason}",
+        why="the model would not be the one that was trained",
+        fix="write the model again with the fewlabels version that trained it",
+    )
+
+
+def _card(path: Path) -> Card:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        version = int(found.pop("format_version"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unusable(path, f"it is not the description of a model ({error})") from error
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {version}, this fewlabels ({__version__}) reads up to {FORMAT_VERSION}",
+            why="it was written by a newer fewlabels",
+            fix='pip install --upgrade "fewlabels"',
+        )
+    known = {item.name for item in dataclasses.fields(Card)}
+    try:
+        card = Card(**{name: value for name, value in found.items() if name in known})
+        card = dataclasses.replace(card, classes=tuple(card.classes))
+    except TypeError as error:
+        raise _unusable(path, str(error)) from error
+    faults = _faults(card, found.get("num_classes"))
+    if faults:
+        raise _unusable(path, "; ".join(faults))
+    return card
+
+
+def _faults(card: Card, num_classes: object) -> list[str]:
+    faults = []
+    if not all(isinstance(name, str) for name in card.classes) or not card.classes:
+        faults.append("classes must be a list of names")
+    if len(set(card.classes)) != len(card.classes):
+        faults.append("two classes have the same name")
+    if num_classes != len(card.classes):
+        faults.append(f"num_classes is {num_classes!r}, but {len(card.classes)} classes are named")
+    for name, low, high in (("size", 2, 4096), ("canvas", 2, 16384), ("tap", 0, 16), ("head_layers", 1, 16)):
+        value = getattr(card, name)
+        if name == "canvas" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            faults.append(f"{name} is {value!r}, allowed are {low} to {high}")
+    temperature = card.temperature
+    if not isinstance(temperature, int | float) or not math.isfinite(temperature) or temperature <= 0:
+        faults.append(f"temperature is {temperature!r}, it must be a positive number")
+    return faults
+
+
+def _rebuilt(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> Classifier:
+    """The network with these weights.
+
+    Shapes are compared on the meta device first: a description of absurd size costs no memory, since nothing is
+    built that is larger than the weights file. timm models have one size each, and some cannot be built there.
+    """
+    outline = "cpu" if card.encoder.startswith("timm:") else "meta"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            with torch.device(outline):
+                network = build(card)
+            _check_fit(network, tensors, folder / WEIGHTS)
+            if outline == "meta":
+                network = build(card)
+    except DataError:
+        raise
+    except (FewlabelsError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise _unusable(folder / DESCRIPTION, f'the network "{card.encoder}" cannot be built ({error})') from error
+    network.load_state_dict(dict(tensors))
+    return network
+
+
+def _check_fit(network: Classifier, tensors: Mapping[str, Tensor], path: Path) -> None:
+    wanted = network.state_dict()
+    faults = [f"{name} is missing" for name in wanted if name not in tensors]
+    faults += [f"{name} is not part of the network" for name in tensors if name not in wanted]
+    for name, tensor in wanted.items():
+        found = tensors.get(name)
+        if found is not None and (found.shape != tensor.shape or found.dtype != tensor.dtype):
+            is_now = f"{tuple(found.shape)} {found.dtype}"
+            faults.append(f"{name} is {is_now}, the network has {tuple(tensor.shape)} {tensor.dtype}")
+        elif found is not None and not torch.isfinite(found).all():
+            faults.append(f"{name} has values that are not finite")
+    if faults:
+        raise DataError(
+            f"{path} does not fit its {DESCRIPTION}",
+            details=faults,
+            why="the network would not be the one that was trained",
+            fix="copy the whole folder again; never mix files of two models",
+        )
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() for name, t in tensors.items() if not re.search(r"running_|num_batches", name))
+
+
+# --- the model card ----------------------------------------------------------------------------------------
+
+
+def model_card(card: Card, *, parameters: int, digest: str) -> str:
+    """README.md in the Hugging Face front-matter form, from measured figures only."""
+    front = [
+        "---",
+        "library_name: fewlabels",
+        "pipeline_tag: image-classification",
+        "tags: [image-classification, semi-supervised-learning, self-supervised-learning, simclrv2]",
+        *_model_index(card),
+        "---",
+    ]
+    body = [
+        "# Image classifier trained with fewlabels",
+        "",
+        f"Sorts an image into one of {card.num_classes:,} classes. "
+        f"{card.encoder}, {parameters:,} parameters, images at {card.size} x {card.size} pixels.",
+        "",
+        "## How good it is",
+        "",
+        *_quality(card.metrics),
+        "",
+        "## What it was trained on",
+        "",
+        *(f"* {_plain(name)}: {_plain(value)}" for name, value in card.training.items()),
+        *([] if card.training else ["* not recorded"]),
+        "",
+        "## Classes",
+        "",
+        ", ".join(f"`{_plain(name)}`" for name in card.classes),
+        "",
+        "## How to use it",
+        "",
+        "```python",
+        "import fewlabels as fl",
+        'model = fl.load("path/to/this/folder")',
+        'model.predict(["photo.jpg"])',
+        "```",
+        "",
+        "## Limits",
+        "",
+        "* It always answers with one of its classes, also for an image that shows none of them.",
+        "* The figures above hold for images like those it was measured on, not for others.",
+        f"* Probabilities are softmax(logits / {card.temperature:.4g}); see the calibration error above.",
+        "",
+        f"Written by fewlabels {_plain(card.version)}. SHA-256 of {WEIGHTS}: `{digest}`",
+        "",
+    ]
+    return "\n".join(front + body)
+
+
+def _model_index(card: Card) -> list[str]:
+    if not card.metrics:
+        return []
+    return [
+        "model-index:",
+        "- name: fewlabels",
+        "  results:",
+        "  - task: {type: image-classification}",
+        "    dataset: {name: held-out images of the run, type: private}",
+        f"    metrics: [{{type: accuracy, value: {card.metrics['top1']['accuracy']:.4f}}}]",
+    ]
+
+
+def _quality(metrics: dict[str, Any] | None) -> list[str]:
+    if not metrics:
+        return ["Not measured: there were no labeled images beside those it was trained on."]
+    top1 = metrics["top1"]
+    low, high = top1["interval"]
+    lines = [
+        f"* accuracy {top1['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}, on {top1['n']:,} held-out images",
+        f"* expected calibration error {metrics['ece']:.1%}, negative log-likelihood {metrics['nll']:.3f}",
+    ]
+    weakest = sorted((row for row in metrics["per_class"] if row["recall"] is not None), key=lambda r: r["recall"])
+    lines += [
+        f"* weakest class `{_plain(row['name'])}`: {row['recall']:.1%} of {row['n']:,} images found"
+        for row in weakest[:1]
+    ]
+    return lines
+
+
+def _plain(value: object) -> str:
+    """value as text that can neither end a code span nor start Markdown or HTML."""
+    text = "".join(c if c.isprintable() else " " for c in str(value))
+    return re.sub(r"[`<>\[\]*|#]", "_", text)[:200]

@@ -1,0 +1,247 @@
+"""The method beside its cheap baselines, on the same held-out images: results.json and evaluation.npz.
+
+Baselines: the most frequent class, logistic regression on raw pixels and on the frozen features at every tap of the
+head, and the same network trained on the labels alone. Nothing here chooses anything: each row is the last
+checkpoint of its stage, and held-out images are only counted.
+
+Shapes: N images, D features, K classes, M points of the map.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+
+from fewlabels import checkpoint, runtime
+from fewlabels.data import views
+from fewlabels.data.labels import Dataset
+from fewlabels.data.loader import in_order
+from fewlabels.model.heads import Classifier, ProjectionHead
+from fewlabels.use import evaluate
+
+Floats = npt.NDArray[np.float32]
+
+BATCH = 256
+LARGEST_PIXELS = 32  # raw pixels are compared at up to this side: more only adds noise to 20 labels
+MAP_POINTS = 1000
+LATENCY_RUNS = 30
+NAMES = {
+    "finetune": "fine-tuned",
+    "distill_self": "distilled into the same network",
+    "distill": "distilled student",
+    "supervised": "same network, labels alone",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How images become features: the evaluation view, the device and the number format."""
+
+    size: int
+    kind: str
+    device: torch.device
+    precision: runtime.Precision
+
+
+def outputs(
+    dataset: Dataset, ids: np.ndarray, setting: Setting, function: Callable[[Tensor], list[Tensor]]
+) -> list[Floats]:
+    """function on the evaluation views of images `ids`, each of its results as one float32 array (N, ...)."""
+    parts: list[list[Tensor]] = []
+    for batch in in_order(dataset, ids, batch=BATCH, device=setting.device):
+        view = views.evaluate(batch.pixels, batch.extent, size=setting.size, kind=setting.kind)
+        with torch.no_grad(), setting.precision.context(setting.device):
+            parts.append([part.float().cpu() for part in function(view)])
+    return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
+
+
+def tapped(encoder: nn.Module, head: ProjectionHead) -> Callable[[Tensor], list[Tensor]]:
+    """The encoder's features and the output of every layer of the head: taps 0, 1, ..."""
+    encoder.eval()
+    head.eval()
+
+    def function(view: Tensor) -> list[Tensor]:
+        found = [encoder(view)]
+        for tap in range(len(head.layers)):
+            found.append(head.layers[tap](found[-1]))
+        return found
+
+    return function
+
+
+def feature_scores(dataset: Dataset, encoder: nn.Module, setting: Setting) -> dict[str, float]:
+    """kNN and linear accuracy of frozen features on labeled training images, each left out in its turn."""
+    encoder.eval()
+    ids = dataset.labeled
+    (features,) = outputs(dataset, ids, setting, lambda view: [encoder(view)])
+    linear = evaluate.cross_validated(features, dataset.labels[ids])["accuracy"]
+    scores = {"knn": evaluate.nearest_neighbours(features, dataset.labels[ids]), "linear": linear}
+    return {name: value for name, value in scores.items() if value is not None}
+
+
+# --- rows of the table ---------------------------------------------------------------------------------------
+
+
+def row(key: str, name: str, measured: Mapping[str, Any] | None, **facts: Any) -> dict[str, Any]:
+    """One row of results.json; measured is what evaluate.measure or cross_validated returned."""
+    if measured is None:
+        numbers: dict[str, Any] = {"accuracy": None, "low": None, "high": None, "n": 0, "ece": None}
+    elif "top1" in measured:
+        low, high = measured["top1"]["interval"]
+        numbers = {
+            "accuracy": measured["top1"]["accuracy"], "low": low, "high": high, "n": measured["n"],
+            "ece": measured["ece"],
+        }  # fmt: skip
+    else:
+        low, high = measured["interval"] or (None, None)
+        numbers = {"accuracy": measured["accuracy"], "low": low, "high": high, "n": measured["n"], "ece": None}
+    empty = {"parameters": None, "megabytes": None, "latency_ms": None, "note": ""}
+    cross_validated = measured is not None and "top1" not in measured
+    return {"key": key, "name": name, **numbers, "cross_validated": cross_validated, **empty, **facts}
+
+
+def costs(network: nn.Module, setting: Setting) -> dict[str, Any]:
+    """Parameters, size on disk as float32, and the median milliseconds for one image on this machine."""
+    parameters = sum(p.numel() for p in network.parameters())
+    bytes_on_disk = 4 * sum(t.numel() for t in network.state_dict().values())
+    image = torch.rand(1, 3, setting.size, setting.size, device=setting.device)
+    network.eval()
+    times = []
+    with torch.no_grad():
+        for _ in range(LATENCY_RUNS + 3):
+            began = time.perf_counter()
+            network(image).cpu()
+            times.append(time.perf_counter() - began)
+    return {
+        "parameters": parameters, "megabytes": bytes_on_disk / 1e6, "latency_ms": 1000 * float(np.median(times[3:])),
+    }  # fmt: skip
+
+
+class Comparison:
+    """Collects rows on one dataset: measured on held-out images where there are any, else cross-validated."""
+
+    def __init__(self, dataset: Dataset, setting: Setting) -> None:
+        self.dataset, self.setting = dataset, setting
+        self.labeled, self.held = dataset.labeled, dataset.held_out
+        self.known, self.truth = dataset.labels[self.labeled], dataset.labels[self.held]
+        self.rows: list[dict[str, Any]] = []
+
+    def measure(self, probabilities: Floats) -> dict[str, Any]:
+        """Predictions of the held-out images against their labels."""
+        return evaluate.measure(probabilities, self.truth, self.dataset.classes)
+
+    def most_frequent(self) -> None:
+        """Always the class with the most labels."""
+        shares = evaluate.most_frequent(self.known, self.dataset.num_classes)
+        measured = self.measure(np.repeat(shares[None], len(self.truth), axis=0)) if len(self.held) else None
+        self.rows.append(row("most_frequent", "most frequent class", measured))
+
+    def logistic(self, key: str, name: str, function: Callable[[Tensor], list[Tensor]]) -> list[dict[str, Any]]:
+        """Logistic regression on each result of function; {index} in key and name counts them."""
+        known = outputs(self.dataset, self.labeled, self.setting, function)
+        held = outputs(self.dataset, self.held, self.setting, function) if len(self.held) else known
+        added = []
+        for index, (fit_on, tell) in enumerate(zip(known, held, strict=True)):
+            fit_on, tell = fit_on.reshape(len(fit_on), -1), tell.reshape(len(tell), -1)  # (N, D)
+            if len(self.held):
+                fitted = evaluate.logistic_regression(fit_on, self.known, num_classes=self.dataset.num_classes)
+                measured = self.measure(fitted.predict_proba(tell))
+            else:
+                measured = evaluate.cross_validated(fit_on, self.known)
+            added.append(row(key.format(index=index), name.format(index=index), measured))
+        self.rows += added
+        return added
+
+    def network(self, key: str, network: Classifier) -> tuple[dict[str, Any] | None, Floats]:
+        """A trained classifier; returns its measurement and its probabilities (N, K) of the held-out images."""
+        network.eval()
+        measured, probabilities = None, np.zeros((0, self.dataset.num_classes), dtype=np.float32)
+        if len(self.held):
+            (probabilities,) = outputs(
+                self.dataset, self.held, self.setting, lambda view: [network(view).float().softmax(dim=1)]
+            )
+            measured = self.measure(probabilities)
+        self.rows.append(row(key, NAMES[key], measured, **costs(network, self.setting)))
+        return measured, probabilities
+
+
+def pixels_as_features(view: Tensor) -> list[Tensor]:
+    """(N, 3, S, S) -> (N, 3 * s * s) with s = min(S, LARGEST_PIXELS)."""
+    small = nn.functional.adaptive_avg_pool2d(view, min(view.shape[-1], LARGEST_PIXELS))
+    return [small.flatten(1)]
+
+
+def compare(
+    dataset: Dataset,
+    pretrained: tuple[nn.Module, ProjectionHead],
+    networks: Mapping[str, Classifier],
+    final: str,
+    setting: Setting,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Every row of the table, and the arrays that the report draws. `final` is the key of the deployed network."""
+    comparison = Comparison(dataset, setting)
+    taps: list[dict[str, Any]] = []
+    measured, probabilities = None, np.zeros((0, dataset.num_classes), dtype=np.float32)
+    if len(comparison.labeled):
+        comparison.most_frequent()
+        comparison.logistic("pixels_logistic", "logistic regression on pixels", pixels_as_features)
+        if "supervised" in networks:
+            comparison.network("supervised", networks["supervised"])
+        taps = comparison.logistic(
+            "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
+        )
+        for key in ("finetune", "distill_self", "distill"):
+            if key in networks:
+                found = comparison.network(key, networks[key])
+                if key == final:
+                    measured, probabilities = found
+    held = comparison.held
+    results = {
+        "format_version": checkpoint.FORMAT_VERSION,
+        "classes": list(dataset.classes),
+        "held_out": {"n": len(held), "split": dataset.held_out_split} if len(held) else None,
+        "rows": comparison.rows,
+        "taps": [{"tap": tap, **{k: r[k] for k in ("accuracy", "low", "high", "n")}} for tap, r in enumerate(taps)],
+        "final": final,
+        "measurement": measured,
+        "labels_used": len(comparison.labeled),
+        "images_used": len(dataset.train),
+    }
+    body = networks[final].features if final in networks else pretrained[0]
+    points, of = feature_map(dataset, held if len(held) else dataset.train, setting, body)
+    arrays = {"ids": held, "labels": comparison.truth, "probabilities": probabilities, "map": points, "map_labels": of}
+    return results, arrays
+
+
+def feature_map(
+    dataset: Dataset, ids: np.ndarray, setting: Setting, body: Callable[[Tensor], Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(M, 2) places of up to MAP_POINTS images by t-SNE of their features, and their labels (M,)."""
+    ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), MAP_POINTS)).astype(int)]
+    (features,) = outputs(dataset, ids, setting, lambda view: [body(view)])
+    if len(ids) < 10:
+        return np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=np.int64)
+    features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-6)
+    flat = PCA(min(30, *features.shape), random_state=0).fit_transform(features)
+    perplexity = min(30.0, (len(ids) - 1) / 3)
+    places = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(flat)
+    return places.astype(np.float32), dataset.labels[ids]
+
+
+def write(run: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """results.json and evaluation.npz, each replaced by one rename."""
+    temporary = run / ".evaluation.tmp.npz"
+    with checkpoint.storage_errors(run):
+        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+        temporary.replace(run / "evaluation.npz")
+    checkpoint.write_json(run / "results.json", results)

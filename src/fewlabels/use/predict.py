@@ -1,0 +1,324 @@
+"""A trained model in use: class names, probabilities and features for images of any source.
+
+Images pass in chunks: decoded by threads, brought to the working size they were trained at, viewed, classified.
+Memory is bounded by the chunk, however many images there are and however large they are.
+
+Shapes: N images, B images of one chunk, K classes, D features, S side of the view.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewlabels import checkpoint, runtime
+from fewlabels.data import decode, views
+from fewlabels.data.sources import Source, open_source
+from fewlabels.errors import DataError, MissingInput, UsageError
+from fewlabels.model.heads import Classifier
+from fewlabels.use import artefact
+from fewlabels.use.artefact import Card
+
+CHUNK = 64
+LEAST_CANVAS = 1024  # where training kept images as they came: 64 of them still fit in 200 MB
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about one image: probabilities (K,), or None with the reason in `error`.
+
+    Both are empty for an image that was not asked for.
+    """
+
+    name: str
+    probabilities: npt.NDArray[np.float32] | None
+    error: str = ""
+
+
+class Model:
+    """A trained classifier: `fl.load(folder)` or `run.model`.
+
+    Wherever images are taken: a path or a list of paths, a folder, CSV, parquet or npz file, uint8 arrays
+    (N, H, W[, 3]) or one image (H, W[, 3]), a PIL image or a list of them, or an opened source.
+    """
+
+    def __init__(self, network: Classifier, card: Card, *, path: Path | None = None, device: str = "auto") -> None:
+        self.card, self.path = card, path
+        self.device = runtime.start(device)
+        self.network = network.eval().to(self.device)
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.card.encoder}, {self.card.num_classes} classes, {self.size} px, {self.path or 'in memory'})"
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; column i of the probabilities is classes[i]."""
+        return self.card.classes
+
+    @property
+    def size(self) -> int:
+        """Side of the view that the network sees, in pixels."""
+        return self.card.size
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """What was measured on the run's held-out images, None if there were none."""
+        return self.card.metrics
+
+    def predict(self, images: Any) -> npt.NDArray[np.str_]:
+        """Class names, (N,) str. Raises DataError naming the images that cannot be read."""
+        names = np.asarray(self.classes)
+        return names[self.predict_proba(images).argmax(axis=1)]  # type: ignore[no-any-return]
+
+    def predict_proba(self, images: Any) -> npt.NDArray[np.float32]:
+        """Probabilities (N, K) float32, rows sum to 1: softmax(logits / temperature). Raises like `predict`."""
+        return self._all(images, self._probabilities, self.card.num_classes)
+
+    def features(self, images: Any) -> npt.NDArray[np.float32]:
+        """Output of the encoder, (N, D) float32. Raises like `predict`."""
+        return self._all(images, self._features, self.network.encoder.feature_dim)
+
+    def each(self, images: Any, *, keep: Sequence[bool] | None = None) -> Iterator[Prediction]:
+        """One Prediction an image, in order, in bounded memory. Images with keep[i] False are not even decoded."""
+        for name, row, error in self._stream(as_source(images), self._probabilities, keep):
+            yield Prediction(name, row, error)
+
+    # --- inside ---
+
+    def _probabilities(self, view: Tensor) -> Tensor:
+        return torch.softmax(self.network(view).float() / self.card.temperature, dim=1)  # (B, K)
+
+    def _features(self, view: Tensor) -> Tensor:
+        return self.network.encoder(view).float()  # (B, D)
+
+    def _all(self, images: Any, function: Callable[[Tensor], Tensor], width: int) -> npt.NDArray[np.float32]:
+        rows, faults = [], []
+        for name, row, error in self._stream(as_source(images), function, None):
+            if row is None:
+                faults.append(f"{name}: {error}")
+            else:
+                rows.append(row)
+        if faults:
+            raise DataError(
+                f"{len(faults):,} of {len(faults) + len(rows):,} images cannot be read",
+                details=faults,
+                why="there would be fewer predictions than images",
+                fix="leave these out, or use `fewlabels predict`, which keeps a row with the reason for each",
+            )
+        return np.stack(rows) if rows else np.zeros((0, width), dtype=np.float32)
+
+    def _stream(
+        self, source: Source, function: Callable[[Tensor], Tensor], keep: Sequence[bool] | None
+    ) -> Iterator[tuple[str, npt.NDArray[np.float32] | None, str]]:
+        wanted = itertools.repeat(True) if keep is None else iter(keep)
+        entries = zip(source.names, source.payloads(), wanted, strict=False)
+        with ThreadPoolExecutor(runtime.threads(), thread_name_prefix="decode") as pool:
+            while chunk := list(itertools.islice(entries, CHUNK)):
+                decoded = list(pool.map(self._decode, [p if k else None for _, p, k in chunk]))
+                rows = self._rows(decoded, function)
+                for (name, _, _), image, row in zip(chunk, decoded, rows, strict=True):
+                    yield name, row, image if isinstance(image, str) else ""
+
+    def _decode(self, payload: Any) -> npt.NDArray[np.uint8] | str | None:
+        """(H, W, 3) uint8 no larger than in training, or the reason why not; None stays None."""
+        if payload is None:
+            return None
+        try:
+            return decode.decode(payload, self.card.canvas or max(LEAST_CANVAS, 4 * self.size))
+        except decode.BadPicture as error:
+            return str(error)
+
+    def _rows(
+        self, decoded: Sequence[npt.NDArray[np.uint8] | str | None], function: Callable[[Tensor], Tensor]
+    ) -> list[npt.NDArray[np.float32] | None]:
+        """One output row an image; images of one shape are viewed together."""
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(decoded):
+            if isinstance(image, np.ndarray):
+                shapes.setdefault(image.shape, []).append(index)
+        rows: list[npt.NDArray[np.float32] | None] = [None] * len(decoded)
+        if not shapes:
+            return rows
+        order, parts = [], []
+        for indices in shapes.values():
+            stacked = np.stack([decoded[i] for i in indices])  # type: ignore[misc]  # (B, H, W, 3)
+            pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).to(self.device)
+            parts.append(views.evaluate_image(pixels, size=self.card.size, kind=self.card.kind))  # (B, 3, S, S)
+            order += indices
+        with torch.inference_mode():
+            outputs = function(torch.cat(parts)).cpu().numpy()
+        for index, row in zip(order, outputs, strict=True):
+            rows[index] = row
+        return rows
+
+
+# --- loading -----------------------------------------------------------------------------------------------
+
+
+def load(run_or_model_dir: str | os.PathLike[str], *, device: str = "auto") -> Model:
+    """The model of a run folder (RUN/model) or of a model folder. device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises MissingInput where there is none, DataError where it is damaged.
+    """
+    folder = Path(run_or_model_dir)
+    if not folder.is_dir():
+        state = "is a file" if folder.is_file() else "does not exist"
+        raise MissingInput(f"{folder} {state}", why="a model is a folder", fix="give the run folder, as in --out RUN")
+    for candidate in (folder, folder / "model"):
+        if (candidate / artefact.DESCRIPTION).is_file() or (candidate / artefact.MANIFEST).is_file():
+            network, card = artefact.read(candidate)
+            return Model(network, card, path=candidate, device=device)
+    if (folder / "status.json").is_file() or (folder / "resolved.json").is_file():
+        raise MissingInput(
+            f"the run {folder} has no model yet",
+            why=f"it holds {listing(folder)}, and model/ is written when the last stage is done",
+            fix=f"run the same `fewlabels fit ... --out {folder}` again: it goes on where it stopped",
+        )
+    raise MissingInput(
+        f"{folder} is neither a run nor a model",
+        why=f"it holds {listing(folder)}; a run has model/, a model has {artefact.DESCRIPTION}",
+        fix="give the folder that was --out of `fewlabels fit`",
+    )
+
+
+def listing(folder: Path, most: int = 12) -> str:
+    """What is in folder, in words."""
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir() if not p.name.startswith("."))
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more
+
+
+def as_source(images: Any) -> Source:
+    """images in any form a person has them, as a source."""
+    if isinstance(images, Source):
+        return images
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, np.ndarray):
+        return open_source(images[None] if _is_one_image(images) else images)
+    if isinstance(images, list | tuple) and any(isinstance(image, Image.Image | np.ndarray) for image in images):
+        return _in_memory(images)
+    return open_source(images)
+
+
+def _in_memory(images: Sequence[Any]) -> Source:
+    """A source of PIL images and arrays (H, W[, 3]) uint8 of any sizes."""
+    for index, image in enumerate(images):
+        is_pixels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3)
+        if not (is_pixels or isinstance(image, Image.Image)):
+            found = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise DataError(
+                f"image {index} of the list is of the wrong kind: {found}",
+                why="a list in memory holds PIL images or uint8 arrays (H, W) or (H, W, 3)",
+                fix="convert it: np.uint8 with values 0 to 255",
+            )
+    count = len(images)
+    names = tuple(f"image-{index:06d}" for index in range(count))
+    return Source(f"{count:,} images", names, (None,) * count, ("train",) * count, None, (Pictures(tuple(images)),))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """PIL images and arrays as a part of a source."""
+
+    images: Sequence[Image.Image | npt.NDArray[np.uint8]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def payloads(self) -> Iterator[decode.Payload]:
+        """Every image in order; PIL images as files in memory, so that all images pass through one decoder."""
+        return (image if isinstance(image, np.ndarray) else _encoded(image) for image in self.images)
+
+    def sample(self, count: int) -> Iterator[decode.Payload]:
+        """The first count images."""
+        return itertools.islice(self.payloads(), count)
+
+
+def _encoded(image: Image.Image) -> bytes:
+    """image as a lossless file, with its EXIF orientation."""
+    buffer = io.BytesIO()
+    exif = image.getexif()
+    if image.mode == "F":
+        image.save(buffer, "TIFF")
+    else:
+        plain = image if image.mode in PNG_MODES else image.convert("RGB")
+        plain.save(buffer, "PNG", compress_level=1, exif=exif)
+    return buffer.getvalue()
+
+
+def _is_one_image(images: npt.NDArray[Any]) -> bool:
+    """(H, W) or (H, W, 3); an array (N, H, W) of gray images three pixels wide does not occur."""
+    return images.ndim == 2 or (images.ndim == 3 and images.shape[-1] == 3)
+
+
+# --- predictions as a table --------------------------------------------------------------------------------
+
+
+def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]) -> dict[str, Any]:
+    """Write image,label,confidence,p:CLASS...,error to out_csv, one row an image, by one rename at the end.
+
+    An image that cannot be read keeps its row with the reason in the last column. Cells that a spreadsheet would
+    run as a formula get a leading apostrophe. Returns {"out", "images", "unreadable", "counts": {class: n}}.
+    """
+    source, out = as_source(images), Path(out_csv)
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", fix=f"give a file name, such as {out / 'predictions.csv'}")
+    counts = dict.fromkeys(model.classes, 0)
+    unreadable = 0
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with checkpoint.storage_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                for prediction in _write_rows(file, model, source):
+                    if prediction.probabilities is None:
+                        unreadable += 1
+                    else:
+                        counts[model.classes[int(prediction.probabilities.argmax())]] += 1
+            checkpoint.sync(temporary)
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return {"out": str(out), "images": sum(counts.values()) + unreadable, "unreadable": unreadable, "counts": counts}
+
+
+def _write_rows(file: TextIO, model: Model, source: Source) -> Iterator[Prediction]:
+    writer = csv.writer(file)
+    writer.writerow(["image", "label", "confidence", *(f"p:{name}" for name in map(_printed, model.classes)), "error"])
+    for prediction in model.each(source):
+        row = prediction.probabilities
+        if row is None:
+            writer.writerow([cell(prediction.name), "", "", *[""] * len(model.classes), cell(prediction.error)])
+        else:
+            best = int(row.argmax())
+            numbers = [f"{p:.6f}" for p in row]
+            writer.writerow([cell(prediction.name), cell(model.classes[best]), numbers[best], *numbers, ""])
+        yield prediction
+
+
+def cell(text: str) -> str:
+    """text on one line, and with a leading apostrophe where a spreadsheet would run it (OWASP, CSV injection)."""
+    text = _printed(text)
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+
+def _printed(text: str) -> str:
+    return text.replace("\0", "").replace("\r\n", " ").replace("\n", " ")

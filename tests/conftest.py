@@ -1,0 +1,55 @@
+"""Fixtures shared by all tests: where the golden arrays and sample data are, and small synthetic images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of arrays computed by the unmodified reference."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip("the golden arrays of the reference are not beside this checkout")
+    return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of sample data: CIFAR-10 as JPEG, Imagenette, awful images."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the sample data are not beside this checkout")
+    return SHARED / "data"
+
+
+def shapes_images(count: int, size: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(count, size, size, 3) uint8 images of 4 visible classes (colour and shape), and their labels (count,)."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 4
+    images = rng.integers(0, 60, (count, size, size, 3), dtype=np.uint8)
+    rows, columns = np.mgrid[0:size, 0:size]
+    for image, label in zip(images, labels, strict=True):
+        centre, radius = rng.uniform(0.35, 0.65, 2) * size, rng.uniform(0.2, 0.3) * size
+        inside = (
+            np.hypot(rows - centre[0], columns - centre[1]) < radius
+            if label % 2
+            else np.maximum(abs(rows - centre[0]), abs(columns - centre[1])) < radius
+        )
+        image[inside] = (220, 60, 40) if label < 2 else (40, 90, 230)
+    return images, labels
+
+
+@pytest.fixture
+def visible_images() -> tuple[np.ndarray, np.ndarray]:
+    """64 images of 16 pixels whose class can be seen."""
+    return shapes_images(64)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

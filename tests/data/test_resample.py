@@ -1,0 +1,95 @@
+"""Interpolation matrices against Pillow and TensorFlow, the warp against a loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewlabels.data.resample import matrices, resample, sparse_matrices, warp
+
+BOXES = [(0, 0, 40, 50), (3, 7, 20, 11), (39, 49, 1, 1), (10, 0, 30, 50), (0, 45, 2, 5), (5, 5, 13, 17)]  # y x h w
+
+
+def cut(
+    images: torch.Tensor, boxes: list, size: int, antialias: bool, flip: torch.Tensor | None = None
+) -> torch.Tensor:
+    top, left, tall, wide = torch.tensor(boxes, dtype=torch.float32).unbind(1)
+    rows = matrices(top, tall, in_size=images.shape[2], out_size=size, antialias=antialias)
+    columns = matrices(left, wide, flip, in_size=images.shape[3], out_size=size, antialias=antialias)
+    return resample(images, rows, columns)
+
+
+@pytest.mark.parametrize("size", [1, 9, 16, 45, 64])
+def test_crop_and_resize_equal_pillow(size: int) -> None:
+    images = torch.rand(len(BOXES), 3, 40, 50)
+    made = cut(images, BOXES, size, antialias=True)
+    for image, (y, x, h, w), got in zip(images, BOXES, made, strict=True):
+        for channel in range(3):
+            picture = Image.fromarray(image[channel].numpy()).crop((x, y, x + w, y + h))
+            expected = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+            np.testing.assert_allclose(got[channel].numpy(), expected, atol=1e-5)
+
+
+def test_crop_and_resize_equal_tensorflow(golden: Path) -> None:
+    arrays = np.load(golden / "augment_tf2.npz")
+    for i in range(7):
+        image = torch.from_numpy(arrays[f"crop_u8/{i}"]).permute(2, 0, 1)[None].float() / 255
+        made = cut(image, [arrays[f"crop_box_yxhw/{i}"].tolist()], int(arrays[f"crop_size/{i}"]), antialias=False)
+        expected = arrays[f"tf2_crop_resize_bicubic/{i}"]
+        np.testing.assert_allclose(made[0].permute(1, 2, 0).numpy(), expected, atol=2e-6)
+
+
+def test_flip_mirrors_the_chosen_images() -> None:
+    images, flip = torch.rand(6, 3, 40, 50), torch.tensor([True, False, True, True, False, True])
+    plain, mirrored = cut(images, BOXES, 16, True), cut(images, BOXES, 16, True, flip)
+    assert torch.equal(mirrored, torch.where(flip[:, None, None, None], plain.flip(3), plain))
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize(("in_size", "out_size"), [(160, 128), (160, 33), (7, 32), (32, 32), (2, 1), (1, 5)])
+def test_sparse_matrices_equal_the_dense(in_size: int, out_size: int, antialias: bool) -> None:
+    length = torch.randint(1, in_size + 1, (50,)).float()
+    start = ((in_size - length + 1) * torch.rand(50)).floor().clamp(max=in_size - 1)
+    flip = torch.rand(50) < 0.5
+    sizes = {"in_size": in_size, "out_size": out_size, "antialias": antialias}
+    dense = matrices(start, length, flip, **sizes)
+    torch.testing.assert_close(sparse_matrices(start, length, flip, **sizes), dense, atol=1e-6, rtol=0)
+    pixel = torch.arange(in_size)
+    outside = (pixel < start[:, None]) | (pixel >= (start + length)[:, None])
+    assert (dense * outside[:, None]).abs().max() == 0
+    torch.testing.assert_close(dense.sum(2), torch.ones(50, out_size))
+
+
+def test_the_whole_image_at_its_own_size_stays_as_it_is() -> None:
+    images = torch.rand(2, 3, 32, 32)
+    for antialias in (True, False):
+        torch.testing.assert_close(cut(images, [(0, 0, 32, 32)] * 2, 32, antialias), images, atol=1e-6, rtol=0)
+
+
+def test_warp_equals_a_loop() -> None:
+    images, size = torch.rand(3, 3, 6, 6), 6
+    affine = torch.tensor([[1.0, 0, 0], [0, 1, 0]]) + 0.3 * torch.randn(3, 2, 3)
+    made = warp(images, affine).numpy()
+    for b in range(3):
+        picture = images[b].numpy()
+        for row in range(size):
+            for column in range(size):
+                out = np.array([(2 * column + 1) / size - 1, (2 * row + 1) / size - 1, 1.0])
+                x, y = ((affine[b].numpy() @ out + 1) * size - 1) / 2
+                x, y = min(max(x, 0), size - 1), min(max(y, 0), size - 1)
+                x0, y0 = int(x), int(y)
+                x1, y1 = min(x0 + 1, size - 1), min(y0 + 1, size - 1)
+                upper = picture[:, y0, x0] * (x0 + 1 - x) + picture[:, y0, x1] * (x - x0)
+                lower = picture[:, y1, x0] * (x0 + 1 - x) + picture[:, y1, x1] * (x - x0)
+                expected = upper * (y0 + 1 - y) + lower * (y - y0)
+                np.testing.assert_allclose(made[b, :, row, column], expected, atol=1e-5)
+
+
+def test_a_quarter_turn_is_exact() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    quarter = torch.tensor([[0.0, -1, 0], [1, 0, 0]]).expand(2, 2, 3)
+    torch.testing.assert_close(warp(images, quarter), images.rot90(1, (2, 3)), atol=1e-5, rtol=0)
