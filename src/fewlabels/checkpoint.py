@@ -194,7 +194,7 @@ def read(path: Path) -> Saved:
 
 def latest(folder: Path) -> tuple[Saved | None, list[str]]:
     """The newest checkpoint that verifies, or None if there is none; and what had to be passed over, in words."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in _checkpoints(folder):
         try:
             return read(path), passed_over

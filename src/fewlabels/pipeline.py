@@ -158,9 +158,7 @@ def check(asked: Asked) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run_stages(
-    asked: Asked, folder: RunFolder, prepared: Prepared, interrupts: Interrupts
-) -> None:
+def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts: Interrupts) -> None:
     stages = stages_to_run(prepared)
     if asked.until not in stages:
         if asked.until != "distill":
@@ -258,13 +256,13 @@ class Worker:
     def _view(self, stage: str) -> View:
         """The views of a stage, as a function of a batch and the view's number."""
         recipe, seed = self.recipe, self.prepared.seed + (STREAMS[stage] << 32)
-        shared = {"size": recipe.size, "seed": seed, "kind": recipe.kind}
-        pretraining = {"strength": recipe.pretrain.strength, "blur": recipe.pretrain.blur}
-        make = (
-            functools.partial(views.pretrain, **shared, **pretraining)
-            if stage == "pretrain"
-            else (functools.partial(views.finetune, **shared))
-        )
+        make: Callable[..., Tensor] = functools.partial(views.finetune, size=recipe.size, seed=seed, kind=recipe.kind)
+        if stage == "pretrain":
+            settings = recipe.pretrain
+            make = functools.partial(
+                views.pretrain, size=recipe.size, seed=seed, kind=recipe.kind, strength=settings.strength,
+                blur=settings.blur,
+            )  # fmt: skip
         layout = torch.channels_last if self.prepared.precision.channels_last else torch.contiguous_format
 
         def view(batch: Batch, number: int) -> Tensor:

@@ -13,7 +13,6 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, say
 from fewlabels.use import compare
 
-SURVEYED = 32  # images looked at to choose a recipe, spread over the first SURVEYED * 8
+SURVEYED = 32  # images looked at to choose a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,7 @@ class Prepared:
 def survey(source: Source) -> tuple[int, bool]:
     """The usual longest side of the images, and whether they are gray, from a few of them."""
     sides, gray = [], []
-    for payload in islice(source.payloads(), 0, SURVEYED * 8, 8):
+    for payload in source.sample(SURVEYED):
         try:
             image = decode.decode(payload)  # (H, W, 3) uint8
         except decode.BadPicture:

@@ -93,7 +93,7 @@ class Precision:
 
     def layout(self, module: torch.nn.Module) -> torch.nn.Module:
         """module with its 4-D weights in the chosen memory layout."""
-        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload, no-any-return]
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
 
 def precision(device: torch.device, name: str = "auto") -> Precision:
@@ -131,7 +131,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         first = dist.get_rank() * ctx.rows
         return total[first : first + ctx.rows]
@@ -141,7 +141,7 @@ def gather(x: Tensor) -> Tensor:
     """(n, ...) of every rank -> (world_size * n, ...) in rank order, differentiable. Alone: x itself."""
     if world_size() == 1:
         return x
-    return _Gather.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _Gather.apply(x)  # type: ignore[no-any-return]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

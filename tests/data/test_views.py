@@ -140,38 +140,44 @@ def test_random_crops_are_distributed_as_the_references(golden: Path, shape: str
 
 
 def test_photo_crops_reach_every_border_and_stay_inside() -> None:
-    extent = torch.tensor([[32, 32], [20, 50], [50, 20], [3, 7], [1, 1], [10, 300]]).repeat_interleave(4000, 0)
-    box = views.draw_placement(extent, torch.arange(24_000), epoch=0, seed=0, view=0, kind="photo").box
+    extent = torch.tensor([[32, 32], [20, 50], [50, 20], [3, 7], [1, 1], [10, 300]]).repeat_interleave(1500, 0)
+    box = views.draw_placement(extent, torch.arange(9000), epoch=0, seed=0, view=0, kind="photo").box
     corner, sides = box[:, :2], box[:, 2:]
     assert torch.equal(box, box.round())
     assert (corner >= 0).all()
     assert (sides >= 1).all()
     assert (corner + sides <= extent).all()
     touching = (corner + sides == extent) & (sides < extent)
-    assert (touching[:4000].float().mean(0) > 0.03).all()
-    assert torch.equal(box[-4000:], torch.tensor([0.0, 0, 10, 300]).expand(4000, 4))  # no crop can be kept: the whole
+    assert (touching[:1500].float().mean(0) > 0.03).all()
+    assert torch.equal(box[-1500:], torch.tensor([0.0, 0, 10, 300]).expand(1500, 4))  # no crop can be kept: the whole
 
 
 def test_paint_has_the_stated_probabilities_and_ranges() -> None:
-    paint = views.draw_paint(torch.arange(40_000), epoch=0, seed=0, view=0, strength=0.5)
+    paint = views.draw_paint(torch.arange(12_000), epoch=0, seed=0, view=0, strength=0.5)
     for chosen, share in ((paint.jitter, 0.8), (paint.gray, 0.2), (paint.blur, 0.5)):
-        assert abs(chosen.double().mean().item() - share) < 0.01
+        assert abs(chosen.double().mean().item() - share) < 0.018
     low = torch.tensor([0.6, 0.6, 0.6, -0.1])
     high = torch.tensor([1.4, 1.4, 1.4, 0.1])
     torch.testing.assert_close(paint.factors.amin(0), low, atol=1e-3, rtol=0)
     torch.testing.assert_close(paint.factors.amax(0), high, atol=1e-3, rtol=0)
-    torch.testing.assert_close(paint.factors.mean(0), (low + high) / 2, atol=5e-3, rtol=0)
+    torch.testing.assert_close(paint.factors.mean(0), (low + high) / 2, atol=1e-2, rtol=0)
     assert 0.1 <= paint.sigma.min() < 0.101 < 1.999 < paint.sigma.max() <= 2.0
     codes = (paint.order * torch.tensor([64, 16, 4, 1])).sum(1)
     counts = codes.bincount()[codes.unique()]
     assert len(counts) == 24
-    assert (counts - 40_000 / 24).abs().max() < 200  # standard deviation 40
-    flip = views.draw_placement(torch.full((40_000, 2), 8), torch.arange(40_000), epoch=0, seed=0, view=0).flip
-    assert abs(flip.double().mean().item() - 0.5) < 0.01
+    assert (counts - 500).abs().max() < 90  # standard deviation 22
+    flips = [
+        views.draw_placement(torch.full((12_000, 2), 8), torch.arange(12_000), epoch=0, seed=0, view=view).flip
+        for view in (0, 1)
+    ]
+    # Placement and paint, and the two views, are independent
+    together = torch.corrcoef(torch.stack([*flips, paint.jitter, paint.gray, paint.blur]).double())
+    assert (together - torch.eye(5)).abs().max() < 4.5 / 12_000**0.5
+    assert abs(flips[0].double().mean().item() - 0.5) < 0.018
 
 
 def test_glyph_warps_stay_within_their_limits() -> None:
-    extent, ids = torch.full((20_000, 2), 8), torch.arange(20_000)
+    extent, ids = torch.full((5000, 2), 8), torch.arange(5000)
     for amount in (1.0, 0.5):
         drawn = views.draw_placement(extent, ids, epoch=0, seed=0, view=0, kind="glyph", amount=amount)
         assert not drawn.flip.any()
@@ -181,7 +187,7 @@ def test_glyph_warps_stay_within_their_limits() -> None:
         assert 0.99 < area.max() < 1 + 1e-3
         angle = torch.rad2deg(torch.atan2(linear[:, 1, 0], linear[:, 0, 0])).abs().max()
         assert 14.9 * amount < angle < 15.01 * amount
-        # Rotate back: what remains is [[across, across * 0 + down * shear], [0, down]]
+        # Rotated back, what remains is [[across, down * shear], [0, down]]
         upright = torch.linalg.qr(linear).R
         upright = upright * torch.diagonal(upright, dim1=1, dim2=2).sign()[:, :, None]
         shear = torch.rad2deg(torch.atan(upright[:, 0, 1] / upright[:, 1, 1])).abs().max()
@@ -274,10 +280,12 @@ def test_gray_images_stay_gray_and_glyphs_are_not_mirrored() -> None:
         assert rising.all() if kind == "glyph" else 10 < rising.sum() < 54
 
 
-@pytest.mark.parametrize("kind", ["photo", "gray", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_finetune_is_the_placement_alone(pixels: torch.Tensor, kind: str) -> None:
     key, ids = {"epoch": 3, "seed": 1, "view": 0}, torch.arange(8)
-    placed = views.place(pixels, views.draw_placement(EXTENTS, ids, kind=kind, **key), size=SIZE, kind=kind)
+    amount = 0.5 if kind == "glyph" else 1.0
+    placement = views.draw_placement(EXTENTS, ids, kind=kind, amount=amount, **key)
+    placed = views.place(pixels, placement, size=SIZE, kind=kind)
     assert torch.equal(views.finetune(pixels, EXTENTS, ids, size=SIZE, kind=kind, **key), placed.clamp(0, 1))
 
 

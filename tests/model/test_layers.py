@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import two_ranks
 from torch import Tensor, nn
 
+import two_ranks
 from fewlabels import runtime
 from fewlabels.errors import UsageError
 from fewlabels.model import layers
@@ -207,7 +207,7 @@ def test_two_ranks_without_shift_in_bf16_and_with_an_empty_share(ranks):
     torch.testing.assert_close(torch.cat([part["no shift"][0] for part in ranks]), twin["y"][0])
     half = torch.cat([part["bf16"] for part in ranks])
     assert half.dtype == torch.bfloat16
-    rounded = [(x.to(torch.bfloat16).double(), importance) for x, importance in inputs((6, 5, 3, 4))]
+    rounded = [(x.double(), importance.double()) for x, importance in inputs((6, 5, 3, 4), torch.bfloat16)]
     twin = slow_twin(rounded, started().weight.detach(), started().bias.detach())
     torch.testing.assert_close(half.double(), twin["y"][0], rtol=2**-8, atol=2**-8)
     twin = slow_twin(inputs((6, 5)), started().weight.detach(), started().bias.detach())

@@ -97,7 +97,7 @@ def is_picture(path: str) -> bool:
         return False
     if extension in PICTURES:
         return True
-    if extension in CLUTTER or stem in CLUTTER_NAMES or name == "Thumbs.db":
+    if extension in CLUTTER or stem in CLUTTER_NAMES:
         return False
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116

@@ -11,7 +11,7 @@ Shapes: B images of this rank, C canvas side.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -79,14 +79,16 @@ class Order:
 
     def permutation(self, epoch: int) -> np.ndarray:
         """(n,) the images in the order of that pass."""
-        return self.ids[random.permutation(self.seed, epoch, len(self.ids))]
+        shuffled: np.ndarray = self.ids[random.permutation(self.seed, epoch, len(self.ids))]
+        return shuffled
 
     def share(self, step: int, permutation: np.ndarray) -> np.ndarray:
         """(batch / world_size,) this rank's part of step, given its epoch's permutation."""
         first = (step % self.steps_per_epoch) * self.batch
         size = self.batch // runtime.world_size()
         first += runtime.rank() * size
-        return permutation[first : first + size]
+        mine: np.ndarray = permutation[first : first + size]
+        return mine
 
 
 def read(dataset: Dataset, ids: np.ndarray, epoch: int) -> Batch:
@@ -97,7 +99,7 @@ def read(dataset: Dataset, ids: np.ndarray, epoch: int) -> Batch:
 
 def training_batches(
     dataset: Dataset, order: Order, *, first_step: int, last_step: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's batches of steps first_step .. last_step - 1, read ahead by one thread."""
 
     def load() -> Iterator[Future[Batch]]:

@@ -204,7 +204,8 @@ def _array_file(path: Path, member: str | None) -> ArrayFile:
         with ExitStack() as stack:
             stream = _stream(stack, path, member)
             shape, fortran, dtype = _header(stream)
-            size = stream.seek(0, 2) if member is None else _member_size(path, member)
+            begin = stream.tell()
+            size = (stream.seek(0, 2) if member is None else _member_size(path, member)) - begin
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise _damaged(path, error) from error
     check_images(shape, dtype, where)

@@ -21,17 +21,15 @@ import csv
 import errno
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import struct
-import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +47,6 @@ SMALLEST_CANVAS = 8
 HEADERS = 256  # pictures whose headers decide the canvas
 CHUNK_BYTES = 8 << 20  # decoded, and encoded, in the hands of one thread
 CHUNK_IMAGES = 64
-RELEASE_BYTES = 256 << 20  # mapped pages kept before they are given back
 THUMB = (8, 9)  # rows, columns: 8 differences a row make the 64-bit hash
 SMALLEST_THUMBED = 24  # below it different images have equal thumbnails by chance
 
@@ -63,16 +60,17 @@ class BadImage:
 
 
 class PixelStore:
-    """A complete store, mapped for reading; safe to read from many threads. See `open_store`."""
+    """A complete store, open for reading from any number of threads and forked processes. See `open_store`.
+
+    Reads with pread and not through a mapping: 256 random images of 160 pixels come at 0.8 to 1.0 of the mapping's
+    speed, and nothing stays resident, where 256 MB read through a mapping made 1,000 MB of it (large pages).
+    """
 
     def __init__(self, path: Path, *, canvas: int, digest: str, extents: npt.NDArray[np.int32]) -> None:
         self.path, self.canvas, self.digest = path, canvas, digest
         self._extents = torch.from_numpy(extents.astype(np.int64))  # (N, 2)
-        with (path / "pixels.u8").open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._pixels = np.frombuffer(self._map, np.uint8).reshape(len(extents), 3, canvas, canvas)
-        self._touched = 0
-        self._lock = threading.Lock()
+        self._file = os.open(path / "pixels.u8", os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
         return len(self._extents)
@@ -88,23 +86,29 @@ class PixelStore:
         return np.asarray(np.load(self.path / "thumbs.npy", allow_pickle=False))
 
     def read(self, ids: npt.NDArray[np.int64] | Tensor) -> tuple[Tensor, Tensor]:
-        """Images by row: uint8 (B, 3, C, C), and int64 (B, 2) = the valid top-left (h, w). Raises IndexError."""
-        rows = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {len(self)} images")
-        pixels = torch.from_numpy(self._pixels[rows])  # (B, 3, C, C), a copy
-        self._release(pixels.nbytes)
-        return pixels, self._extents[torch.from_numpy(rows.astype(np.int64))]
+        """Images by row: uint8 (B, 3, C, C), and int64 (B, 2) = the valid top-left (h, w).
 
-    def _release(self, read: int) -> None:
-        """Give mapped pages back now and then: the kernel counts them as ours, and keeps them cached all the same."""
-        with self._lock:
-            self._touched += read
-            if self._touched < RELEASE_BYTES:
-                return
-            self._touched = 0
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        ids: int (B,), each from 0 to N - 1, else IndexError. A disk that fails is a StorageError.
+        """
+        rows = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
+            raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of a store of {len(self)} images")
+        pixels = torch.empty(len(rows), 3, self.canvas, self.canvas, dtype=torch.uint8)
+        size = 3 * self.canvas * self.canvas
+        view = pixels.numpy().data.cast("B") if len(rows) else memoryview(b"")
+        for i, row in enumerate(rows.tolist()):
+            self._read_at(view[i * size : (i + 1) * size], row * size)
+        return pixels, self._extents[rows]
+
+    def _read_at(self, view: memoryview, offset: int) -> None:
+        try:
+            count = os.preadv(self._file, [view], offset)
+        except OSError as error:
+            raise StorageError(f"reading {self.path / 'pixels.u8'} failed: {error.strerror}") from error
+        if count != len(view):
+            raise StorageError(
+                f"{self.path / 'pixels.u8'} ends early", fix="delete its folder and run the same command again"
+            )
 
 
 def open_store(folder: Path) -> PixelStore:
@@ -200,7 +204,7 @@ def _write(source: Source, draft: Path, canvas: int, threads: int) -> _Written:
     chunks: list[_Chunk] = []
     with (draft / "pixels.u8").open("wb") as file:
         for chunk in _decoded(source.payloads(), canvas, threads):
-            file.write(memoryview(chunk.pixels).cast("B"))
+            file.write(chunk.pixels.data)
             chunk.pixels = chunk.pixels[:0].copy()
             chunks.append(chunk)
     reasons = [reason for chunk in chunks for reason in chunk.reasons]
@@ -268,7 +272,7 @@ def _decode_chunk(payloads: list[Payload], canvas: int) -> _Chunk:
         pixels[row, :, :height, :width] = image.transpose(2, 0, 1)
         extents[row] = height, width
         digest = hashlib.sha256(struct.pack("<II", height, width))
-        digest.update(np.ascontiguousarray(image))
+        digest.update(np.ascontiguousarray(image).data)
         hashes[row] = np.frombuffer(digest.digest(), np.uint8)
         if thumbed:
             small = Image.fromarray(image).convert("L").resize(THUMB[::-1], Image.Resampling.BOX)
@@ -341,7 +345,7 @@ def _writing(folder: Path, needed: int) -> Iterator[None]:
 def _fresh(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place, flushed to disk, when the block ends well; else it goes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("draft", "old"))
+    draft, old = (folder.with_name(f".{folder.name}.{word}") for word in ("draft", "old"))
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
@@ -349,18 +353,19 @@ def _fresh(folder: Path) -> Iterator[Path]:
         for file in [*draft.iterdir(), draft]:
             _flush(file)
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         draft.rename(folder)
         _flush(folder.parent)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    handle: Any = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -33,6 +33,7 @@ class Row:
     image: str
     label: str | None
     split: str | None
+    sound: bool  # False: its label or split is a fault, only its image is looked at
 
 
 @dataclass
@@ -114,6 +115,8 @@ def match(table: Table, find: Callable[[str], int | str], names: Callable[[], It
             offered = list(itertools.islice(names(), SEARCHED)) if offered is None else offered
             hint = nearest(row.image, offered) if not index and len(table.faults) < 50 else ""
             table.fault(row.line, index or f'no image "{row.image}"{hint}')
+            continue
+        if not row.sound:
             continue
         answer = Answer(row.label, row.split)
         before = said.setdefault(index, (row, answer))
@@ -205,14 +208,13 @@ def _read_row(table: Table, line: int, cells: Mapping[str, str], surplus: int) -
         "no image name" if not image.strip() else "",
         "a line break or NUL in the image's name; do the quotes close?" if set("\n\r\0") & set(image) else "",
         label_fault(label) if label else "",
-        f'unknown split "{split}"{nearest(split, SPLITS)}; use train, val or test'
-        if split not in {"", *SPLITS}
-        else "",
+        "" if split in ("", *SPLITS) else f'unknown split "{split}"{nearest(split, SPLITS)}; use train, val or test',
     ]
     for problem in filter(None, problems):
         table.fault(line, problem)
-    if not any(problems):
-        table.rows.append(Row(line, image, label or None, SPLITS.get(split)))
+    if not any(problems[:2]):
+        known = label if label and not problems[2] else None
+        table.rows.append(Row(line, image, known, SPLITS.get(split), sound=not any(problems)))
 
 
 class Finder:

@@ -11,8 +11,9 @@ Four kinds of images:
     glyph       digits, letters, drawings: small affine warps of the whole image, brightness and contrast; no flip
     reference   photo exactly as google-research/simclr makes it (TF2), with its quirks
 
-photo departs from reference in four places: resizing is antialiased, crops reach the last row and column, blur does not
-darken the border, and the blur's sigma is drawn for each image in both (the reference draws one per batch).
+photo departs from reference in three places: resizing is antialiased, crops reach the last row and column, and blur
+does not darken the border. Both draw the blur's sigma for each image; google-research/simclr draws one for the whole
+batch, which would make a view depend on its batch (shared_blur_sigma=True asks for it).
 
 B = images, H, W = height and width of the canvas, S = side of the view. An extent is the valid top-left (h, w) of it.
 """
@@ -241,7 +242,6 @@ def _draw_boxes(extent: Tensor, numbers: Tensor, *, official: bool) -> Tensor:
     aspect = ASPECT[0] + (ASPECT[1] - ASPECT[0]) * numbers[:, 2 : 2 + TRIES]  # (B, TRIES)
     tallest = torch.round((area / aspect).sqrt())
     fitting = torch.floor((width + 0.5) / aspect)
-    fitting = fitting - (torch.round(fitting * aspect) > width).float()  # when rounding goes up at the half
     tallest = torch.where(torch.round(tallest * aspect) > width, fitting, tallest).minimum(height)
     lowest = torch.round((AREA_DRAWN * area / aspect).sqrt()).minimum(tallest)
     tall = lowest + torch.floor(numbers[:, 2 + TRIES :] * (tallest - lowest + 1))

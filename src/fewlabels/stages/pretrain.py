@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fewlabels import random, runtime
 from fewlabels.data.loader import Batch
+from fewlabels.model.encoder import Encoder
+from fewlabels.model.heads import ProjectionHead
 from fewlabels.model.losses import contrast_accuracy, nt_xent, nt_xent_with_queue
 from fewlabels.stages.loop import Stage
 
@@ -25,7 +27,7 @@ View = Callable[[Batch, int], Tensor]  # (batch, number of the view) -> (B, 3, s
 class Pretrain(Stage):
     """SimCLRv2 pretraining: forward(batch) -> NT-Xent of two views."""
 
-    def __init__(self, encoder: nn.Module, head: nn.Module, *, view: View, temperature: float = 0.1) -> None:
+    def __init__(self, encoder: Encoder, head: ProjectionHead, *, view: View, temperature: float = 0.1) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
         self.view, self.temperature = view, temperature
@@ -52,8 +54,11 @@ class PretrainWithMomentum(Pretrain):
     memory. After the step the average moves, weights and batch norm statistics alike, and the keys enter the memory.
     """
 
+    queue: Tensor  # (Q, D)
+    next_row: Tensor  # ()
+
     def __init__(
-        self, encoder: nn.Module, head: nn.Module, *, view: View, temperature: float, momentum: float, queue: int
+        self, encoder: Encoder, head: ProjectionHead, *, view: View, temperature: float, momentum: float, queue: int
     ) -> None:
         super().__init__(encoder, head, view=view, temperature=temperature)
         self.momentum = momentum

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewlabels import __version__, checkpoint
+from fewlabels.data.views import KINDS
 from fewlabels.errors import DataError, FewlabelsError, MissingInput
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
@@ -65,7 +66,7 @@ class Card:
 def build(card: Card) -> Classifier:
     """The network of card with new weights."""
     body = encoder(card.encoder, stem=card.stem)
-    head = ProjectionHead(body.feature_dim, card.head_out, card.head_layers) if card.tap else None  # type: ignore[arg-type]
+    head = ProjectionHead(body.feature_dim, card.head_out, card.head_layers) if card.tap else None
     return Classifier(body, head, tap=card.tap, num_classes=card.num_classes)
 
 
@@ -162,7 +163,19 @@ def _faults(card: Card, num_classes: object) -> list[str]:
         faults.append("two classes have the same name")
     if num_classes != len(card.classes):
         faults.append(f"num_classes is {num_classes!r}, but {len(card.classes)} classes are named")
-    for name, low, high in (("size", 2, 4096), ("canvas", 2, 16384), ("tap", 0, 16), ("head_layers", 1, 16)):
+    if not isinstance(card.encoder, str) or not isinstance(card.stem, str | None):
+        faults.append(f"encoder is {card.encoder!r} with stem {card.stem!r}, both must be names")
+    if card.kind not in KINDS:
+        faults.append(f"kind is {card.kind!r}, allowed are {', '.join(KINDS)}")
+    if not isinstance(card.metrics, dict | None) or not isinstance(card.training, dict):
+        faults.append("metrics and training must be tables of facts")
+    for name, low, high in (
+        ("size", 2, 4096),
+        ("canvas", 2, 16384),
+        ("head_out", 1, 65536),
+        ("tap", 0, 16),
+        ("head_layers", 1, 16),
+    ):
         value = getattr(card, name)
         if name == "canvas" and value is None:
             continue

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data import views
-from fewlabels.data.labels import Dataset
+from fewlabels.data.labels import TEST, Dataset
 from fewlabels.data.loader import in_order
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.use import evaluate
@@ -206,10 +206,12 @@ def compare(
                 if key == final:
                     measured, probabilities = found
     held = comparison.held
-    results = {
+    results: dict[str, Any] = {
         "format_version": checkpoint.FORMAT_VERSION,
         "classes": list(dataset.classes),
-        "held_out": {"n": len(held), "split": dataset.held_out_split} if len(held) else None,
+        "held_out": {"n": len(held), "split": "test" if (dataset.splits[held] == TEST).all() else "val"}
+        if len(held)
+        else None,
         "rows": comparison.rows,
         "taps": [{"tap": tap, **{k: r[k] for k in ("accuracy", "low", "high", "n")}} for tap, r in enumerate(taps)],
         "final": final,
@@ -219,7 +221,13 @@ def compare(
     }
     body = networks[final].features if final in networks else pretrained[0]
     points, of = feature_map(dataset, held if len(held) else dataset.train, setting, body)
-    arrays = {"ids": held, "labels": comparison.truth, "probabilities": probabilities, "map": points, "map_labels": of}
+    arrays: dict[str, np.ndarray] = {
+        "ids": held,
+        "labels": comparison.truth,
+        "probabilities": probabilities,
+        "map": points,
+        "map_labels": of,
+    }
     return results, arrays
 
 

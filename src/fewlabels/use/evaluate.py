@@ -155,7 +155,7 @@ def most_frequent(labels: Integers, num_classes: int) -> npt.NDArray[np.float32]
     """(K,) share of each class among labels >= 0: the prediction of somebody who never looks at the image."""
     labels = np.asarray(labels)
     counts = np.bincount(labels[labels >= 0], minlength=num_classes).astype(np.float32)
-    return (counts / max(counts.sum(), 1.0)).astype(np.float32)
+    return np.asarray(counts / max(counts.sum(), 1.0), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def temperature_from(logits: Floats, labels: Integers) -> float:
 
 def _unit(features: Floats) -> npt.NDArray[np.float64]:
     rows = np.asarray(features, dtype=np.float64).reshape(len(features), -1)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
 
 
 def _chunks(rows: Floats, size: int) -> Iterator[tuple[int, Floats]]:

@@ -34,7 +34,7 @@ FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4
 # Sizes on which an exported program is compared, as (B, H, W): odd, tiny, wide, tall, batch 1 and many
 TRIALS = ((1, 2, 2), (1, 37, 61), (3, 64, 48), (8, 33, 33), (1, 129, 200), (12, 17, 95), (8, 96, 31))
-ARRAYS = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+Arrays = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 
 class Program(nn.Module):
@@ -115,7 +115,7 @@ def _example() -> Tensor:
     return torch.randint(0, 256, (2, 3, 45, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def _write_onnx(program: Program, path: Path, facts: dict[str, str]) -> ARRAYS:
+def _write_onnx(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
     """One file, with weights inside and metadata; returned is onnxruntime's way to run it."""
     onnx = importlib.import_module("onnx")
     onnxruntime = importlib.import_module("onnxruntime")
@@ -132,6 +132,9 @@ def _write_onnx(program: Program, path: Path, facts: dict[str, str]) -> ARRAYS:
         raise RuntimeError("torch.onnx.export returned nothing")
     proto = written.model_proto
     del proto.metadata_props[:]
+    for node in [*proto.graph.node, *(node for function in proto.functions for node in function.node)]:
+        del node.metadata_props[:]  # lines of source and paths of the machine that exported
+        node.doc_string = ""
     for name, value in facts.items():
         proto.metadata_props.add(key=name, value=value)
     onnx.checker.check_model(proto)
@@ -146,10 +149,12 @@ def _write_onnx(program: Program, path: Path, facts: dict[str, str]) -> ARRAYS:
     return run
 
 
-def _write_torch(program: Program, path: Path, facts: dict[str, str]) -> ARRAYS:
+def _write_torch(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
     """A torch.export program with metadata as extra files; returned is the program as loaded from the file."""
     with torch.no_grad():
         exported = torch.export.export(program, (_example(),), dynamic_shapes=_dynamic())
+    for node in exported.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of the machine that exported
     torch.export.save(exported, path, extra_files={"fewlabels.json": json.dumps(facts)})
     loaded = torch.export.load(path).module()
 
@@ -160,7 +165,7 @@ def _write_torch(program: Program, path: Path, facts: dict[str, str]) -> ARRAYS:
     return run
 
 
-def _compare(program: Program, run: ARRAYS, target: Path) -> None:
+def _compare(program: Program, run: Arrays, target: Path) -> None:
     """DataError unless run and program agree on random images of all TRIALS."""
     rng = np.random.default_rng(0)
     worst, where = 0.0, ""

@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ CATEGORIES = (
 MOST_POINTS, MOST_NAMED = 1500, 20
 CURVE_POINTS = 300
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "text.usetex": False,
@@ -74,7 +75,7 @@ STYLE: dict[str, Any] = {
 }
 
 
-def losses(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def losses(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> Markup:
     """One panel a stage. stages: title -> {"step": (P,), "loss": (P,)}."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 2.5), layout="constrained")
@@ -89,7 +90,7 @@ def losses(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         return _svg(figure, "losses")
 
 
-def probes(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+def probes(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Markup:
     """Accuracy on frozen features while pretraining. curves: name -> (steps (P,), accuracies (P,) in [0, 1])."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 2.6), layout="constrained")
@@ -103,7 +104,7 @@ def probes(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str
         return _svg(figure, "probes")
 
 
-def reliability(bins: Sequence[Mapping[str, Any]]) -> str:
+def reliability(bins: Sequence[Mapping[str, Any]]) -> Markup:
     """Confidence against accuracy, as `measure` bins them; the size of a dot is its share of the images."""
     used = [b for b in bins if b["n"]]
     total = sum(b["n"] for b in used) or 1
@@ -126,7 +127,7 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> str:
         return _svg(figure, "reliability")
 
 
-def feature_map(points: Floats, labels: npt.NDArray[np.integer[Any]], classes: Sequence[str]) -> str:
+def feature_map(points: Floats, labels: npt.NDArray[np.integer[Any]], classes: Sequence[str]) -> Markup:
     """Images as dots coloured by class. points: (M, 2); labels: (M,), -1 = unlabeled (gray)."""
     points, labels = np.asarray(points, float), np.asarray(labels)
     if len(points) > MOST_POINTS:
@@ -136,6 +137,10 @@ def feature_map(points: Floats, labels: npt.NDArray[np.integer[Any]], classes: S
         figure = Figure(figsize=(7.6, 5.6), layout="constrained")
         axes = figure.subplots()
         axes.set_axis_off()
+        low, high = points.min(axis=0), points.max(axis=0)
+        margin = 0.04 * (high - low) + 1e-6
+        axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
+        axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
         rest = labels < 0
         axes.plot(*points[rest].T, linestyle="", marker="o", markersize=3, color=MUTED, alpha=0.35, markeredgewidth=0)
         for number in np.unique(labels[~rest]):
@@ -145,15 +150,16 @@ def feature_map(points: Floats, labels: npt.NDArray[np.integer[Any]], classes: S
                 markeredgewidth=0,
             )  # fmt: skip
             if len(classes) <= MOST_NAMED:
+                x, y = np.median(here, axis=0)
                 axes.text(
-                    *np.median(here, axis=0), _short(classes[number]), ha="center", va="center", fontsize=10,
+                    x, y, _short(classes[number]), ha="center", va="center", fontsize=10,
                     fontweight="bold",
                     bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.78, "boxstyle": "round,pad=0.25"},
                 )  # fmt: skip
         return _svg(figure, "map")
 
 
-def confusion(matrix: npt.NDArray[np.integer[Any]]) -> str:
+def confusion(matrix: npt.NDArray[np.integer[Any]]) -> Markup:
     """A large confusion matrix (K, K) as a picture; rows are the truth, each row scaled to its own sum."""
     counts = np.asarray(matrix, float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -199,7 +205,7 @@ def _thinned(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
     return np.add.reduceat(steps, cuts) / counts, np.add.reduceat(values, cuts) / counts
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def _svg(figure: Figure, salt: str) -> Markup:
     """The figure as an <svg> element; salt keeps its ids apart from those of other figures on the page."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
@@ -214,4 +220,5 @@ def _svg(figure: Figure, salt: str) -> str:
     for placeholder, name in VARIABLES.items():
         text = text.replace(placeholder, f"var(--{name})")
     head, rest = text.split(">", 1)
-    return re.sub(r' (?:width|height)="[^"]*"', "", head) + ">" + rest  # as wide as the page lets it be
+    head = re.sub(r' (?:width|height)="[^"]*"', "", head)  # as wide as the page lets it be
+    return Markup(f"{head}>{rest}")  # markup, since matplotlib has escaped every text in it

@@ -35,7 +35,7 @@ from fewlabels.use.artefact import Card
 CHUNK = 64
 LEAST_CANVAS = 1024  # where training kept images as they came: 64 of them still fit in 200 MB
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_STARTS = tuple("=+-@") + tuple("\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH COMMERCIAL AT}")
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class Model:
 
     def predict_proba(self, images: Any) -> npt.NDArray[np.float32]:
         """Probabilities (N, K) float32, rows sum to 1: softmax(logits / temperature). Raises like `predict`."""
-        return self._all(images, self._probabilities, self.card.num_classes)
+        return self._all(images, self._probabilities)
 
     def features(self, images: Any) -> npt.NDArray[np.float32]:
         """Output of the encoder, (N, D) float32. Raises like `predict`."""
-        return self._all(images, self._features, self.network.encoder.feature_dim)
+        return self._all(images, self._features)
 
     def each(self, images: Any, *, keep: Sequence[bool] | None = None) -> Iterator[Prediction]:
         """One Prediction an image, in order, in bounded memory. Images with keep[i] False are not even decoded."""
@@ -106,9 +106,10 @@ class Model:
         return torch.softmax(self.network(view).float() / self.card.temperature, dim=1)  # (B, K)
 
     def _features(self, view: Tensor) -> Tensor:
-        return self.network.encoder(view).float()  # (B, D)
+        features: Tensor = self.network.encoder(view)  # (B, D)
+        return features.float()
 
-    def _all(self, images: Any, function: Callable[[Tensor], Tensor], width: int) -> npt.NDArray[np.float32]:
+    def _all(self, images: Any, function: Callable[[Tensor], Tensor]) -> npt.NDArray[np.float32]:
         rows, faults = [], []
         for name, row, error in self._stream(as_source(images), function, None):
             if row is None:
@@ -122,7 +123,7 @@ class Model:
                 why="there would be fewer predictions than images",
                 fix="leave these out, or use `fewlabels predict`, which keeps a row with the reason for each",
             )
-        return np.stack(rows) if rows else np.zeros((0, width), dtype=np.float32)
+        return np.stack(rows)
 
     def _stream(
         self, source: Source, function: Callable[[Tensor], Tensor], keep: Sequence[bool] | None
@@ -317,8 +318,8 @@ def _write_rows(file: TextIO, model: Model, source: Source) -> Iterator[Predicti
 def cell(text: str) -> str:
     """text on one line, and with a leading apostrophe where a spreadsheet would run it (OWASP, CSV injection)."""
     text = _printed(text)
-    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+    return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
 
 
 def _printed(text: str) -> str:
-    return text.replace("\0", "").replace("\r\n", " ").replace("\n", " ")
+    return "".join(c if c.isprintable() else " " for c in text)

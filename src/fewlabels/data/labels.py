@@ -1,0 +1,336 @@
+"""Pixels and labels joined: who is trained on, who is held out, and everything about them that a person should know.
+
+What would make a result wrong is refused (one picture with two labels, a class that only the test images have);
+what would make it flattering is removed and said (training images that are also held out).
+
+Shapes: N images in the store, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fewlabels.data.pixels import BadImage, PixelStore
+from fewlabels.data.sources import Source
+from fewlabels.errors import DataError, UsageError
+
+Ints = npt.NDArray[np.int64]
+TRAIN, VAL, TEST, LEAKED = 0, 1, 2, 3  # LEAKED: a training image that is also held out; nobody sees it
+SPLIT_NUMBERS = {"train": TRAIN, "val": VAL, "test": TEST}
+NAMED = 3  # examples in a note
+FLAT = 10.0  # standard deviation of a thumbnail below which all pictures look alike
+CLOSE = 3.0  # mean grey levels between the thumbnails of one photo saved twice
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What was made of the images and labels, in numbers. images counts all splits and the leaked ones."""
+
+    images: int
+    train: int
+    val: int
+    test: int
+    labeled: int  # training images with a label
+    classes: dict[str, int]  # labeled training images of each class
+    held_out: int  # labeled images that measure the result
+    unreadable: int = 0
+    duplicates: int = 0  # training images that repeat another training image, byte for byte
+    leaks: int = 0  # training images left out because they are also held out
+    hidden: int = 0  # labels hidden on request
+    notes: tuple[str, ...] = field(default=())
+
+    def line(self) -> str:
+        """One line, such as "9,469 images, 100 labeled in 10 classes, 12 unreadable, 4 duplicates"."""
+        parts = [_count(self.train, "image")]
+        known = f"{self.labeled:,} labeled in {_count(len(self.classes), 'class', 'classes')}"
+        parts.append(known if self.labeled else "no labels")
+        parts += [f"{self.unreadable:,} unreadable"] if self.unreadable else []
+        parts += [_count(self.duplicates, "duplicate")] if self.duplicates else []
+        parts += [f"{self.leaks:,} left out because they are also held out"] if self.leaks else []
+        held = [(self.val, "validation"), (self.test, "test")]
+        parts += [f"{_count(number, f'held-out {name} image')}" for number, name in held if number]
+        return ", ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"notes": list(self.notes)}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A pixel store with what is known of its N images, row by row."""
+
+    store: PixelStore
+    names: tuple[str, ...]
+    labels: Ints  # (N,) class number, -1 = unlabeled
+    splits: npt.NDArray[np.int8]  # (N,) 0 train, 1 val, 2 test, 3 leaked: left out
+    classes: tuple[str, ...]
+    understood: Understood
+
+    @property
+    def train(self) -> Ints:
+        """Rows of the training images, labeled or not."""
+        return np.flatnonzero(self.splits == TRAIN)
+
+    @property
+    def labeled(self) -> Ints:
+        """Rows of the training images with a label."""
+        return np.flatnonzero((self.splits == TRAIN) & (self.labels >= 0))
+
+    @property
+    def held_out(self) -> Ints:
+        """Rows of the test images with a label; without any, of the validation images."""
+        return _held_out(self.splits, self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """K; 0 without labels."""
+        return len(self.classes)
+
+
+def assemble(source: Source, store: PixelStore, kept: Ints, bad: Sequence[BadImage] = ()) -> Dataset:
+    """The Dataset of a source and its store.
+
+    kept: the source's indices of the store's rows. bad: its unreadable images. Raises DataError for labels that
+    contradict each other or cannot be learned.
+    """
+    names = tuple(source.names[i] for i in kept)
+    texts = [source.labels[i] for i in kept]
+    splits = np.array([SPLIT_NUMBERS[source.splits[i]] for i in kept], dtype=np.int8)
+    if not (splits == TRAIN).any():
+        raise DataError(
+            f"{source.description} has no training images, only held-out ones",
+            why="held-out images are never trained on",
+            fix="put the training images into train/, or give them as the images and the held-out ones as test",
+        )
+    used = {text for text in texts if text is not None}
+    classes = source.classes if source.classes and used else tuple(sorted(used, key=_natural))
+    number = {name: k for k, name in enumerate(classes)}
+    labels = np.array([-1 if text is None else number[text] for text in texts], dtype=np.int64)
+
+    groups = _identical(store.hashes)
+    _check_conflicts(groups, labels, splits, names, classes)
+    splits, leaked = _without_leaks(groups, splits)
+    train = splits == TRAIN
+    notes = [f"also held out, left out of training: {_some(leaked, names)}"] if len(leaked) else []
+    _check_learnable(labels, splits, classes, source)
+    counts = np.bincount(labels[train & (labels >= 0)], minlength=len(classes))
+    notes += _label_notes(counts, classes, source, kept)
+    notes += _near_duplicates(store.thumbs, splits, groups, names)
+    understood = Understood(
+        images=len(names),
+        train=int(train.sum()),
+        val=int((splits == VAL).sum()),
+        test=int((splits == TEST).sum()),
+        labeled=int(counts.sum()),
+        classes=dict(zip(classes, counts.tolist(), strict=True)),
+        held_out=len(_held_out(splits, labels)),
+        unreadable=len(bad),
+        duplicates=int(train.sum()) - len(np.unique(groups[train])),
+        leaks=len(leaked),
+        notes=tuple(notes),
+    )
+    return Dataset(store, names, labels, splits, classes, understood)
+
+
+def keep_labels(dataset: Dataset, amount: str | int, seed: int) -> Dataset:
+    """dataset with only some of its training labels, the others hidden (-1).
+
+    amount: "1%" of the labels or a number of them. As many of each class as possible, at least one; which ones is
+    the seed's choice, and a larger amount keeps all that a smaller one kept. Raises UsageError.
+    """
+    rows, classes = dataset.labeled, dataset.classes
+    present = np.unique(dataset.labels[rows])
+    wanted = _amount(amount, len(rows), len(present))
+    rng = np.random.Generator(np.random.Philox(seed))
+    order = rng.permutation(present)  # who gets one more when the classes cannot share equally
+    mixed = {k: rng.permutation(rows[dataset.labels[rows] == k]) for k in present}
+    share = _equal_shares(np.array([len(mixed[k]) for k in order]), wanted)
+    chosen = np.concatenate([mixed[k][:n] for k, n in zip(order, share, strict=True)])
+    labels = dataset.labels.copy()
+    labels[np.setdiff1d(rows, chosen)] = -1
+    counts = np.bincount(labels[chosen], minlength=len(classes))
+    hidden = len(rows) - len(chosen)
+    note = f"{_count(hidden, 'label')} hidden on request" if hidden else ""
+    understood = replace(
+        dataset.understood,
+        labeled=len(chosen),
+        classes=dict(zip(classes, counts.tolist(), strict=True)),
+        hidden=dataset.understood.hidden + hidden,
+        notes=(*dataset.understood.notes, note) if note else dataset.understood.notes,
+    )
+    return replace(dataset, labels=labels, understood=understood)
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check_conflicts(
+    groups: Ints, labels: Ints, splits: npt.NDArray[np.int8], names: Sequence[str], classes: Sequence[str]
+) -> None:
+    """Refuse identical training pictures with different labels."""
+    rows = np.flatnonzero((splits == TRAIN) & (labels >= 0))
+    first: dict[int, int] = {}
+    conflicts = []
+    for row in rows.tolist():
+        other = first.setdefault(int(groups[row]), row)
+        if labels[other] != labels[row]:
+            pair = [f'"{names[i]}" is "{classes[labels[i]]}"' for i in (other, row)]
+            conflicts.append(" and ".join(pair))
+    if conflicts:
+        raise DataError(
+            f"{_count(len(conflicts), 'picture')} with two different labels: the pixels are the same",
+            details=conflicts,
+            why="one of the two labels is wrong, and it would be learned",
+            fix="correct or empty the wrong label of each pair",
+        )
+
+
+def _check_learnable(labels: Ints, splits: npt.NDArray[np.int8], classes: Sequence[str], source: Source) -> None:
+    """Refuse labels from which no classifier can be learned. No labels at all are fine: there is pretraining."""
+    labeled = (splits == TRAIN) & (labels >= 0)
+    trained = set(np.unique(labels[labeled]).tolist())
+    held = set(np.unique(labels[(labels >= 0) & np.isin(splits, (VAL, TEST))]).tolist())
+    count = int(labeled.sum())
+    if held - trained and trained:
+        raise DataError(
+            f"{_count(len(held - trained), 'class', 'classes')} without a training label, only held-out ones",
+            details=[f'"{classes[k]}"' for k in sorted(held - trained)],
+            why="a class without a single label cannot be learned, and each of its images would count as an error",
+            fix="label at least one training image of each, or leave these classes out of the held-out images",
+        )
+    if held and not trained:
+        raise DataError(
+            f"{source.description}: only held-out images are labeled",
+            details=[f'"{classes[k]}"' for k in sorted(held)],
+            why="labels of held-out images measure the result and are never learned from",
+            fix="label some training images",
+        )
+    if len(trained) == 1:
+        raise DataError(
+            f'all {count:,} labels are of the one class "{classes[trained.pop()]}"',
+            why="a classifier needs at least two classes",
+            fix="label images of another class, or put pictures without a class into a folder called unlabeled",
+        )
+    if count and len(classes) > count:
+        raise DataError(
+            f"{len(classes):,} classes but only {_count(count, 'label')}",
+            why="every class needs at least one labeled image",
+            fix="label at least one image of each class; are numbers or file names in the label column?",
+        )
+
+
+def _label_notes(counts: Ints, classes: Sequence[str], source: Source, kept: Ints) -> list[str]:
+    notes = []
+    if counts.any():
+        for number, words in ((0, "no labeled image"), (1, "a single labeled image")):
+            few = [classes[k] for k in np.flatnonzero(counts == number).tolist()]
+            names = ", ".join(few[:NAMED]) + (", ..." if len(few) > NAMED else "")
+            notes += [f"{_count(len(few), 'class', 'classes')} with {words}: {names}"] if few else []
+    lost = np.setdiff1d(np.arange(len(source.names)), kept)
+    labeled = [i for i in lost.tolist() if source.labels[i] is not None]
+    if labeled:
+        words = f"{_count(len(labeled), 'labeled image')} could not be read and their labels are lost"
+        notes.append(f"{words}: {_some(labeled, source.names)}")
+    return notes
+
+
+# --- duplicates --------------------------------------------------------------------------------------------------
+
+
+def _identical(hashes: npt.NDArray[np.uint8]) -> Ints:
+    """(N,) group numbers; images of one group have the same pixels. hashes: (N, 32)."""
+    keys = np.ascontiguousarray(hashes).view("V32").reshape(-1)
+    return np.unique(keys, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def _without_leaks(groups: Ints, splits: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.int8], Ints]:
+    """(splits with LEAKED, rows leaked): training images that are also validation or test images."""
+    leaked = (splits == TRAIN) & np.isin(groups, groups[np.isin(splits, (VAL, TEST))])
+    return np.where(leaked, np.int8(LEAKED), splits), np.flatnonzero(leaked)
+
+
+def _near_duplicates(
+    thumbs: npt.NDArray[np.uint8], splits: npt.NDArray[np.int8], groups: Ints, names: Sequence[str]
+) -> list[str]:
+    """A note on training images that look like a held-out one: same difference hash and nearly the same thumbnail.
+
+    Flat pictures are passed over, all of them look alike. Nothing is removed: two photos of one scene may be meant.
+    """
+    train, held = np.flatnonzero(splits == TRAIN), np.flatnonzero(np.isin(splits, (VAL, TEST)))
+    if not len(thumbs) or not len(held) or not len(train):
+        return []
+    bits = thumbs[:, :, 1:] > thumbs[:, :, :-1]  # (N, 8, 8)
+    keys = np.packbits(bits.reshape(len(thumbs), 64), axis=1).view(np.uint64).reshape(-1)  # (N,)
+    varied = thumbs.reshape(len(thumbs), -1).std(axis=1, dtype=np.float32) >= FLAT
+    train, held = train[varied[train]], held[varied[held]]
+    if not len(train) or not len(held):
+        return []
+    held = held[np.argsort(keys[held], kind="stable")]
+    place = np.minimum(np.searchsorted(keys[held], keys[train]), len(held) - 1)
+    train, twin = train[keys[held][place] == keys[train]], held[place[keys[held][place] == keys[train]]]
+    apart = np.abs(thumbs[train].astype(np.float32) - thumbs[twin]).mean(axis=(1, 2))
+    close = (apart <= CLOSE) & (groups[train] != groups[twin])
+    if not close.any():
+        return []
+    pairs = [f"{names[i]} like {names[j]}" for i, j in zip(train[close], twin[close], strict=True)]
+    shown = "; ".join(pairs[:NAMED]) + ("; ..." if len(pairs) > NAMED else "")
+    return [f"{_count(len(pairs), 'training image')} nearly the same as a held-out one (kept): {shown}"]
+
+
+# --- small things ------------------------------------------------------------------------------------------------
+
+
+def _held_out(splits: npt.NDArray[np.int8], labels: Ints) -> Ints:
+    test = np.flatnonzero((splits == TEST) & (labels >= 0))
+    return test if len(test) else np.flatnonzero((splits == VAL) & (labels >= 0))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts "2" before "10"."""
+    pieces = re.split(r"([0-9]+)", name)
+    return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece]
+
+
+def _amount(amount: str | int, available: int, classes: int) -> int:
+    """How many labels "1%", "100" or 100 are."""
+    text = str(amount).strip()
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%|([0-9]+)", text)
+    if match is None:
+        raise UsageError(f'"{text}" is not an amount of labels', fix='write "1%" or a whole number such as 100')
+    if not available:
+        raise UsageError("there are no labels to choose from", fix="give labels, or do not limit them")
+    wanted = int(match[2]) if match[2] else max(classes, round(float(match[1]) / 100 * available))
+    if not classes <= wanted <= available:
+        raise UsageError(
+            f"{wanted:,} labels were asked for",
+            why=f"there are {available:,} labels in {_count(classes, 'class', 'classes')}, and each class keeps one",
+            fix=f"ask for {classes:,} to {available:,} of them",
+        )
+    return wanted
+
+
+def _equal_shares(sizes: Ints, wanted: int) -> Ints:
+    """How many of wanted each class gives: round by round one of each that still has one, in the order given."""
+    level = 0
+    while np.minimum(sizes, level + 1).sum() <= wanted and level < sizes.max():
+        level += 1
+    share = np.minimum(sizes, level)
+    more = np.flatnonzero(sizes > level)[: wanted - int(share.sum())]
+    share[more] += 1
+    return share
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _some(rows: Iterable[int], names: Sequence[str]) -> str:
+    listed = list(rows)
+    return ", ".join(names[i] for i in listed[:NAMED]) + (", ..." if len(listed) > NAMED else "")

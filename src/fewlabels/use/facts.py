@@ -1,0 +1,176 @@
+"""What a run folder says: its files as plain values, checked and clean, whatever of them is there.
+
+Everything that a file, a label or a name says is text: control characters go here, markup is escaped by the page.
+
+Shapes: N held-out images, K classes, M points of the map.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewlabels.errors import DataError
+
+Facts = dict[str, Any]
+
+LONGEST_TEXT = 2000
+# C0 and C1 controls but the line break, line separators, and the marks that turn the direction of text around
+UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
+def read(run: Path) -> Facts:
+    """All files of a run that the report needs; those that are not there, or cannot be read, are empty."""
+    results = _json(run / "results.json") or None
+    if results is not None and (faults := results_faults(results)):
+        raise DataError(
+            f"{run / 'results.json'} is not as the pipeline writes it",
+            details=faults,
+            why="the report would show wrong numbers",
+            fix="run the same `fewlabels fit` command again: it writes the results anew",
+        )
+    return {
+        "path": clean(str(run)),
+        "folder": run,
+        "resolved": _json(run / "resolved.json"),
+        "status": _json(run / "status.json"),
+        "results": results,
+        "metrics": _metrics(run / "metrics.jsonl"),
+        "arrays": _arrays(run / "evaluation.npz", results),
+        "model": _json(run / "model" / "model.json"),
+        "bad": _bad_images(run / "bad_images.csv"),
+    }
+
+
+def part(facts: Facts, name: str) -> Facts:
+    """A dict within facts, {} where there is none."""
+    found = facts.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def clean(value: Any) -> Any:
+    """value (JSON) with every text free of control characters, lone surrogates and endless length."""
+    if isinstance(value, str):
+        text = UNPRINTABLE.sub("", value).encode("utf-8", "replace").decode("utf-8")
+        return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " ..."
+    if isinstance(value, Mapping):
+        return {clean(str(name)): clean(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [clean(item) for item in value]
+    return value
+
+
+def _json(path: Path) -> Facts:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return clean(found) if isinstance(found, dict) else {}
+
+
+def _metrics(path: Path) -> dict[str, list[Facts]]:
+    """Lines of metrics.jsonl by stage; a line torn by a kill is passed over."""
+    stages: dict[str, list[Facts]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            stage, step, total = clean(str(record["stage"])), int(record["step"]), int(record["total_steps"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
+        stages.setdefault(stage, []).append({**record, "step": step, "total_steps": total})
+    return stages
+
+
+def _arrays(path: Path, results: Facts | None) -> dict[str, np.ndarray]:
+    """evaluation.npz, {} unless its shapes fit each other and the classes."""
+    classes = len(results["classes"]) if results else 0
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in ("ids", "labels", "probabilities", "map", "map_labels")}
+        count, points = len(found["ids"]), len(found["map"])
+        numbers = np.concatenate([found["labels"], found["map_labels"]])
+        fits = found["labels"].shape == (count,) and found["probabilities"].shape in ((count, classes), (0, classes))
+        fits = fits and found["map"].shape == (points, 2) and found["map_labels"].shape == (points,)
+        fits = fits and all(np.isfinite(a).all() for a in found.values())
+        fits = fits and (not len(numbers) or (numbers.min() >= -1 and numbers.max() < max(classes, 1)))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return {}
+    return found if fits else {}
+
+
+def _bad_images(path: Path) -> list[tuple[str, str]]:
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            rows = [row for row in csv.reader(file) if len(row) >= 2]
+    except (OSError, csv.Error):
+        return []
+    return [(clean(row[0]), clean(row[1])) for row in rows[1:]]
+
+
+def results_faults(results: Facts) -> list[str]:
+    """What is wrong with results.json, one line a fault; [] if it is as the pipeline writes it."""
+    faults = [
+        f"{name} is missing or of the wrong kind"
+        for name, kind in (("classes", list), ("rows", list), ("taps", list), ("final", str), ("labels_used", int),
+                           ("images_used", int))
+        if not isinstance(results.get(name), kind)
+    ]  # fmt: skip
+    if faults:
+        return faults
+    faults += [f"class {i} is not a name" for i, name in enumerate(results["classes"]) if not isinstance(name, str)]
+    for place in ("rows", "taps"):
+        for index, row in enumerate(results[place]):
+            faults += [f"{place}[{index}]: {fault}" for fault in _row_faults(row, place)]
+    held = results.get("held_out")
+    if held is not None and not (isinstance(held, dict) and is_number(held.get("n"))):
+        faults.append("held_out must be null or have n")
+    return faults + _measurement_faults(results.get("measurement"), len(results["classes"]))
+
+
+def _row_faults(row: Any, place: str) -> list[str]:
+    if not isinstance(row, dict):
+        return ["not a row"]
+    numbers = ["accuracy", "low", "high"]
+    numbers += ["ece", "parameters", "megabytes", "latency_ms"] if place == "rows" else []
+    faults = [f"{n} is {row[n]!r}" for n in numbers if row.get(n) is not None and not is_number(row[n])]
+    names = ("key", "name") if place == "rows" else ()
+    faults += [f"{name} is missing" for name in names if not isinstance(row.get(name), str)]
+    if place == "taps" and not isinstance(row.get("tap"), int):
+        faults.append("tap is missing")
+    return faults if is_number(row.get("n")) else [*faults, "n is missing"]
+
+
+def _measurement_faults(measured: Any, num_classes: int) -> list[str]:
+    if measured is None:
+        return []
+    try:
+        low, high = measured["top1"]["interval"]
+        numbers = [low, high, measured["top1"]["accuracy"], measured["n"], measured["ece"]]
+        bins = [(b["n"], b["confidence"], b["accuracy"]) for b in measured["reliability"]]
+        numbers += [number for b in bins for number in b if number is not None]
+        shape = np.asarray(measured["confusion"], dtype=np.int64).shape
+        classes = [(row["n"], row["precision"], row["recall"], row["f1"]) for row in measured["per_class"]]
+        numbers += [number for row in classes for number in row if number is not None]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return [f"measurement is not complete ({error})"]
+    faults = [] if shape == (num_classes, num_classes) else [f"the confusion matrix has shape {shape}"]
+    faults += [] if len(classes) == num_classes else [f"{len(classes)} classes are measured of {num_classes}"]
+    return faults + [f"measurement has {number!r}" for number in numbers if not is_number(number)]
+
+
+def is_number(value: Any) -> bool:
+    """Whether value is a finite number and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

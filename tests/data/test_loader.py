@@ -1,0 +1,95 @@
+"""The order of images: a pure function of seed and epoch, shared by ranks, every image once a pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fewlabels import runtime
+from fewlabels.data import labels, loader, pixels, sources
+from fewlabels.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, visible_images: tuple[np.ndarray, np.ndarray]) -> labels.Dataset:
+    images, classes = visible_images
+    source = sources.open_source(images, [str(c) if i < 16 else None for i, c in enumerate(classes)])
+    store, kept, bad = pixels.build(
+        source, tmp_path / "data", working_size=None, max_bad_share=0.05, threads=2, bad_csv=tmp_path / "bad.csv"
+    )
+    return labels.assemble(source, store, kept, bad)
+
+
+def ids_of(order: loader.Order, steps: range) -> list[list[int]]:
+    return [order.share(s, order.permutation(order.epoch(s))).tolist() for s in steps]
+
+
+def test_every_image_at_most_once_a_pass() -> None:
+    order = loader.Order(np.arange(100, 203), batch=10, seed=3)
+    first = np.concatenate(ids_of(order, range(10)))
+    assert len(set(first.tolist())) == 100
+    assert set(first.tolist()) <= set(range(100, 203))
+    assert ids_of(order, range(10)) != ids_of(order, range(10, 20))
+
+
+def test_a_resumed_order_is_the_order_there_would_have_been(dataset: labels.Dataset) -> None:
+    order = loader.Order(dataset.train, batch=12, seed=1)
+    whole = list(loader.training_batches(dataset, order, first_step=0, last_step=13, device=CPU))
+    for start in (1, 5, 12):
+        rest = list(loader.training_batches(dataset, order, first_step=start, last_step=13, device=CPU))
+        assert len(rest) == 13 - start
+        for mine, other in zip(rest, whole[start:], strict=True):
+            assert torch.equal(mine.ids, other.ids)
+            assert torch.equal(mine.pixels, other.pixels)
+            assert mine.epoch == other.epoch
+
+
+def test_ranks_share_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = loader.Order(np.arange(50), batch=12, seed=7)
+    whole = ids_of(order, range(9))
+    for world in (2, 3, 4):
+        monkeypatch.setattr(runtime, "world_size", lambda world=world: world)
+        shares = []
+        for rank in range(world):
+            monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
+            shares.append(ids_of(order, range(9)))
+        assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
+
+
+def test_batches_hold_what_the_store_holds(
+    dataset: labels.Dataset, visible_images: tuple[np.ndarray, np.ndarray]
+) -> None:
+    images, classes = visible_images
+    order = loader.Order(dataset.train, batch=16, seed=0)
+    batch = next(iter(loader.training_batches(dataset, order, first_step=0, last_step=1, device=CPU)))
+    for row, i in enumerate(batch.ids.tolist()):
+        assert np.array_equal(batch.pixels[row].permute(1, 2, 0).numpy(), images[i])
+        assert batch.labels[row] == (classes[i] if i < 16 else -1)
+    assert batch.extent.tolist() == [[16, 16]] * 16
+
+
+def test_too_few_images_for_the_batch() -> None:
+    with pytest.raises(UsageError, match="larger than the 5 images"):
+        loader.Order(np.arange(5), batch=6, seed=0)
+
+
+def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    with pytest.raises(UsageError, match="cannot be shared equally"):
+        loader.Order(np.arange(50), batch=7, seed=0)
+
+
+def test_a_fault_while_reading_reaches_the_loop() -> None:
+    def broken(ids: np.ndarray) -> None:
+        raise OSError("the disk is gone")
+
+    dataset = SimpleNamespace(store=SimpleNamespace(read=broken), labels=np.zeros(50, dtype=np.int64))
+    order = loader.Order(np.arange(50), batch=10, seed=0)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(iter(loader.training_batches(dataset, order, first_step=0, last_step=3, device=CPU)))

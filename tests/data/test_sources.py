@@ -1,0 +1,379 @@
+"""Every kind of source gives the same things; every mistake in a folder, an array or a CSV is found and placed."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewlabels.data import decode
+from fewlabels.data.sources import Source, open_source
+from fewlabels.errors import DataError, MissingInput, UsageError
+
+GREEN = np.full((6, 8, 3), (20, 200, 30), np.uint8)
+
+
+def picture(path: Path, pixels: np.ndarray = GREEN) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def content(source: Source) -> list[tuple[str, str | None, str]]:
+    return list(zip(source.names, source.labels, source.splits, strict=True))
+
+
+def decoded(source: Source) -> list[np.ndarray]:
+    return [decode.decode(payload) for payload in source.payloads()]
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
+
+
+def test_folder_of_classes_unlabeled_and_loose_files(tmp_path: Path) -> None:
+    for name in ("dog/b.png", "cat/deep/er/a.png", "cat/10.png", "unlabeled/u.png", "loose.png", "Unlabelled/v.png"):
+        picture(tmp_path / name)
+    assert content(open_source(tmp_path)) == [
+        ("Unlabelled/v.png", None, "train"),
+        ("cat/10.png", "cat", "train"),
+        ("cat/deep/er/a.png", "cat", "train"),
+        ("dog/b.png", "dog", "train"),
+        ("loose.png", None, "train"),
+        ("unlabeled/u.png", None, "train"),
+    ]
+    assert [image.shape for image in decoded(open_source(tmp_path))] == [(6, 8, 3)] * 6
+
+
+def test_folder_with_splits(tmp_path: Path) -> None:
+    for name in ("train/cat/a.png", "train/unlabeled/b.png", "train/c.png", "valid/cat/d.png", "test/dog/e.png"):
+        picture(tmp_path / name)
+    picture(tmp_path / "unlabeled/f.png")
+    assert content(open_source(str(tmp_path))) == [
+        ("test/dog/e.png", "dog", "test"),
+        ("train/c.png", None, "train"),
+        ("train/cat/a.png", "cat", "train"),
+        ("train/unlabeled/b.png", None, "train"),
+        ("unlabeled/f.png", None, "train"),
+        ("valid/cat/d.png", "cat", "val"),
+    ]
+
+
+def test_a_class_called_train_is_a_class_and_a_mixture_is_refused(tmp_path: Path) -> None:
+    for name in ("train/a.png", "bus/b.png"):
+        picture(tmp_path / name)
+    assert content(open_source(tmp_path)) == [("bus/b.png", "bus", "train"), ("train/a.png", "train", "train")]
+    picture(tmp_path / "test/c.png")
+    with pytest.raises(DataError, match=r"splits test, train and beside them bus"):
+        open_source(tmp_path)
+
+
+def test_clutter_is_passed_over_and_false_pictures_are_not(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "no_extension.png").rename(tmp_path / "no_extension")
+    picture(tmp_path / "odd.png").rename(tmp_path / "odd.jpg_large")
+    picture(tmp_path / "dir.jpg/in.png")
+    for name in (".DS_Store", "._a.png", "Thumbs.db", "README", "README.md", "x.csv", "x.txt", "x.json", "weights.bin"):
+        (tmp_path / name).write_bytes(b"Bud1 something")
+    picture(tmp_path / ".git/logo.png")
+    picture(tmp_path / "__MACOSX/a.png")
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    names = open_source(tmp_path).names
+    assert names == ("a.png", "dir.jpg/in.png", "no_extension", "odd.jpg_large", "page.jpg", "phone.heic")
+
+
+def test_links_loops_pipes_and_sockets(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    picture(root / "cat/a.png")
+    picture(outside / "b.png")
+    (root / "dog").symlink_to(outside)
+    (root / "cat/loop").symlink_to(root)
+    (root / "again").symlink_to(root / "cat")
+    (root / "self.png").symlink_to(root / "self.png")
+    (root / "dangling.png").symlink_to(root / "nowhere.png")
+    (root / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(root / "pipe.jpg")
+    os.mkfifo(root / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(root / "s.gif"))
+        source = open_source(root)
+    assert content(source)[:2] == [("cat/a.png", "cat", "train"), ("dangling.png", None, "train")]
+    assert source.names[2:] == ("dog/b.png", "pipe.jpg", "s.gif", "self.png", "zero.png")
+    reasons = {}
+    for name, payload in zip(source.names, source.payloads(), strict=True):
+        try:
+            decode.decode(payload)
+        except decode.BadPicture as bad:
+            reasons[name] = str(bad)
+    assert set(reasons) == {"dangling.png", "pipe.jpg", "s.gif", "self.png", "zero.png"}
+    assert "no such file" in reasons["dangling.png"]
+    assert all("pipe, socket or device" in reasons[name] for name in ("pipe.jpg", "s.gif", "zero.png"))
+
+
+def test_hostile_names_become_printable(tmp_path: Path) -> None:
+    names = [b"new\nline.png", b"esc\x1b[2J.png", b"latin\xe9.png", "é.png".encode(), b"<img onerror=x>.png", b"-x.png"]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(picture(tmp_path.parent / "p.png").read_bytes())
+    source = open_source(tmp_path)
+    assert set(source.names) == {
+        "new%0Aline.png", "esc%1B[2J.png", "latin%E9.png", "é.png", "<img onerror=x>.png", "-x.png",
+    }  # fmt: skip
+    assert len(decoded(source)) == 6
+    assert "".join(source.names).encode("utf-8")
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(MissingInput, match='did you mean "photos"') as missing:
+        open_source(tmp_path / "photo")
+    assert missing.value.exit_code == 66
+    (tmp_path / "photos/notes.txt").write_text("nothing")
+    with pytest.raises(DataError, match="holds no pictures") as empty:
+        open_source(tmp_path / "photos")
+    assert empty.value.exit_code == 65
+
+
+def test_class_folders_that_differ_in_case_are_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "train/Cat/a.png")
+    picture(tmp_path / "test/cat/b.png")
+    with pytest.raises(DataError, match="look like one class"):
+        open_source(tmp_path)
+
+
+def test_a_list_of_paths_and_a_single_picture(tmp_path: Path) -> None:
+    one, two = picture(tmp_path / "1.png"), picture(tmp_path / "2.png")
+    source = open_source([str(two), one], labels=["b", None])
+    assert content(source) == [(str(two), "b", "train"), (str(one), None, "train")]
+    assert len(open_source(one)) == 1
+    for wrong, kind in (([GREEN], "ndarray"), ({"a": 1}, "dict"), (7, "int"), (tmp_path / "x.xyz", "no kind")):
+        if isinstance(wrong, Path):
+            wrong.write_text("x")
+        with pytest.raises(UsageError, match=kind):
+            open_source(wrong)
+    with pytest.raises(DataError, match="empty"):
+        open_source([])
+
+
+# --- arrays, npy, npz, digits ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stack() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
+
+
+def test_arrays_in_memory_in_npy_and_in_npz_are_the_same(tmp_path: Path, stack: np.ndarray) -> None:
+    np.save(tmp_path / "a.npy", stack)
+    np.savez(tmp_path / "a.npz", images=stack)
+    np.savez_compressed(tmp_path / "c.npz", images=stack)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    for images in (stack, tmp_path / "a.npy", tmp_path / "a.npz", tmp_path / "c.npz", mapped):
+        source = open_source(images)
+        assert np.array_equal(np.stack(decoded(source)), stack)
+        assert set(source.labels) == {None}
+        assert len(list(source.sample(3))) >= 1
+    grey = open_source(stack[..., 0])
+    assert np.array_equal(np.stack(decoded(grey)), np.repeat(stack[..., :1], 3, axis=3))
+
+
+def test_npz_streams_over_chunk_borders(tmp_path: Path, stack: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewlabels.data.parts.CHUNK_BYTES", 2 * stack[0].nbytes)
+    np.savez_compressed(tmp_path / "a.npz", images=stack)
+    assert np.array_equal(np.stack(decoded(open_source(tmp_path / "a.npz"))), stack)
+
+
+def test_npz_with_labels_classes_and_test_images(tmp_path: Path, stack: np.ndarray) -> None:
+    np.savez(
+        tmp_path / "a.npz", images=stack, labels=[0, 1, -1, 1, 0, 0, 1], test_images=stack[:2], test_labels=[1, 0],
+        classes=["zebra", "ant"],
+    )  # fmt: skip
+    source = open_source(tmp_path / "a.npz")
+    assert source.labels == ("zebra", "ant", None, "ant", "zebra", "zebra", "ant", "ant", "zebra")
+    assert source.splits == ("train",) * 7 + ("test",) * 2
+    assert source.classes == ("zebra", "ant")
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (np.zeros((2, 4, 4, 3), np.float32), "multiply values from 0 to 1 by 255"),
+        (np.zeros((2, 4, 4), np.int64), "astype"),
+        (np.zeros((2, 3, 4, 4), np.uint8), "transpose"),
+        (np.zeros((4, 4), np.uint8), "reshape"),
+        (np.zeros((2, 4, 4, 4), np.uint8), "reshape"),
+        (np.zeros((0, 4, 4), np.uint8), "not a single pixel"),
+        (np.array([None, "x"], dtype=object), "object"),
+    ],
+)
+def test_arrays_that_are_not_images(images: np.ndarray, words: str) -> None:
+    with pytest.raises(DataError, match=words) as refused:
+        open_source(images)
+    assert "uint8" in str(refused.value) or "pixel" in str(refused.value)
+
+
+def test_damaged_array_files(tmp_path: Path, stack: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", picture=stack)
+    with pytest.raises(DataError, match=r'no array "images"'):
+        open_source(tmp_path / "a.npz")
+    np.save(tmp_path / "cut.npy", stack)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-10])
+    (tmp_path / "text.npy").write_text("hello")
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "objects.npz", images=stack, labels=np.array([{}] * 7, dtype=object))
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(stack))
+    for name, words in (
+        ("cut.npy", "ends before"), ("text.npy", "cannot be read"), ("text.npz", "cannot be read"),
+        ("objects.npz", "never loaded"), ("fortran.npy", "Fortran"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=words):
+            open_source(tmp_path / name)
+
+
+def test_digits() -> None:
+    source = open_source("digits")
+    assert len(source) == 1797
+    assert source.splits.count("test") == 597
+    assert source.splits[1199:1201] == ("train", "test")
+    assert source.classes == tuple("0123456789")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    assert source.labels == tuple(map(str, digits.target))
+    first = next(source.payloads())
+    assert first[0, 3] == round(digits.images[0][0, 3] * 255 / 16)
+    assert max(int(image.max()) for image in decoded(source)) == 255
+
+
+# --- label sequences ---------------------------------------------------------------------------------------------
+
+
+def test_sequences_of_labels(stack: np.ndarray) -> None:
+    import torch
+
+    nan = float("nan")
+    expected = ("0", "3", None, None, "3", "0", None)
+    mixed: list[object] = [0, 3, None, "", 3.0, np.int64(0), nan]
+    for labels in (mixed, tuple(mixed)):
+        assert open_source(stack, labels).labels == expected
+    assert open_source(stack, np.array([0, 3, -1, -1, 3, 0, -1])).labels == expected
+    assert open_source(stack, torch.tensor([0, 3, -1, -1, 3, 0, -1])).labels == expected
+    assert open_source(stack, np.array([0, 3, nan, nan, 3, 0, nan])).labels == expected
+    assert open_source(stack, [" cat ", "dog", "", "cat", None, "dog", "dog"]).labels[:3] == ("cat", "dog", None)
+    assert open_source(stack, [True, False] * 3 + [True]).labels[:2] == ("True", "False")
+
+
+def test_wrong_sequences_of_labels(stack: np.ndarray) -> None:
+    with pytest.raises(DataError, match=r"3 labels for 7 images"):
+        open_source(stack, [1, 2, 3])
+    wrong = [-2, 1.5, "nan", "Cat", "cat", "a\x1bb", [1]]
+    with pytest.raises(DataError) as refused:
+        open_source(stack, wrong)
+    assert len(refused.value.details) == 6
+    for place in ("label 0: -2", "label 1: 1.5", "label 2:", "label 5:", "label 6: a list", '"Cat" and "cat"'):
+        assert any(place in detail for detail in refused.value.details), place
+
+
+def test_labels_of_a_folder_are_replaced(tmp_path: Path) -> None:
+    picture(tmp_path / "p/cat/a.png")
+    picture(tmp_path / "p/dog/b.png")
+    (tmp_path / "labels.csv").write_text("image,label\na.png,tiger\n")
+    assert open_source(tmp_path / "p", tmp_path / "labels.csv").labels == ("tiger", None)
+    assert open_source(tmp_path / "p", ["x", "y"]).labels == ("x", "y")
+
+
+def test_held_out_images_of_any_kind(tmp_path: Path, stack: np.ndarray) -> None:
+    picture(tmp_path / "t/train/cat/a.png")
+    for test, labels in ((tmp_path / "t", ("cat",)), ((stack[:2], ["x", "y"]), ("x", "y")), (stack[:1], (None,))):
+        source = open_source(stack, ["x", "y"] * 3 + ["x"], test=test)
+        assert source.labels[7:] == labels
+        assert source.splits == ("train",) * 7 + ("test",) * len(labels)
+        assert len(decoded(source)) == len(source)
+    with pytest.raises(MissingInput):
+        open_source(stack, test=tmp_path / "nowhere")
+
+
+# --- parquet -----------------------------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, count: int, *, metadata: dict[str, str], struct: bool = True) -> list[bytes]:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    raw = []
+    for i in range(count):
+        raw.append(picture(path.parent / "tmp/x.png", np.full((4, 4, 3), i, np.uint8)).read_bytes())
+    images = [{"bytes": b, "path": f"{i}.png" if i else None} for i, b in enumerate(raw)] if struct else raw
+    labels = pa.array([None if i == 1 else i % 3 for i in range(count)], pa.int64())
+    table = pa.table({"image": images, "label": labels}).replace_schema_metadata(metadata)
+    pq.write_table(table, path, row_group_size=4)
+    return raw
+
+
+@pytest.mark.parametrize("key", ["class_names", "huggingface", "none"])
+@pytest.mark.parametrize("struct", [True, False])
+def test_parquet(tmp_path: Path, key: str, struct: bool) -> None:
+    names = ["ant", "bee", "cat"]
+    metadata = {
+        "class_names": {"class_names": json.dumps(names)},
+        "huggingface": {"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})},
+        "none": {"other": "{"},
+    }[key]
+    raw = write_parquet(tmp_path / "a.parquet", 10, metadata=metadata, struct=struct)
+    source = open_source(tmp_path / "a.parquet")
+    assert list(source.payloads()) == raw
+    assert 1 <= len(list(source.sample(4))) <= 8
+    shown = names if key != "none" else ["0", "1", "2"]
+    assert source.labels == tuple(None if i == 1 else shown[i % 3] for i in range(10))
+    assert source.classes == (tuple(names) if key != "none" else None)
+    assert source.names[0] == "a.parquet:0"
+    assert source.names[2] == ("2.png" if struct else "a.parquet:2")
+
+
+def test_folder_of_parquet_files(tmp_path: Path) -> None:
+    (tmp_path / "d/data").mkdir(parents=True)
+    for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("test-00000-of-00001", 2)):
+        write_parquet(tmp_path / f"{name}.parquet", count, metadata={})
+        (tmp_path / f"{name}.parquet").rename(tmp_path / "d/data" / f"{name}.parquet")
+    source = open_source(tmp_path / "d")
+    assert source.splits == ("test",) * 2 + ("train",) * 5
+    assert len(decoded(source)) == 7
+
+
+def test_wrong_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"imgae": [b"x"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r'no column "image" \(did you mean "imgae"'):
+        open_source(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [[1, 2]]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="encoded pictures"):
+        open_source(tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_text("hello")
+    with pytest.raises(DataError, match="cannot be read"):
+        open_source(tmp_path / "c.parquet")
+    real_import = builtins.__import__
+
+    def without_pyarrow(name: str, *rest: object, **more: object) -> object:
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real_import(name, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without_pyarrow)
+    with pytest.raises(UsageError, match=r'pip install "fewlabels\[data\]"'):
+        open_source(tmp_path / "a.parquet")
+
+
+def test_cifar_parquet(shared_data: Path) -> None:
+    source = open_source(shared_data / "cifar10-jpeg/test.parquet")
+    assert len(source) == 10_000
+    assert set(source.splits) == {"train"}  # a single file is what it is given as
+    assert source.labels.count("frog") == 1000
+    assert source.classes is not None
+    assert source.classes[0] == "airplane"

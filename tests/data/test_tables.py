@@ -1,0 +1,152 @@
+"""A labels CSV: harmless forms are read, every mistake is found, placed by its line, and said with all the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewlabels.data import decode
+from fewlabels.data.sources import Source, open_source
+from fewlabels.errors import DataError, MissingInput
+
+
+def content(source: Source) -> list[tuple[str, str | None, str]]:
+    return list(zip(source.names, source.labels, source.splits, strict=True))
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    for name in ("a.png", "b.png", "c.png", "sub/d.png", "sub/e.png", "other/e.png"):
+        (tmp_path / "album" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), "green").save(tmp_path / "album" / name)
+    return tmp_path / "album"
+
+
+def labeled(album: Path, text: str | bytes) -> dict[str, tuple[str | None, str]]:
+    raw = text if isinstance(text, bytes) else text.encode()
+    (album.parent / "labels.csv").write_bytes(raw)
+    source = open_source(album, album.parent / "labels.csv")
+    return {name: (label, split) for name, label, split in content(source) if (label, split) != (None, "train")}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,label\na.png,cat\nb.png,dog\nc.png,\n",
+        b"\xef\xbb\xbfimage,label\na.png,cat\nb.png,dog\n",  # Excel's BOM
+        "image,label\r\na.png,cat\r\nb.png,dog\r\n\r\n",
+        "image,label\ra.png,cat\rb.png,dog\r",
+        "image;label\na.png;cat\nb.png;dog\n",
+        "image\tlabel\na.png\tcat\nb.png\tdog\n",
+        '"image","label"\n"a.png","cat"\n"b.png","dog"',
+        " Image , LABEL \na.png, cat \nb.png,dog \n,\n\n",
+        "label,image\ncat,a.png\ndog,b.png\n",
+        "image,label\nalbum/a.png,cat\n./album/../album/b.png,dog\n",
+        "image,label\na.png,cat\nb.png,dog\na.png,cat\nalbum/a.png,cat\n",  # said twice, the same
+        "image,label\nalbum\\a.png,cat\nb.png,dog\n",
+        "image,label,split\na.png,cat,\nb.png,dog,train\n",
+        "image,label\nABSOLUTE/a.png,cat\nb.png,dog\n",
+    ],
+)
+def test_harmless_forms_of_a_csv(album: Path, text: str | bytes) -> None:
+    if isinstance(text, str):
+        text = text.replace("ABSOLUTE", str(album))
+    assert labeled(album, text) == {"a.png": ("cat", "train"), "b.png": ("dog", "train")}
+
+
+def test_csv_finds_images_by_path_and_by_a_unique_name(album: Path) -> None:
+    assert labeled(album, "image,label,split\nd.png,x,val\nsub/e.png,y,test\n") == {
+        "sub/d.png": ("x", "val"),
+        "sub/e.png": ("y", "test"),
+    }
+
+
+def test_a_csv_as_the_images(album: Path) -> None:
+    file = album / "labels.csv"
+    file.write_text("image,label,split\nb.png,dog,\nsub/d.png,,val\na.png,cat,test\nb.png,dog,\n")
+    source = open_source(file)
+    assert content(source) == [("b.png", "dog", "train"), ("sub/d.png", None, "val"), ("a.png", "cat", "test")]
+    assert [decode.decode(payload).shape for payload in source.payloads()] == [(6, 8, 3)] * 3
+    file.write_text("image,label\nb.pgn,dog\n../labels.csv,cat\n")
+    with pytest.raises(DataError) as refused:
+        open_source(file)
+    assert 'line 2: no image "b.pgn" (did you mean "b.png"?)' in refused.value.details
+    assert "line 3" in refused.value.details[1]
+    assert "leads out of" in refused.value.details[1]
+
+
+def test_a_csv_over_an_array(album: Path) -> None:
+    (album / "l.csv").write_text("image,label\nimage-000002,cat\n")
+    images = np.zeros((4, 5, 5), np.uint8)
+    assert open_source(images, album / "l.csv").labels == (None, None, "cat", None)
+
+
+H = "image,label\n"
+CSV_FAULTS = [  # (text, what must be said)
+    ("", "is empty"),
+    ("\n\n", "is empty"),
+    ("image,label\n", "not a single image"),
+    ("image,label\na.png,cat\n".encode("utf-16"), "UTF-16"),
+    ("image,label\na.png,cat\n".encode("utf-16-le"), "UTF-16"),
+    ("image,label\na.png,caf\xe9\n".encode("latin-1"), "line 2: byte 0xe9 is not UTF-8"),
+    ("a.png,cat\nb.png,dog\n", 'line 1: the column "image" is missing'),
+    ("imgae,label\na.png,cat\n", 'unknown column "imgae" (did you mean "image"?)'),
+    ("image,lable\na.png,cat\n", 'unknown column "lable" (did you mean "label"?)'),
+    ("image,label,confidence\na.png,cat,1\n", 'unknown column "confidence"'),
+    ("image\na.png\n", 'the column "label" is missing'),
+    ("image,label,label\na.png,cat,cat\n", 'the column "label" is there 2 times'),
+    (H + "a.png,cat,extra\n", "line 2: 3 cells where the header has 2"),
+    (H + "a.png\n", "line 2: 1 cells where the header has 2"),
+    (H + "# a comment\n", "line 2: 1 cells"),
+    (H + "ca.png,cat\n", 'line 2: no image "ca.png" (did you mean'),
+    (H + "A.png,cat\n", '(did you mean "a.png"?)'),
+    (H + "a,cat\n", 'line 2: no image "a"'),
+    (H + "e.png,cat\n", '2 images are called "e.png"'),
+    (H + "/etc/passwd,cat\n", '"/etc/passwd" leads out of'),
+    (H + "../../x.png,cat\n", "leads out of"),
+    (H + "a.png,cat\na.png,dog\n", 'line 3: "a.png" has "dog" here and "cat" in line 2'),
+    (H + "a.png,cat\nalbum/a.png,dog\n", 'has "dog" here and "cat" in line 2'),
+    (H + "a.png,cat\na.png,\n", 'has no label here and "cat" in line 2'),
+    (H + ",cat\n", "line 2: no image name"),
+    (H + "a.png,Cat\nb.png,cat\n", 'line 3: class "cat" and class "Cat" (line 2) look like one class'),
+    (H + "a.png,caf\u00e9\nb.png,cafe\u0301\n", "look like one class"),
+    (H + "a.png,01\nb.png,1\n", "look like one class"),
+    (H + "a.png,NaN\n", "leave the label empty"),
+    (H + "a.png,None\n", "leave the label empty"),
+    (H + "a.png,-1\n", "leave the label empty"),
+    (H + "a.png,c\x1b[2Jat\n", "control or invisible"),
+    (H + "a.png,c\u202eat\n", "control or invisible"),
+    (H + "a.png,c\0at\n", "line 2"),
+    (H + f"a.png,{'x' * 300}\n", "300 characters"),
+    (H + 'a.png,"cat\nb.png,dog\n', "line 2"),
+    (H + '"a.png\nb.png",dog\n', "line break"),
+    ("image,label,split\na.png,cat,tset\n", 'line 2: unknown split "tset" (did you mean "test"?)'),
+    ("image,label,split\na.png,cat,test\na.png,cat,train\n", "another split in line 2"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), CSV_FAULTS)
+def test_csv_faults_are_found_and_placed(album: Path, text: str | bytes, words: str) -> None:
+    with pytest.raises(DataError) as refused:
+        labeled(album, text)
+    assert words in str(refused.value)
+    assert "labels.csv" in str(refused.value)
+    assert refused.value.fix
+
+
+def test_all_faults_of_a_csv_come_at_once_in_the_order_of_lines(album: Path) -> None:
+    lines = ["image,label,split", "a.png,cat,", "zz.png,cat,", "b.png,nan,", "a.png,dog,", "c.png,Cat,tst", "x,,,,"]
+    with pytest.raises(DataError, match="6 faults") as refused:
+        labeled(album, "\n".join(lines))
+    places = [detail.split(":")[0] for detail in refused.value.details]
+    assert places == ["line 3", "line 4", "line 5", "line 6", "line 6", "line 7"]
+
+
+def test_a_missing_csv(album: Path) -> None:
+    with pytest.raises(MissingInput, match="no such file"):
+        open_source(album, album / "nothing.csv")
+    with pytest.raises(DataError, match="is a folder"):
+        open_source(album, album / "sub")

@@ -1,0 +1,133 @@
+"""Recipes: limits, overrides, files, and the numbers that follow from them."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewlabels import config, plan, recipes
+from fewlabels.config import FinetuneRecipe, PretrainRecipe, Recipe
+from fewlabels.errors import MissingInput, UsageError
+
+FACTS = recipes.Facts(images=9469, labeled=95, classes=10, side=160, gray=False, on_gpu=False, threads=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"sise": 3}, ['unknown option "sise"', 'did you mean "size"']),
+        ({"epochs": 3}, ["pretrain.epochs", "finetune.epochs", "distill.epochs"]),
+        ({"pretrain": {"tempreature": 1}}, ['did you mean "temperature"']),
+        ({"pretrain": {"epochs": "many"}}, ["'many' is not a number"]),
+        ({"pretrain": {"batch": 2.5}}, ["is not a whole number"]),
+        ({"pretrain": {"blur": "yes"}}, ["is not true or false"]),
+        ({"pretrain": 3}, ["is a section"]),
+        ({"pretrain": {"epochs": 0}}, ["above 0"]),
+        ({"pretrain": {"epochs": float("nan")}}, ["above 0"]),
+        ({"kind": "foto"}, ['did you mean "photo"', "allowed: one of photo"]),
+        ({"finetune": {"tap": 5}}, ["finetune.tap = 5", "3 layers"]),
+        ({"pretrain": {"queue": 8}}, ["queue needs a momentum encoder"]),
+        ({"size": None}, ["size = None"]),
+    ],
+)
+def test_wrong_values_are_refused_in_words(overrides: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(UsageError) as raised:
+        config.override(Recipe(), overrides)
+    for word in words:
+        assert word in raised.value.text()
+    assert raised.value.exit_code == 2
+
+
+def test_all_faults_at_once() -> None:
+    with pytest.raises(UsageError) as raised:
+        config.override(Recipe(), {"sise": 3, "kindd": "photo", "pretrain": {"batch": "x", "lr": 1}})
+    assert len(raised.value.details) == 4
+
+
+def test_override_changes_only_what_it_names() -> None:
+    recipe = config.override(Recipe(), {"size": 32, "pretrain": {"epochs": 5}})
+    assert recipe == replace(Recipe(), size=32, pretrain=replace(PretrainRecipe(), epochs=5.0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    epochs=st.floats(0.1, 1e4), batch=st.integers(2, 10**6), blur=st.booleans(), tap=st.integers(0, 3),
+    encoder=st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF), max_size=20),
+)  # fmt: skip
+def test_toml_round_trip(epochs: float, batch: int, blur: bool, tap: int, encoder: str) -> None:
+    recipe = Recipe(
+        encoder=encoder,
+        pretrain=PretrainRecipe(epochs=epochs, batch=batch, blur=blur),
+        finetune=FinetuneRecipe(tap=tap),
+    )
+    assert config.from_dict(tomllib.loads(config.to_toml(recipe))) == recipe
+
+
+def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput):
+        config.read_toml(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("size = = 3")
+    with pytest.raises(UsageError, match="not TOML"):
+        config.read_toml(tmp_path / "broken.toml")
+
+
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+@pytest.mark.parametrize("images", [2, 40, 1200, 60000])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_every_recipe_can_be_derived(name: str, images: int, on_gpu: bool) -> None:
+    facts = replace(FACTS, images=images, labeled=max(2, images // 100), on_gpu=on_gpu)
+    recipe = recipes.named(name, facts)
+    assert config.from_dict(config.as_dict(recipe)) == recipe
+    for stage, count in (("pretrain", images), ("finetune", facts.labeled), ("distill", images)):
+        derived = plan.derive(getattr(recipe, stage), count, ranks=1)
+        assert 2 <= derived.batch <= count
+        assert 0 <= derived.warmup_steps < derived.total_steps
+        assert derived.learning_rate(derived.total_steps) == pytest.approx(0, abs=1e-12)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match='did you mean "digits"'):
+        recipes.named("digit", FACTS)
+
+
+def test_published_step_counts_follow() -> None:
+    # The step numbers in the names of the published checkpoints (method.md 10.1)
+    recipe = recipes.named("paper_imagenet_50", FACTS)
+    assert plan.derive(recipe.pretrain, 1281167, 1).total_steps == 250228
+    assert plan.derive(recipe.finetune, 12811, 1).total_steps == 751
+    assert plan.derive(replace(recipe.finetune, epochs=30), 128116, 1).total_steps == 3754
+    assert plan.derive(recipe.pretrain, 1281167, 1).peak == pytest.approx(6.4)
+
+
+def test_equations_are_true() -> None:
+    recipe = recipes.named("simclrv2", FACTS)
+    derived = plan.derive(recipe.pretrain, 9469, 2)
+    lines = plan.equations("pretrain", recipe.pretrain, derived, 2)
+    sums = next(line for line in lines if "steps" in line)
+    assert f"{derived.total_steps:,} = 9,469 images x {recipe.pretrain.epochs:g} epochs // {derived.batch} + 1" in sums
+    assert derived.total_steps == int(9469 * recipe.pretrain.epochs) // derived.batch + 1
+    assert derived.peak == pytest.approx(recipe.pretrain.learning_rate * math.sqrt(derived.batch))
+
+
+@pytest.mark.parametrize("seconds", [300.0, 1800.0, 7200.0])
+def test_a_budget_is_kept(seconds: float) -> None:
+    recipe = recipes.named("best", FACTS)
+    per_step = {"pretrain": 0.5, "finetune": 0.05, "distill": 0.3}
+    images = {"pretrain": 9469, "finetune": 95, "distill": 9469}
+    fitted, sums = plan.fit_budget(recipe, images, seconds, per_step, 1)
+    spent = sum(plan.derive(getattr(fitted, s), images[s], 1).total_steps * per_step[s] for s in per_step)
+    assert 0.5 * seconds < spent < seconds
+    assert len(sums) == 2
+
+
+def test_a_budget_that_is_too_small_says_what_would_do() -> None:
+    recipe = recipes.named("best", FACTS)
+    per_step = {"pretrain": 0.5, "finetune": 1.0, "distill": 0.3}
+    with pytest.raises(UsageError, match="give at least"):
+        plan.fit_budget(recipe, {"pretrain": 9469, "finetune": 95, "distill": 9469}, 60.0, per_step, 1)

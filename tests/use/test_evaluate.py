@@ -1,0 +1,317 @@
+"""Metrics against hand-made numbers, loops and scikit-learn's own; baselines against facts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
+
+from conftest import shapes_images
+from fewlabels.errors import DataError
+from fewlabels.use import evaluate
+from fewlabels.use.predict import Model
+from small_model import small_model
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """A real, small classifier of four classes."""
+    return small_model()
+
+
+def _predictions(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, k, n)
+    logits = rng.normal(0, 1, (n, k))
+    logits[np.arange(n), labels] += 1.2
+    shares = np.exp(logits)
+    return shares / shares.sum(axis=1, keepdims=True), labels, tuple(f"class {i}" for i in range(k))
+
+
+# --- intervals ---
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        (0, 10, 0.0, 0.277533),  # z^2 / (n + z^2) = 3.841459 / 13.841459
+        (10, 10, 0.722467, 1.0),
+        (5, 10, 0.236593, 0.763407),
+        (81, 263, 0.2553, 0.3662),  # this and the next three: Newcombe 1998, table I
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_is_that_of_the_literature(correct: int, total: int, low: float, high: float) -> None:
+    found = evaluate.wilson_interval(correct, total)
+    assert found == pytest.approx((low, high), abs=5.1e-5)
+
+
+def test_wilson_interval_solves_its_quadratic_equation() -> None:
+    """Its ends are the p with |correct/n - p| = z sqrt(p (1 - p) / n)."""
+    for correct, total in ((3, 17), (450, 597), (1, 2)):
+        for level, z in ((0.95, 1.959963985), (0.9, 1.644853627)):
+            for p in evaluate.wilson_interval(correct, total, level):
+                assert abs(correct / total - p) == pytest.approx(z * math.sqrt(p * (1 - p) / total), rel=1e-6)
+
+
+def test_wilson_interval_of_nothing_says_nothing() -> None:
+    assert evaluate.wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_wilson_interval_covers_the_truth_about_as_often_as_promised() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.binomial(40, 0.9, 4000)
+    inside = [low <= 0.9 <= high for low, high in (evaluate.wilson_interval(int(c), 40) for c in counts)]
+    assert 0.93 < np.mean(inside) < 0.98
+
+
+# --- measure ---
+
+
+def test_measure_agrees_with_scikit_learn() -> None:
+    probabilities, labels, classes = _predictions(400, 7)
+    found = evaluate.measure(probabilities, labels, classes)
+    predicted = probabilities.argmax(axis=1)
+    assert found["top1"]["accuracy"] == pytest.approx((predicted == labels).mean())
+    assert found["top1"]["interval"] == list(evaluate.wilson_interval(found["top1"]["correct"], 400))
+    assert found["confusion"] == confusion_matrix(labels, predicted).tolist()
+    precision, recall, f1, n = precision_recall_fscore_support(labels, predicted)
+    for index, row in enumerate(found["per_class"]):
+        wanted = (precision[index], recall[index], f1[index], n[index])
+        assert (row["precision"], row["recall"], row["f1"], row["n"]) == pytest.approx(wanted)
+        assert row["name"] == classes[index]
+    assert found["nll"] == pytest.approx(log_loss(labels, probabilities))
+    assert found["top5"]["accuracy"] == pytest.approx(top_k_accuracy_score(labels, probabilities, k=5))
+    assert found["brier"] == pytest.approx(((np.eye(7)[labels] - probabilities) ** 2).sum(axis=1).mean())
+
+
+def test_calibration_error_agrees_with_a_loop() -> None:
+    probabilities, labels, classes = _predictions(300, 4)
+    found = evaluate.measure(probabilities, labels, classes)
+    error = 0.0
+    for i in range(15):
+        inside = [
+            (row.max(), row.argmax() == label)
+            for row, label in zip(probabilities, labels, strict=True)
+            if i / 15 < row.max() <= (i + 1) / 15
+        ]
+        if inside:
+            confidence, right = np.mean([c for c, _ in inside]), np.mean([r for _, r in inside])
+            error += len(inside) / 300 * abs(confidence - right)
+            assert found["reliability"][i] == pytest.approx(
+                {"low": i / 15, "high": (i + 1) / 15, "n": len(inside), "confidence": confidence, "accuracy": right}
+            )
+    assert found["ece"] == pytest.approx(error)
+    assert sum(b["n"] for b in found["reliability"]) == 300
+    assert "top5" not in found
+
+
+def test_what_is_undefined_is_none_and_certainty_is_survived() -> None:
+    probabilities = np.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    found = evaluate.measure(probabilities, np.array([0, 1]), ["a", "b", "c"])
+    never = found["per_class"][2]
+    assert (never["precision"], never["recall"], never["f1"], never["n"]) == (None, None, None, 0)
+    assert found["per_class"][1]["recall"] == 0.0
+    assert math.isfinite(found["nll"]) and found["nll"] > 40  # -log of the smallest float32, halved
+    assert found["brier"] == pytest.approx(1.0)
+    assert found["ece"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "names", "says"),
+    [
+        (np.full((2, 3), 1 / 3), [0, 1, 2], "abc", "shape (2, 3) for 3 labels"),
+        (np.full((2, 3), 1 / 3), [0, 1], "ab", "2 classes"),
+        (np.zeros((0, 2)), [], "ab", "no labeled images"),
+        (np.full((2, 2), 0.5), [0, -1], "ab", "labels run from -1"),
+        (np.full((2, 2), 0.5), [0, 2], "ab", "allowed are 0 to 1"),
+        (np.full((2, 2), np.nan), [0, 1], "ab", "not finite"),
+    ],
+)
+def test_measure_refuses_what_cannot_be_measured(
+    probabilities: np.ndarray, labels: list[int], names: str, says: str
+) -> None:
+    with pytest.raises(DataError) as refusal:
+        evaluate.measure(probabilities, np.asarray(labels, dtype=np.int64), list(names))
+    assert says in str(refusal.value)
+    assert "fix:" in str(refusal.value)
+
+
+# --- baselines ---
+
+
+def test_most_frequent_counts_labeled_images_only() -> None:
+    shares = evaluate.most_frequent(np.array([2, 2, 0, -1, -1, -1]), 4)
+    assert shares.tolist() == pytest.approx([1 / 3, 0, 2 / 3, 0])
+    assert shares.dtype == np.float32
+    assert evaluate.most_frequent(np.array([-1]), 2).tolist() == [0, 0]
+
+
+def _digits(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    x, y = load_digits(return_X_y=True)
+    rng = np.random.default_rng(seed)
+    train = np.concatenate([rng.permutation(np.flatnonzero(y == c))[:per_class] for c in range(10)])
+    test = np.setdiff1d(np.arange(len(y)), train)
+    return x[train], y[train], x[test], y[test]
+
+
+def test_logistic_regression_reaches_what_twenty_digits_allow() -> None:
+    scores = []
+    for seed in range(4):
+        x, y, x_test, y_test = _digits(2, seed)
+        fitted = evaluate.logistic_regression(x, y, num_classes=10)
+        probabilities = fitted.predict_proba(x_test)
+        assert probabilities.shape == (len(y_test), 10)
+        assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
+        scores.append((probabilities.argmax(axis=1) == y_test).mean())
+    assert np.mean(scores) > 0.74  # 76 % over many draws; standardised columns get 70 %
+
+
+def test_logistic_regression_ignores_scale_and_dead_columns() -> None:
+    x, y, x_test, _ = _digits(2, 0)
+    plain = evaluate.logistic_regression(x, y, num_classes=10).predict_proba(x_test)
+    scaled = evaluate.logistic_regression(x * 1e4, y, num_classes=10).predict_proba(x_test * 1e4)
+    assert scaled == pytest.approx(plain, abs=1e-3)
+    dead = np.hstack([x, np.zeros((len(x), 5))])
+    alive = np.hstack([x_test, np.full((len(x_test), 5), 1e-3)])
+    found = evaluate.logistic_regression(dead, y, num_classes=10).predict_proba(alive)
+    assert found == pytest.approx(plain, abs=1e-2)
+
+
+def test_logistic_regression_with_missing_classes() -> None:
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    two = evaluate.logistic_regression(x, np.array([0, 3, 0, 3, 0, 3]), num_classes=5).predict_proba(x)
+    assert two[:, [1, 2, 4]].max() == 0
+    assert two.sum(axis=1) == pytest.approx(1, abs=1e-6)
+    one = evaluate.logistic_regression(x, np.full(6, 2), num_classes=5).predict_proba(x)
+    assert one.tolist() == [[0, 0, 1, 0, 0]] * 6
+    with pytest.raises(DataError, match="at least one"):
+        evaluate.logistic_regression(x[:0], np.array([], dtype=int), num_classes=5)
+
+
+def test_cross_validation_leaves_images_out() -> None:
+    """Random features of many columns fit any labels; only left-out images show that they say nothing."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 200)), np.arange(60) % 3
+    found = evaluate.cross_validated(x, y)
+    assert (found["folds"], found["n"], found["reason"]) == (10, 60, "")
+    assert found["accuracy"] < 0.6
+    assert found["interval"] == evaluate.wilson_interval(round(found["accuracy"] * 60), 60)
+    assert evaluate.logistic_regression(x, y, num_classes=3).predict_proba(x).argmax(axis=1).tolist() == y.tolist()
+
+
+def test_cross_validation_chooses_its_folds() -> None:
+    x, y, _, _ = _digits(2, 0)
+    pairs = evaluate.cross_validated(x, y)
+    assert (pairs["folds"], pairs["n"]) == (2, 20)
+    lonely = evaluate.cross_validated(x[:-1], y[:-1])  # one class has one image
+    assert (lonely["folds"], lonely["n"]) == (19, 19)
+    masked = evaluate.cross_validated(x, np.where(np.arange(20) < 10, y, -1))
+    assert masked["n"] == 10
+    for labels, reason in ((np.arange(10), "one label only"), (np.zeros(10, int), "fewer than two classes")):
+        found = evaluate.cross_validated(x[:10], labels)
+        assert found["accuracy"] is None and found["interval"] is None
+        assert reason in found["reason"]
+
+
+def test_nearest_neighbours_agree_with_a_loop() -> None:
+    x, y, _, _ = _digits(8, 1)
+    rows = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for k in (1, 5, 200):
+        correct = 0
+        for i in range(len(rows)):
+            others = sorted((-(rows[i] @ rows[j]), j) for j in range(len(rows)) if j != i)[:k]
+            votes = dict.fromkeys(range(10), 0.0)
+            for similarity, j in others:
+                votes[y[j]] += math.exp(-similarity / 0.1)
+            correct += max(votes, key=lambda c: votes[c]) == y[i]
+        assert evaluate.nearest_neighbours(x, y, k) == pytest.approx(correct / len(rows))
+
+
+def test_nearest_neighbours_pass_over_unlabeled_images() -> None:
+    x, y, _, _ = _digits(4, 1)
+    noise = np.vstack([x, np.random.default_rng(0).normal(size=(30, 64))])
+    labels = np.concatenate([y, np.full(30, -1)])
+    assert evaluate.nearest_neighbours(noise, labels, 3) == evaluate.nearest_neighbours(x, y, 3)
+    assert evaluate.nearest_neighbours(x[:1], y[:1], 3) is None
+
+
+def test_temperature_is_the_minimum_of_a_fine_grid() -> None:
+    probabilities, labels, _ = _predictions(300, 5)
+    for stretch in (0.3, 1.0, 4.0):
+        logits = stretch * np.log(probabilities)
+        grid = np.exp(np.linspace(math.log(0.06), math.log(19), 600))
+        losses = [-np.log(_softmax(logits / t)[np.arange(300), labels]).mean() for t in grid]
+        assert evaluate.temperature_from(logits, labels) == pytest.approx(grid[int(np.argmin(losses))], rel=1e-2)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def test_temperature_where_labels_cannot_tell() -> None:
+    logits = np.eye(4) * 3
+    assert evaluate.temperature_from(logits, np.arange(4)) == 1.0  # all right: any certainty would fit
+    assert evaluate.temperature_from(logits, np.full(4, -1)) == 1.0
+    assert evaluate.temperature_from(logits, np.roll(np.arange(4), 1)) == 20.0  # all wrong: as unsure as allowed
+
+
+# --- on a model ---
+
+
+def _folder(root: Path, count: int = 24) -> Path:
+    images, labels = shapes_images(count, size=20)
+    names = ("red square", "red disc", "blue square", "=blue disc")
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (root / names[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / names[label] / f"{index}.png")
+    return root
+
+
+def test_evaluate_run_measures_labeled_images_and_names_the_rest(tmp_path: Path, model: Model) -> None:
+    folder = _folder(tmp_path / "images")
+    (folder / "red disc" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
+    (folder / "unlabeled").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "unlabeled" / "a.png")
+    found = evaluate.evaluate_run(model, folder)
+    assert found["n"] == 24
+    assert [Path(bad["name"]).name for bad in found["unreadable"]] == ["broken.png"]
+    assert found["unlabeled"] == 1
+    names = sorted(str(p) for p in folder.glob("*/*.png") if p.name not in ("broken.png", "a.png"))
+    right = [Path(n).parent.name == p for n, p in zip(names, model.predict(names), strict=True)]
+    assert found["top1"]["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_evaluate_run_takes_the_test_split_where_there_is_one(tmp_path: Path, model: Model) -> None:
+    _folder(tmp_path / "train", 24)
+    _folder(tmp_path / "test", 8)
+    found = evaluate.evaluate_run(model, tmp_path)
+    assert (found["n"], found["split"]) == (8, "test")
+
+
+def test_evaluate_run_refuses_unknown_classes_and_no_labels(tmp_path: Path, model: Model) -> None:
+    images, _ = shapes_images(4)
+    with pytest.raises(DataError, match="none of its images has a label"):
+        evaluate.evaluate_run(model, images)
+    with pytest.raises(DataError) as refusal:
+        evaluate.evaluate_run(model, images, ["red disc", "zebra", "unicorn", ""])
+    assert '"zebra"' in str(refusal.value) and '"unicorn"' in str(refusal.value)
+
+
+def test_table_says_accuracy_with_its_interval() -> None:
+    probabilities, labels, _ = _predictions(597, 3)
+    measured = evaluate.measure(probabilities, labels, ["a", "b\x1b[31m", "c" * 90])
+    text = evaluate.format_table(measured)
+    low, high = measured["top1"]["interval"]
+    accuracy = measured["top1"]["accuracy"]
+    assert f"{100 * accuracy:.1f} % ({100 * low:.1f}-{100 * high:.1f}, n=597)" in text
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) < 90

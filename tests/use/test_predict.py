@@ -1,0 +1,218 @@
+"""A model in use: every form of images, bounded chunks, unreadable images, and predictions as a table."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import shapes_images
+from fewlabels.data import views
+from fewlabels.errors import DataError, MissingInput, UsageError
+from fewlabels.use import artefact, predict
+from fewlabels.use.predict import Model
+from small_model import CLASSES, METRICS, small_card, small_model, small_network
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """A real, small classifier of four classes."""
+    return small_model()
+
+
+def test_probabilities_are_the_network_on_the_evaluation_view(model: Model) -> None:
+    images, _ = shapes_images(9, size=20)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        logits = small_network()(views.evaluate_image(pixels, size=16, kind="photo"))
+    expected = torch.softmax(logits / 1.5, dim=1).numpy()
+    found = model.predict_proba(images)
+    assert found.dtype == np.float32
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert model.predict(images).tolist() == [CLASSES[i] for i in expected.argmax(axis=1)]
+    assert len({tuple(row.round(3)) for row in expected}) > 4  # the model does tell images apart
+    assert model.features(images).shape == (9, model.network.encoder.feature_dim)
+
+
+def test_every_form_of_images_gives_the_same_answer(model: Model, tmp_path: Path) -> None:
+    images, _ = shapes_images(6, size=24)
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
+    np.savez(tmp_path.parent / f"{tmp_path.name}.npz", images=images)
+    expected = model.predict_proba(images)
+    pictures = [Image.fromarray(image) for image in images]
+    for form in (
+        tmp_path, str(tmp_path), paths, tuple(map(str, paths)), pictures, list(images), [*pictures[:3], *images[3:]],
+        tmp_path.parent / f"{tmp_path.name}.npz",
+    ):  # fmt: skip
+        assert model.predict_proba(form) == pytest.approx(expected, abs=1e-6)
+    for one in (paths[2], str(paths[2]), images[2], pictures[2], [pictures[2]]):
+        assert model.predict_proba(one) == pytest.approx(expected[2:3], abs=1e-6)
+
+
+def test_gray_palette_and_sixteen_bit_pictures_look_as_they_should(model: Model) -> None:
+    gray = np.linspace(0, 255, 400).reshape(20, 20).astype(np.uint8)
+    expected = model.predict_proba(np.repeat(gray[..., None], 3, axis=2))
+    picture = Image.fromarray(gray)
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    for form in (gray, gray[None], picture, picture.convert("P"), picture.convert("RGBA"), deep):
+        assert model.predict_proba(form) == pytest.approx(expected, abs=0.01)
+
+
+def test_mixed_sizes_keep_their_order_over_many_chunks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "CHUNK", 5)
+    images = [shapes_images(1, size=12 + i % 4, seed=i)[0][0] for i in range(23)]
+    together = model.predict_proba(images)
+    alone = np.concatenate([model.predict_proba(image) for image in images])
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_large_pictures_are_seen_at_the_size_of_training(model: Model) -> None:
+    image = np.repeat(np.repeat(shapes_images(1, size=48)[0][0], 20, axis=0), 20, axis=1)  # 960 pixels
+    decoded = model._decode(image)
+    assert isinstance(decoded, np.ndarray)
+    assert decoded.shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 8, 8, 3)),
+        np.zeros((0, 8, 8, 3), np.uint8),
+        [np.zeros((8, 8), np.int64)],
+        [Image.new("RGB", (4, 4)), 7],
+        3.5,
+        None,
+    ],
+)
+def test_what_is_no_image_is_refused(model: Model, images: object) -> None:
+    with pytest.raises((DataError, UsageError)) as refusal:
+        model.predict(images)
+    assert "fix:" in str(refusal.value) or "why:" in str(refusal.value)
+
+
+def _with_broken(folder: Path) -> Path:
+    folder.mkdir()
+    images, _ = shapes_images(3)
+    for name, image in zip(("a.png", "c.png", "e.png"), images, strict=True):
+        Image.fromarray(image).save(folder / name)
+    (folder / "b.jpg").write_bytes(b"\xff\xd8\xff\xe0broken")
+    (folder / "d.png").write_bytes(b"")
+    return folder
+
+
+def test_unreadable_images_are_all_named(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refusal:
+        model.predict_proba(_with_broken(tmp_path / "images"))
+    text = str(refusal.value)
+    assert "2 of 5 images" in text and "b.jpg" in text and "d.png: empty" in text
+
+
+def test_each_goes_on_past_them_and_skips_what_is_not_wanted(model: Model, tmp_path: Path) -> None:
+    found = list(model.each(_with_broken(tmp_path / "images"), keep=[True, True, False, True, True]))
+    assert [bool(p.error) for p in found] == [False, True, False, True, False]
+    assert [p.probabilities is None for p in found] == [False, True, True, True, False]
+
+
+# --- loading ---
+
+
+def test_load_takes_a_run_or_its_model(tmp_path: Path) -> None:
+    artefact.save(tmp_path / "run" / "model", small_network(), small_card(metrics=METRICS))
+    images, _ = shapes_images(4)
+    for folder in (tmp_path / "run", str(tmp_path / "run" / "model")):
+        model = predict.load(folder, device="cpu")
+        assert (model.classes, model.size, model.metrics) == (CLASSES, 16, METRICS)
+        assert model.predict_proba(images) == pytest.approx(small_model().predict_proba(images), abs=1e-6)
+        assert "4 classes" in repr(model)
+
+
+def test_load_says_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match="does not exist"):
+        predict.load(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MissingInput, match="is a file"):
+        predict.load(tmp_path / "file")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(MissingInput, match=r"cat\.jpg"):
+        predict.load(tmp_path / "photos")
+    (tmp_path / "run" / "pretrain").mkdir(parents=True)
+    (tmp_path / "run" / "status.json").write_text("{}")
+    with pytest.raises(MissingInput, match="no model yet") as refusal:
+        predict.load(tmp_path / "run")
+    assert "pretrain/" in str(refusal.value) and "goes on" in str(refusal.value)
+
+
+# --- predictions as a table ---
+
+
+def test_predictions_become_a_table(model: Model, tmp_path: Path) -> None:
+    folder, out = _with_broken(tmp_path / "images"), tmp_path / "deep" / "out.csv"
+    summary = predict.write_predictions(model, folder, out)
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "label", "confidence", *(f"p:{name}" for name in CLASSES), "error"]
+    assert [Path(row["image"]).name for row in rows] == ["a.png", "b.jpg", "c.png", "d.png", "e.png"]
+    expected = model.predict_proba([folder / name for name in ("a.png", "c.png", "e.png")])
+    for row, wanted in zip([r for r in rows if not r["error"]], expected, strict=True):
+        assert [float(row[f"p:{name}"]) for name in CLASSES] == pytest.approx(wanted.tolist(), abs=1e-6)
+        assert row["label"].removeprefix("'") == CLASSES[wanted.argmax()]
+        assert float(row["confidence"]) == pytest.approx(wanted.max(), abs=1e-6)
+    assert rows[3]["error"].startswith("empty") and rows[3]["label"] == rows[3]["p:red disc"] == ""
+    assert (summary["images"], summary["unreadable"], sum(summary["counts"].values())) == (5, 2, 3)
+    assert [p.name for p in out.parent.iterdir()] == ["out.csv"]
+
+
+FORMULAS = [
+    "=1+1", '=HYPERLINK("http://x","y")', "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "=cmd|' /C calc'!A0",
+    " =1", "\n=1", "\0=1", "\N{FULLWIDTH EQUALS SIGN}1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_no_cell_is_a_formula(text: str) -> None:
+    found = predict.cell(text)
+    assert found.startswith("'")
+    assert found.isprintable()
+
+
+def test_names_of_files_and_classes_cannot_become_formulas(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("=1+1.png", "@x.png", "-a,b.png", 'quote".png'):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    model = Model(small_network(), small_card(classes=("=a", "+b", "-c", "@d")), device="cpu")
+    cwd = Path.cwd()
+    os.chdir(folder)
+    try:
+        predict.write_predictions(model, sorted(p.name for p in folder.iterdir()), tmp_path / "out.csv")
+    finally:
+        os.chdir(cwd)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert len(rows) == 5 and {len(row) for row in rows} == {8}
+    assert all(not c.startswith(("=", "+", "-", "@")) for row in rows for c in row)
+    assert rows[1][0] == "'-a,b.png"
+
+
+def test_a_table_is_written_whole_or_not_at_all(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.csv"
+    out.write_text("before")
+    with pytest.raises(UsageError, match="is a folder"):
+        predict.write_predictions(model, np.zeros((1, 8, 8, 3), np.uint8), tmp_path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "_rows", stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict.write_predictions(model, np.zeros((1, 8, 8, 3), np.uint8), out)
+    assert out.read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.csv"]
