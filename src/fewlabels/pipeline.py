@@ -52,7 +52,8 @@ T = TypeVar("T", bound=nn.Module)
 
 # Independent streams of random numbers, so that no stage sees another's views
 STREAMS = {"pretrain": 1, "finetune": 2, "distill": 3, "supervised": 4, "distill_self": 5}
-LEAST_BASELINE_STEPS = 300  # the supervised baseline starts from nothing: give it time, however short finetuning is
+# The supervised baseline starts from nothing: it gets three times the steps of fine-tuning where those are few
+ENOUGH_BASELINE_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,7 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
             stem=None,
             tap=recipe.finetune.tap if final == "finetune" else 0,
             head_layers=recipe.pretrain.head_layers,
+            head_out=recipe.pretrain.head_out,
             classes=prepared.dataset.classes,
             size=recipe.size,
             kind=recipe.kind,
@@ -363,9 +365,9 @@ class Worker:
         return self.classifiers["supervised"]
 
     def baseline_schedule(self) -> Schedule:
-        """Nesterov SGD with the paper's supervised settings, at least LEAST_BASELINE_STEPS long."""
+        """Nesterov SGD with the paper's supervised settings, as long as fine-tuning or longer."""
         derived = self.prepared.derived("finetune")
-        steps = max(LEAST_BASELINE_STEPS, derived.total_steps)
+        steps = max(derived.total_steps, min(3 * derived.total_steps, ENOUGH_BASELINE_STEPS))
         return Schedule(
             epochs=steps * derived.batch / derived.images, batch=derived.batch, optimizer="sgd",
             learning_rate=0.1, scaling="linear", warmup=0.1, weight_decay=1e-4,

@@ -33,12 +33,12 @@ def digits(facts: Facts) -> Recipe:
         size=16,
         kind="glyph",
         pretrain=PretrainRecipe(
-            epochs=60, batch=256, optimizer="adamw", learning_rate=2e-3, scaling="none", warmup=0.1,
-            weight_decay=1e-4, temperature=0.2, strength=0.5, blur=False,
+            epochs=60, batch=256, optimizer="sgd", learning_rate=0.3, scaling="linear", warmup=0.1,
+            weight_decay=1e-4, temperature=0.5, strength=0.5, blur=False,
         ),
-        finetune=_finetune(facts),
+        finetune=replace(_finetune(facts), epochs=100),
         distill=DistillRecipe(
-            epochs=40, batch=128, optimizer="adamw", learning_rate=2e-3, scaling="none", warmup=0.05,
+            epochs=30, batch=128, optimizer="adamw", learning_rate=2e-3, scaling="none", warmup=0.05,
             weight_decay=1e-4, temperature=1.0,
         ),
     )  # fmt: skip

@@ -166,7 +166,8 @@ def test_predictions_become_a_table(model: Model, tmp_path: Path) -> None:
         assert row["label"].removeprefix("'") == CLASSES[wanted.argmax()]
         assert float(row["confidence"]) == pytest.approx(wanted.max(), abs=1e-6)
     assert rows[3]["error"].startswith("empty") and rows[3]["label"] == rows[3]["p:red disc"] == ""
-    assert (summary["images"], summary["unreadable"], sum(summary["counts"].values())) == (5, 2, 3)
+    assert (summary["images"], summary["predicted"], summary["unreadable"]) == (5, 3, 2)
+    assert sum(summary["counts"].values()) == 3
     assert [p.name for p in out.parent.iterdir()] == ["out.csv"]
 
 

@@ -75,7 +75,8 @@ class PretrainWithMomentum(Pretrain):
         with torch.no_grad():
             keys = nn.functional.normalize(self.average["head"](self.average["encoder"](views)).float(), dim=1)
         first_key, second_key = keys.chunk(2)
-        self._keys = runtime.gather(keys)
+        # View by view, so that the memory's order does not depend on the number of ranks
+        self._keys = torch.cat([runtime.gather(first_key), runtime.gather(second_key)])[-len(self.queue) :]
         return {
             "loss": nt_xent_with_queue(first, second, first_key, second_key, self.queue, self.temperature),
             "contrast_accuracy": contrast_accuracy(first, second),

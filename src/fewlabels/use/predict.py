@@ -277,7 +277,8 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
     """Write image,label,confidence,p:CLASS...,error to out_csv, one row an image, by one rename at the end.
 
     An image that cannot be read keeps its row with the reason in the last column. Cells that a spreadsheet would
-    run as a formula get a leading apostrophe. Returns {"out", "images", "unreadable", "counts": {class: n}}.
+    run as a formula get a leading apostrophe. Returns {"out", "images", "predicted",
+    "unreadable", "counts": {class: n}}.
     """
     source, out = as_source(images), Path(out_csv)
     if out.is_dir():
@@ -298,7 +299,14 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
             temporary.replace(out)
         finally:
             temporary.unlink(missing_ok=True)
-    return {"out": str(out), "images": sum(counts.values()) + unreadable, "unreadable": unreadable, "counts": counts}
+    predicted = sum(counts.values())
+    return {
+        "out": str(out),
+        "images": predicted + unreadable,
+        "predicted": predicted,
+        "unreadable": unreadable,
+        "counts": counts,
+    }
 
 
 def _write_rows(file: TextIO, model: Model, source: Source) -> Iterator[Prediction]:

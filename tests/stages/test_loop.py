@@ -1,0 +1,230 @@
+"""The loop: a resumed stage is the unbroken one bit for bit, and nothing that is not finite is ever saved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fewlabels import checkpoint, runtime
+from fewlabels.config import Schedule
+from fewlabels.data import labels, pixels, sources, views
+from fewlabels.data.loader import Batch, training_batches
+from fewlabels.errors import Diverged
+from fewlabels.model.encoder import encoder
+from fewlabels.model.heads import Classifier, ProjectionHead
+from fewlabels.model.losses import distillation_loss, nt_xent
+from fewlabels.stages import loop
+from fewlabels.stages.distill import Distill
+from fewlabels.stages.finetune import Finetune
+from fewlabels.stages.loop import Listeners, Stage, TrainState
+from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
+from fewlabels.stages.runner import Job
+
+CPU = torch.device("cpu")
+FP32 = runtime.precision(CPU, "fp32")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> labels.Dataset:
+    from conftest import shapes_images
+
+    images, classes = shapes_images(48)
+    folder = tmp_path_factory.mktemp("store")
+    source = sources.open_source(images, [str(c) if i < 16 else None for i, c in enumerate(classes)])
+    store, kept, bad = pixels.build(
+        source, folder / "data", working_size=None, max_bad_share=0.05, threads=2, bad_csv=folder / "bad.csv"
+    )
+    return labels.assemble(source, store, kept, bad)
+
+
+def two_views(batch: Batch, number: int) -> Tensor:
+    return views.pretrain(
+        batch.pixels, batch.extent, batch.ids, size=16, epoch=batch.epoch, seed=1, view=number, blur=False
+    )
+
+
+def crop(batch: Batch, number: int) -> Tensor:
+    return views.finetune(batch.pixels, batch.extent, batch.ids, size=16, epoch=batch.epoch, seed=2, view=number)
+
+
+def networks(seed: int = 0) -> tuple[object, ProjectionHead]:
+    torch.manual_seed(seed)
+    body = encoder("resnet18_0.125x_small")
+    return body, ProjectionHead(body.feature_dim, 16)
+
+
+def classifier(seed: int) -> Classifier:
+    body, head = networks(seed)
+    made = Classifier(body, head, tap=1, num_classes=4)
+    torch.nn.init.normal_(made.linear.weight)
+    return made
+
+
+def build(name: str) -> Stage:
+    body, head = networks()
+    if name == "pretrain":
+        return Pretrain(body, head, view=two_views, temperature=0.2)
+    if name == "momentum":
+        return PretrainWithMomentum(body, head, view=two_views, temperature=0.2, momentum=0.9, queue=24)
+    if name == "finetune":
+        return Finetune(classifier(0), view=crop)
+    return Distill(classifier(5), classifier(6), view=crop, temperature=0.5, label_weight=0.3)
+
+
+def job(name: str, dataset: labels.Dataset, optimizer: str) -> Job:
+    schedule = Schedule(epochs=3, batch=16, optimizer=optimizer, learning_rate=0.05, scaling="none", warmup=0.2)
+    ids = dataset.labeled if name == "finetune" else dataset.train
+    return Job(name=name, stage=build(name), schedule=schedule, ids=ids, seed=3, identity={})
+
+
+def train(
+    work: Job,
+    state: TrainState,
+    dataset: labels.Dataset,
+    *,
+    until: int = STEPS,
+    save: Callable[[TrainState], None] | None = None,
+    stop_after: int | None = None,
+    save_every: int = 10**9,
+) -> list[float]:
+    losses: list[float] = []
+    listeners = Listeners(
+        on_log=lambda step, values: losses.append(values["loss"]),
+        on_eval=lambda state: None,
+        on_save=save or (lambda state: None),
+        should_stop=lambda: state.step == stop_after,
+    )
+    plan = loop.Plan(until, work.derived.learning_rate, log_every=1, eval_every=0, save_every=save_every)
+    batches = training_batches(dataset, work.order(), first_step=state.step, last_step=until, device=CPU)
+    loop.train(state, batches, plan, listeners, FP32)
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["pretrain", "momentum", "finetune", "distill"])
+def test_stopped_saved_and_resumed_equals_unbroken(
+    name: str, optimizer: str, dataset: labels.Dataset, tmp_path: Path
+) -> None:
+    whole = job(name, dataset, optimizer)
+    unbroken = whole.state()
+    expected = train(whole, unbroken, dataset)
+
+    def save(state: TrainState) -> None:
+        checkpoint.save(tmp_path, state.step, state.tensors(), {})
+
+    first = job(name, dataset, optimizer)
+    got = train(first, first.state(), dataset, save=save, stop_after=None, until=2)
+    second = job(name, dataset, optimizer)
+    state = second.state()
+    saved, _ = checkpoint.latest(tmp_path)
+    assert saved is not None
+    state.load(saved.step, saved.tensors)
+    got += train(second, state, dataset)
+    assert got == expected
+    assert checkpoint.same(state.tensors(), unbroken.tensors())
+    assert expected[0] != expected[-1]
+
+
+def test_a_stop_saves_first(dataset: labels.Dataset) -> None:
+    work = job("finetune", dataset, "sgd")
+    state, saved = work.state(), []
+    losses = train(work, state, dataset, save=lambda s: saved.append(s.step), stop_after=3)
+    assert (len(losses), saved) == (3, [3])
+
+
+def test_the_teacher_is_frozen_in_inference_mode_and_never_saved(dataset: labels.Dataset) -> None:
+    work = job("distill", dataset, "sgd")
+    before = copy.deepcopy(work.stage.teacher.state_dict())  # type: ignore[union-attr]
+    state = work.state()
+    train(work, state, dataset, until=3)
+    assert checkpoint.same(before, work.stage.teacher.state_dict())  # type: ignore[union-attr]
+    assert not any("teacher" in name for name in state.tensors())
+    work.stage.train()
+    assert not any(module.training for module in work.stage.teacher.modules())  # type: ignore[union-attr]
+    assert work.stage.student.training  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("place", ["loss", "weight"])
+def test_not_finite_stops_before_anything_is_saved(place: str, dataset: labels.Dataset) -> None:
+    work = job("pretrain", dataset, "sgd")
+    state = work.state()
+    saved: list[int] = []
+
+    def save(state: TrainState) -> None:
+        saved.append(state.step)
+        if state.step == 2:
+            with torch.no_grad():
+                parameter = next(work.stage.parameters())
+                # A huge weight overflows in the next update; NaN reaches the next loss
+                parameter.flatten()[0] = float("nan")
+
+    with pytest.raises(Diverged) as raised:
+        if place == "loss":
+            train(work, state, dataset, save=save, save_every=1)
+        else:
+            parameter = list(work.stage.parameters())[-1]
+            parameter.register_hook(lambda gradient: gradient * float("inf"))
+            train(work, state, dataset, save=save, save_every=1)
+    assert saved == ([1, 2] if place == "loss" else [])
+    assert raised.value.exit_code == 70
+    assert ("step 3 (images" if place == "loss" else "after step 1") in raised.value.what
+
+
+def test_pretraining_is_nt_xent_of_two_views_in_one_forward(dataset: labels.Dataset) -> None:
+    work = job("pretrain", dataset, "sgd")
+    batch = next(iter(training_batches(dataset, work.order(), first_step=0, last_step=1, device=CPU)))
+    got = work.stage(batch)["loss"]
+    body, head = networks()
+    projections = head(body(torch.cat([two_views(batch, 0), two_views(batch, 1)])))
+    assert got.item() == nt_xent(projections[:16], projections[16:], 0.2).item()
+
+
+def test_distillation_weighs_labels_and_sees_one_view(dataset: labels.Dataset) -> None:
+    stage = build("distill").train()
+    work = job("distill", dataset, "sgd")
+    batch = next(iter(training_batches(dataset, work.order(), first_step=0, last_step=1, device=CPU)))
+    assert 0 < (batch.labels >= 0).sum() < 16
+    got = stage(batch)["loss"].item()
+    teacher, student = classifier(5).eval(), classifier(6).train()
+    view = crop(batch, 0)
+    taught, logits = teacher(view), student(view)
+    known = batch.labels >= 0
+    labeled = torch.nn.functional.cross_entropy(logits[known], batch.labels[known])
+    assert got == pytest.approx((0.7 * distillation_loss(logits, taught, 0.5) + 0.3 * labeled).item(), rel=1e-6)
+
+
+def test_momentum_moves_the_average_and_fills_the_memory(dataset: labels.Dataset) -> None:
+    work = job("momentum", dataset, "sgd")
+    stage = work.stage
+    assert isinstance(stage, PretrainWithMomentum)
+    before = {name: t.clone() for name, t in stage.average.state_dict().items()}
+    state = work.state()
+    train(work, state, dataset, until=2)  # the first update has learning rate 0: see the warm-up
+    name = (
+        "encoder.group1.0.conv1.weight"
+        if "encoder.group1.0.conv1.weight" in before
+        else next(key for key in before if key.endswith("linear.weight"))
+    )
+    live = stage.state_dict()[name.replace("encoder.", "encoder.", 1)]
+    average = stage.average.state_dict()[name]
+    assert not torch.equal(average, before[name])
+    assert torch.allclose(average, 0.9 * before[name] + 0.1 * live, atol=1e-6)
+    assert int(stage.next_row) == 0  # two batches of 32 keys, of which the last 24 fill the memory
+    assert torch.allclose(stage.queue.norm(dim=1), torch.ones(24), atol=1e-5)
+
+
+def test_training_learns_what_can_be_seen(dataset: labels.Dataset) -> None:
+    network = classifier(0)
+    schedule = Schedule(epochs=30, batch=16, optimizer="adamw", learning_rate=3e-3, scaling="none")
+    work = Job(
+        name="finetune", stage=Finetune(network, view=crop), schedule=schedule, ids=dataset.labeled, seed=0, identity={}
+    )
+    losses = train(work, work.state(), dataset, until=work.derived.total_steps)
+    assert np.mean(losses[-3:]) < 0.3 * np.mean(losses[:3])

@@ -1,0 +1,124 @@
+"""Two gloo processes are one process: losses, gradients and weights of every stage to 1e-5.
+
+Run as a script it is one rank's part of that; see two_ranks.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import two_ranks
+from conftest import shapes_images
+from fewlabels import runtime
+from fewlabels.config import Schedule
+from fewlabels.data import labels, pixels, sources, views
+from fewlabels.data.loader import Batch, training_batches
+from fewlabels.model.encoder import encoder
+from fewlabels.model.heads import Classifier, ProjectionHead
+from fewlabels.stages import loop
+from fewlabels.stages.distill import Distill
+from fewlabels.stages.finetune import Finetune
+from fewlabels.stages.loop import Stage
+from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
+from fewlabels.stages.runner import Job
+
+STAGES = ("pretrain", "momentum", "finetune", "distill")
+STEPS = 3
+
+
+def two_views(batch: Batch, number: int) -> torch.Tensor:
+    return views.pretrain(
+        batch.pixels, batch.extent, batch.ids, size=16, epoch=batch.epoch, seed=1, view=number, blur=False
+    ).double()
+
+
+def crop(batch: Batch, number: int) -> torch.Tensor:
+    view = views.finetune(batch.pixels, batch.extent, batch.ids, size=16, epoch=batch.epoch, seed=2, view=number)
+    return view.double()
+
+
+def build(name: str) -> Stage:
+    torch.manual_seed(0)
+    body = encoder("resnet18_0.125x_small")
+    head = ProjectionHead(body.feature_dim, 16)
+    if name == "pretrain":
+        return Pretrain(body, head, view=two_views, temperature=0.2)
+    if name == "momentum":
+        return PretrainWithMomentum(body, head, view=two_views, temperature=0.2, momentum=0.9, queue=24)
+    teacher = Classifier(body, head, tap=1, num_classes=4)
+    torch.nn.init.normal_(teacher.linear.weight)
+    if name == "finetune":
+        return Finetune(teacher, view=crop)
+    student = Classifier(encoder("resnet18_0.125x_small"), None, tap=0, num_classes=4)
+    torch.nn.init.normal_(student.linear.weight)
+    return Distill(teacher, student, view=crop, temperature=0.5, label_weight=0.3)
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """STEPS steps of every stage in float64 on this rank's share; what came of it."""
+    images, classes = shapes_images(48)
+    # Labels fall unevenly on the two ranks: every third image
+    known = [str(c) if i % 3 == 0 else None for i, c in enumerate(classes)]
+    source = sources.open_source(images, known)
+    store, kept, bad = pixels.build(
+        source, folder / "data", working_size=None, max_bad_share=0.05, threads=1, bad_csv=folder / "bad.csv"
+    )
+    dataset = labels.assemble(source, store, kept, bad)
+    found: dict[str, Any] = {}
+    for name in STAGES:
+        stage = build(name).double()
+        schedule = Schedule(epochs=9, batch=16, optimizer="lars", learning_rate=0.5, scaling="none", warmup=0.0)
+        ids = dataset.labeled if name == "finetune" else dataset.train
+        work = Job(name=name, stage=stage, schedule=schedule, ids=ids, seed=3, identity={})
+        state = work.state()
+        stage.train()
+        batches = training_batches(dataset, work.order(), first_step=0, last_step=STEPS, device=torch.device("cpu"))
+        precision = runtime.precision(torch.device("cpu"), "fp32")
+        for step, batch in enumerate(batches):
+            scalars = loop.step(state, batch, work.derived.learning_rate(step), precision)
+            loss = torch.as_tensor(scalars["loss"]).clone()
+            found[f"{name} loss {step}"] = runtime.sum_over_ranks(loss) / runtime.world_size()
+            found[f"{name} ids {step}"] = torch.cat([torch.as_tensor(i) for i in runtime.gather_objects(batch.ids)])
+            for key, parameter in stage.named_parameters():
+                if parameter.grad is not None:
+                    found[f"{name} gradient {step} {key}"] = parameter.grad.clone()
+        found |= {f"{name} after {key}": tensor.clone() for key, tensor in stage.trained().items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    alone = run(tmp_path_factory.mktemp("alone"))
+    return alone, two_ranks.results(__file__, tmp_path_factory.mktemp("together"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("what", ["ids", "loss", "gradient", "after"])
+def test_two_ranks_are_one_process(name: str, what: str, both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    alone, together = both
+    keys = [key for key in alone if key.startswith(f"{name} {what}")]
+    assert len(keys) >= STEPS
+    for key in keys:
+        for rank in together:
+            scale = max(1e-3, float(alone[key].abs().max()))
+            difference = float((alone[key].double() - rank[key].double()).abs().max()) / scale
+            assert difference <= 1e-5, f"{key}: {difference}"
+
+
+def test_ranks_end_with_the_same_weights(both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    _, (first, second) = both
+    for key in first:
+        assert np.array_equal(first[key].numpy(), second[key].numpy()), key
+
+
+if __name__ == "__main__":
+    runtime.start("cpu")
+    mine = run(Path(sys.argv[1]) / f"rank{runtime.rank()}")
+    torch.save(mine, Path(sys.argv[1]) / f"{runtime.rank()}.pt")
+    runtime.finish()
