@@ -92,13 +92,13 @@ def test_a_failing_disk_leaves_the_old_one_and_no_rest(
 
     def failing(handle: int) -> None:
         calls[0] += 1
-        if calls[0] == allowed + 1:
+        if calls[0] == 1:
             raise OSError(code, os.strerror(code))
         real(handle)
 
     monkeypatch.setattr(os, "fsync", failing)
-    for allowed in range(4):  # each fsync before the rename: two files, the manifest, the folder
-        calls[0] = 0
+    for first_failing in range(4):  # each fsync before the rename: two files, the manifest, the folder
+        calls[0] = -first_failing
         with pytest.raises(StorageError) as raised:
             checkpoint.save(tmp_path, 2, TENSORS, {})
         assert raised.value.exit_code == 74

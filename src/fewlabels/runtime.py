@@ -151,6 +151,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of a CPU tensor over all ranks, for numbers that are told; not differentiable. Alone: x itself."""
+    if world_size() == 1:
+        return x
+    total = x.to(_collective_device())
+    dist.all_reduce(total)
+    return (total / world_size()).cpu()
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over ranks, in one collective per dtype.
 

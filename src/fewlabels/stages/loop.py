@@ -110,7 +110,7 @@ def train(
         if state.step % plan.log_every == 0 or state.step == plan.total_steps:
             now = time.perf_counter()
             extra = {"seconds": now - mark, "wait_share": waited / max(now - mark, 1e-9)}
-            listeners.on_log(state.step, {name: float(value) for name, value in scalars.items()} | extra)
+            listeners.on_log(state.step, _over_ranks(scalars) | extra)
             mark, waited = now, 0.0
         finished = state.step == plan.total_steps
         if not finished and plan.eval_every and state.step % plan.eval_every == 0:
@@ -124,6 +124,13 @@ def train(
             return False
         asked = time.perf_counter()
     return True
+
+
+def _over_ranks(scalars: dict[str, Tensor | float]) -> dict[str, float]:
+    """Each rank computed its share's mean; the mean of those is what one process would have logged."""
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in scalars.values()])
+    means = runtime.mean_over_ranks(stacked)
+    return dict(zip(scalars, means.tolist(), strict=True))
 
 
 def step(
