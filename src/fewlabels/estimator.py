@@ -57,7 +57,8 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
 
     def predict(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         """(N,) class of each image, as the values of y."""
-        predicted: npt.NDArray[Any] = self.classes_[self.predict_proba(X).argmax(axis=1)]
+        columns = self.predict_proba(X).argmax(axis=1)
+        predicted: npt.NDArray[Any] = self.classes_[columns]
         return predicted
 
     def predict_proba(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

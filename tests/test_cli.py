@@ -1,0 +1,193 @@
+"""The command line as a user types it: what it answers, with which exit code, and never a traceback for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import shapes_images
+from fewlabels import cli
+
+TINY = ["--recipe", "smoke", "--pretrain.epochs", "1", "--distill.epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    images, classes = shapes_images(48, size=20)
+    for i, (image, label) in enumerate(zip(images, classes, strict=True)):
+        place = root / "photos" / ("test" if i >= 32 else "train") / f"class{label}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{i:03d}.png")
+    return root / "photos"
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert cli.main(["fit", str(photos), "--out", str(out), *TINY]) == 0
+    return out
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(list(words))
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "labels.csv"
+    path.write_text(text)
+    return str(path)
+
+
+MISTAKES = [
+    ("fit {none} --out {out}", 66, ["no such file or folder", "fix:"]),
+    ("fit {empty} --out {out}", 65, ["fix:"]),
+    ("fit {photos} --out {out} --recipe smoek", 2, ['did you mean "smoke"']),
+    ("fit {photos} --out {out} --recipe {none}.toml", 66, ["fix:"]),
+    ("fit {photos} --out {out} --pretrain.epoch 3", 2, ["--pretrain.epochs"]),
+    ("fit {photos} --out {out} --pretrain.epochs many", 2, ["epochs"]),
+    ("fit {photos} --out {out} --recipe smoke --pretrain.epochs -1", 2, ["pretrain.epochs", "above 0"]),
+    ("fit {photos} --out {out} --recipe smoke --kind foto", 2, ['did you mean "photo"']),
+    ("fit {photos} --out {out} --recipe smoke --encoder resnet19", 2, ["resnet1"]),
+    ("fit {photos} --out {out} --recipe smoke --student resnet18_0.2y", 2, ["fix:"]),
+    ("fit {photos} --out {out} --budget soon", 2, ["not a duration"]),
+    ("fit {photos} --out {out} --device tpu", 2, ["unknown device"]),
+    ("fit {photos} --out {out} --recipe smoke --keep-labels 0", 2, ["fix:"]),
+    ("fit {photos} --out {out} --labels {none}", 66, ["fix:"]),
+    ("fit --out {out}", 66, ["no images were given"]),
+    ("fit {photos} --out {file}", 73, ["is a file"]),
+    ("fit {photos} --out {others}", 73, ["other things in it"]),
+    ("fti {photos}", 2, ['did you mean "fit"']),
+    ("evaluate {none} {photos}", 66, ["fix:"]),
+    ("evaluate {empty} {photos}", 66, ["fix:"]),
+    ("evaluate {run} {none}", 66, ["fix:"]),
+    ("predict {run} {none}", 66, ["fix:"]),
+    ("predict {none} {photos}", 66, ["fix:"]),
+    ("export {none}", 66, ["fix:"]),
+    ("export {run} --format onxx", 2, ["onnx"]),
+    ("report {none}", 66, ["fix:"]),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "words"), MISTAKES, ids=[line for line, *_ in MISTAKES])
+def test_a_mistake_gets_a_message_and_its_exit_code(
+    line: str, code: int, words: list[str], photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis.txt").write_text("precious")
+    (tmp_path / "file").write_text("")
+    places = {name: tmp_path / name for name in ("none", "empty", "others", "file", "out")}
+    got, out, err = answer(capsys, *line.format(photos=photos, run=run, **places).split())
+    assert got == code, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err + out
+    assert (tmp_path / "others" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("image,lable\na.png,cat\n", ['did you mean "label"']),
+        ("image,label\nnope.png,cat\n", ["line 2", "nope.png"]),
+        ("image,label\ntrain/class0/000.png,cat\ntrain/class0/000.png,dog\n", ["line 3", "cat", "dog"]),
+        ("image,label\ntrain/class0/000.png,cat\ntrain/class1/001.png,Cat\n", ["Cat"]),
+        ("image,label\n../secret.png,cat\n/etc/passwd,dog\n", ["line 2", "line 3"]),
+    ],
+)
+def test_label_faults_are_told_with_their_lines(
+    rows: str, words: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = write(tmp_path, rows)
+    code, _, err = answer(capsys, "fit", str(photos), "--labels", labels, "--out", str(tmp_path / "out"), *TINY)
+    assert code == 65
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_a_class_that_only_the_test_images_have(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "image,label\ntrain/class0/000.png,class0\ntrain/class1/001.png,class1\ntest/class3/047.png,zebra\n"
+    rows = (
+        rows.replace("label\n", "label,split\n")
+        .replace("class0\n", "class0,train\n")
+        .replace("class1\n", "class1,train\n")
+    )
+    labels = write(tmp_path, rows.replace("zebra\n", "zebra,test\n"))
+    code, _, err = answer(capsys, "fit", str(photos), "--labels", labels, "--out", str(tmp_path / "out"), *TINY)
+    assert code == 65
+    assert "zebra" in err
+
+
+def test_the_commands_on_a_finished_run(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = answer(capsys, "evaluate", str(run), str(photos / "test"), "--json")
+    assert code == 0
+    assert json.loads(out)["n"] == 16
+    code, out, _ = answer(capsys, "predict", str(run), str(photos / "test"), "--out", str(tmp_path / "p.csv"))
+    assert code == 0
+    assert "16 images predicted" in out
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 17
+    code, out, _ = answer(capsys, "report", str(run))
+    assert (code, out.strip()) == (0, str(run / "report.html"))
+
+
+def test_check_changes_nothing(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(photos.rglob("*"))
+    code, out, _ = answer(capsys, "check", str(photos), "--out", str(tmp_path / "out"), *TINY)
+    assert code == 0
+    assert "32 images, 32 labeled in 4 classes, 16 held-out test images" in out
+    assert "MB of disk" in out
+    assert sorted(photos.rglob("*")) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_later_command_finds_the_images_in_the_run(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert answer(capsys, "pretrain", str(photos), "--out", out, *TINY)[0] == 0
+    assert not (tmp_path / "out" / "finetune").exists()
+    assert answer(capsys, "finetune", "--out", out, *TINY)[0] == 0
+    assert (tmp_path / "out" / "finetune").exists()
+
+
+def test_stdout_is_the_result_and_stderr_the_progress(photos: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fewlabels", "fit", str(photos), "--out", str(tmp_path / "out"), "--json", *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["final"] == "distill"
+    assert "pretrain: done" in done.stderr
+
+
+def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.ndarray, np.ndarray]) -> None:
+    from sklearn.base import clone
+    from sklearn.exceptions import NotFittedError
+
+    import fewlabels as fl
+
+    images, classes = visible_images
+    y = np.where(np.arange(64) < 24, classes * 10, -1)
+    made = clone(fl.FewLabelClassifier(recipe="smoke", random_state=3))
+    assert made.get_params() == {"recipe": "smoke", "student": None, "random_state": 3, "out": None}
+    with pytest.raises(NotFittedError):
+        made.predict(images)
+    fitted = made.fit(images, y)
+    assert fitted is made
+    assert fitted.classes_.tolist() == [0, 10, 20, 30]
+    assert set(fitted.predict(images)) <= {0, 10, 20, 30}
+    assert fitted.predict_proba(images).shape == (64, 4)
+    assert fitted.transform(images).shape[0] == 64
+    assert 0 <= fitted.score(images, classes * 10) <= 1
