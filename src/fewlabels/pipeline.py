@@ -182,7 +182,6 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
     with runtime.main_first():
         if runtime.is_main():
             _publish(prepared, worker, "distill" if "distill" in stages else stages[-1])
-    folder.status("finished")
     say(f"report: {folder.report}")
 
 
@@ -225,6 +224,7 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
             size=recipe.size,
             kind=recipe.kind,
             canvas=prepared.dataset.store.canvas,
+            temperature=results["temperature"],
             metrics=results["measurement"],
             training={
                 "recipe": recipe.name, "images": len(prepared.dataset.train), "labels": len(prepared.dataset.labeled),
@@ -232,6 +232,7 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
             },
         )  # fmt: skip
         artefact.save(prepared.folder.model, worker.classifiers[final], card)
+    prepared.folder.status("finished")
     report.write(path)
 
 

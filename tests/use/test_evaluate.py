@@ -315,3 +315,16 @@ def test_table_says_accuracy_with_its_interval() -> None:
     assert f"{100 * accuracy:.1f} % ({100 * low:.1f}-{100 * high:.1f}, n=597)" in text
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) < 90
+
+
+@pytest.mark.parametrize("expected", [0.3, 0.75, 0.97])
+def test_temperature_for_confidence_meets_the_expected_accuracy(expected: float) -> None:
+    logits = np.random.default_rng(0).normal(size=(400, 5)) * 3
+    temperature = evaluate.temperature_for_confidence(logits, expected)
+    powers = np.exp(logits / temperature)
+    assert (powers.max(axis=1) / powers.sum(axis=1)).mean() == pytest.approx(expected, abs=1e-4)
+
+
+def test_without_an_expected_accuracy_logits_stay_as_they_are() -> None:
+    assert evaluate.temperature_for_confidence(np.eye(3), None) == 1.0
+    assert evaluate.temperature_for_confidence(np.zeros((0, 3)), 0.5) == 1.0

@@ -140,6 +140,12 @@ class Comparison:
         """Predictions of the held-out images against their labels."""
         return evaluate.measure(probabilities, self.truth, self.dataset.classes)
 
+    def expected_accuracy(self, function: Callable[[Tensor], list[Tensor]]) -> float | None:
+        """Cross-validated accuracy of logistic regression inside the labels, averaged over the results of function."""
+        found = outputs(self.dataset, self.labeled, self.setting, function)
+        told = [evaluate.cross_validated(features, self.known)["accuracy"] for features in found]
+        return float(np.mean(told)) if None not in told else None
+
     def most_frequent(self) -> None:
         """Always the class with the most labels."""
         shares = evaluate.most_frequent(self.known, self.dataset.num_classes)
@@ -162,17 +168,28 @@ class Comparison:
         self.rows += added
         return added
 
-    def network(self, key: str, network: Classifier) -> tuple[dict[str, Any] | None, Floats]:
-        """A trained classifier; returns its measurement and its probabilities (N, K) of the held-out images."""
+    def network(self, key: str, network: Classifier, expected: float | None) -> tuple[Any, Floats, float]:
+        """A trained classifier: its measurement, its probabilities (N, K) of the held-out images, its temperature.
+
+        Trained on soft targets or for a few steps, a network says nothing of how sure to be (54 % calibration error
+        on digits). With labels too few to hold out, its temperature is the one at which its mean confidence on
+        training images equals `expected`, the cross-validated accuracy of the frozen features.
+        """
         network.eval()
+        some = self.dataset.train[: evaluate.CALIBRATION_IMAGES]
+        (logits,) = outputs(self.dataset, some, self.setting, lambda view: [network(view)])
+        temperature = evaluate.temperature_for_confidence(logits, expected)
         measured, probabilities = None, np.zeros((0, self.dataset.num_classes), dtype=np.float32)
         if len(self.held):
             (probabilities,) = outputs(
-                self.dataset, self.held, self.setting, lambda view: [network(view).float().softmax(dim=1)]
+                self.dataset,
+                self.held,
+                self.setting,
+                lambda view: [(network(view).float() / temperature).softmax(dim=1)],
             )
             measured = self.measure(probabilities)
         self.rows.append(row(key, NAMES[key], measured, **costs(network, self.setting)))
-        return measured, probabilities
+        return measured, probabilities, temperature
 
 
 def pixels_as_features(view: Tensor) -> list[Tensor]:
@@ -191,20 +208,21 @@ def compare(
     """Every row of the table, and the arrays that the report draws. `final` is the key of the deployed network."""
     comparison = Comparison(dataset, setting)
     taps: list[dict[str, Any]] = []
-    measured, probabilities = None, np.zeros((0, dataset.num_classes), dtype=np.float32)
+    measured, probabilities, temperature = None, np.zeros((0, dataset.num_classes), dtype=np.float32), 1.0
     if len(comparison.labeled):
+        expected = comparison.expected_accuracy(tapped(*pretrained))
         comparison.most_frequent()
         comparison.logistic("pixels_logistic", "logistic regression on pixels", pixels_as_features)
         if "supervised" in networks:
-            comparison.network("supervised", networks["supervised"])
+            comparison.network("supervised", networks["supervised"], None)
         taps = comparison.logistic(
             "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
         )
         for key in ("finetune", "distill_self", "distill"):
             if key in networks:
-                found = comparison.network(key, networks[key])
+                found = comparison.network(key, networks[key], expected)
                 if key == final:
-                    measured, probabilities = found
+                    measured, probabilities, temperature = found
     held = comparison.held
     results: dict[str, Any] = {
         "format_version": checkpoint.FORMAT_VERSION,
@@ -216,6 +234,7 @@ def compare(
         "taps": [{"tap": tap, **{k: r[k] for k in ("accuracy", "low", "high", "n")}} for tap, r in enumerate(taps)],
         "final": final,
         "measurement": measured,
+        "temperature": temperature,
         "labels_used": len(comparison.labeled),
         "images_used": len(dataset.train),
     }

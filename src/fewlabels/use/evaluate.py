@@ -29,6 +29,7 @@ NUM_BINS = 15  # equal-width confidence bins, as in Guo et al. 2017 (arXiv 1706.
 VOTE_TEMPERATURE = 0.1  # of the weighted kNN vote; Wu et al. 2018 (arXiv 1805.01978) use 0.07
 COLDEST, HOTTEST = 0.05, 20.0
 MAX_FOLDS = 10
+CALIBRATION_IMAGES = 2000  # of the training images, for the mean confidence
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
@@ -298,6 +299,24 @@ def temperature_from(logits: Floats, labels: Integers) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 2 / (low + high)
+
+
+def temperature_for_confidence(logits: Floats, expected: float | None) -> float:
+    """The temperature at which the mean largest probability of softmax(logits / T) is `expected`.
+
+    logits: (N, K), labels are not needed. expected: an accuracy estimated elsewhere, or None for T = 1. The mean
+    confidence falls in T, so it is bisected on a logarithmic scale between COLDEST and HOTTEST.
+    """
+    if expected is None or not len(logits):
+        return 1.0
+    rows = np.asarray(logits, dtype=np.float64)
+    rows = rows - rows.max(axis=1, keepdims=True)  # (N, K)
+    low, high = COLDEST, HOTTEST
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        confidence = float((1 / np.exp(rows / middle).sum(axis=1)).mean())
+        low, high = (middle, high) if confidence > expected else (low, middle)
+    return math.sqrt(low * high)
 
 
 def _unit(features: Floats) -> npt.NDArray[np.float64]:
