@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check faults bench clean
+.PHONY: demo test check bench clean
 
 .venv/demo.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,9 +26,6 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
-
-faults: .venv/dev.stamp
-	$(BIN)/python -m pytest -m slow
 
 bench: .venv/demo.stamp
 	$(BIN)/python benchmarks/digits.py
