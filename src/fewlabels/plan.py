@@ -116,7 +116,7 @@ def fit_budget(
         schedule: Schedule = getattr(recipe, stage)
         batch = fitted_batch(schedule.batch, images[stage], ranks)
         an_epoch = images[stage] / batch * per_step[stage]
-        epochs = min(MOST_EPOCHS[stage], max(1.0, round(share * left / an_epoch, 1)))
+        epochs = min(MOST_EPOCHS[stage], max(0.1, round(share * left / an_epoch, 2)))
         sums.append(
             f"{stage}: {epochs:g} epochs = {share:g} x {left:,.0f} s // ({images[stage]:,} / {batch} steps "
             f"x {per_step[stage] * 1000:.3g} ms), at most {MOST_EPOCHS[stage]:g}"
