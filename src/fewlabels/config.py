@@ -248,7 +248,9 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        plain = value.replace("\\", "\\\\").replace('"', '\\"')
+        # TOML refuses raw control characters, DEL among them
+        return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in plain) + '"'
     return repr(value)
 
 
