@@ -147,6 +147,8 @@ def test_labels_may_come_after_pretraining(photos: Path, tmp_path: Path) -> None
     assert pretrained is not None
     assert again is not None
     assert checkpoint.same(pretrained.tensors, again.tensors)
+    resolved = json.loads((tmp_path / "run" / "resolved.json").read_text())
+    assert resolved["derived"]["finetune"]["images"] == 12
     rows = {row["key"]: row for row in second.metrics["rows"]}
     assert rows["distill"]["accuracy"] is None, "nothing was held out, so nothing may be claimed"
     assert rows["tap1_logistic"]["cross_validated"]

@@ -28,12 +28,14 @@ from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.prepare import (
     Asked,
     Prepared,
+    begun_stages,
     check_resumable,
     explain,
     identity,
     open_images,
     parse_budget,
     prepare,
+    same_wishes,
     stages_to_run,
     write_resolved,
 )
@@ -167,7 +169,7 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
         say("  note: no labels: only pretraining runs; give labels later with the same --out")
     stages = stages[: stages.index(asked.until) + 1] if asked.until in stages else stages
     known = folder.resolved()
-    fresh = known is None or known["asked"] != asked.wishes()
+    fresh = known is None or not same_wishes(known, asked, len(prepared.dataset.labeled))
     sums: list[str] = known["budget"] if known and not fresh else []
     if fresh:
         prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
@@ -199,7 +201,8 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
         say(f"  the full schedule would take {duration(needed)} here; `auto` on a CPU keeps to an hour (see --budget)")
     recipe, sums = plan.fit_budget(prepared.recipe, prepared.images, seconds, per_step, runtime.world_size())
     for stage in ("pretrain", "distill"):
-        if "epochs" in asked.overrides.get(stage, {}):  # a number given in words stays
+        # A number given in words stays, and so does a stage that has begun
+        if "epochs" in asked.overrides.get(stage, {}) or stage in begun_stages(prepared.folder):
             recipe = replace(recipe, **{stage: getattr(prepared.recipe, stage)})
     return replace(prepared, recipe=recipe), sums
 

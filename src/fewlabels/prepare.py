@@ -161,7 +161,7 @@ def _stored(folder: RunFolder, note: Path, about: Mapping[str, Any]) -> bool:
 
 def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: set[str]) -> Recipe:
     """The recipe as it will be run. The same command gets its stored recipe; stages already begun keep theirs."""
-    if stored and stored["asked"] == asked.wishes():
+    if stored and same_wishes(stored, asked, facts.labeled):
         return config.from_dict(stored["recipe"])
     recipe = _named(asked.recipe, facts)
     if stored and begun:
@@ -172,6 +172,11 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
     return config.override(recipe, asked.overrides)
+
+
+def same_wishes(stored: dict[str, Any], asked: Asked, labeled: int) -> bool:
+    """Whether a stored plan may be used as it is: the same wishes for as many labels."""
+    return bool(stored["asked"] == asked.wishes() and stored["understood"]["labeled"] == labeled)
 
 
 def _named(name: str, facts: Facts) -> Recipe:
