@@ -115,19 +115,31 @@ def test_equations_are_true() -> None:
     assert derived.peak == pytest.approx(recipe.pretrain.learning_rate * math.sqrt(derived.batch))
 
 
-@pytest.mark.parametrize("seconds", [300.0, 1800.0, 7200.0])
-def test_a_budget_is_kept(seconds: float) -> None:
+@pytest.mark.parametrize("student", [None, "resnet18_0.125x"])
+@pytest.mark.parametrize("seconds", [60.0, 300.0, 1800.0, 7200.0])
+def test_a_budget_is_kept(seconds: float, student: str | None) -> None:
     recipe = recipes.named("best", FACTS)
     per_step = {"pretrain": 0.5, "finetune": 0.05, "distill": 0.3}
+    if student:
+        per_step["distill_self"] = 0.4
     images = {"pretrain": 9469, "finetune": 95, "distill": 9469}
     fitted, sums = plan.fit_budget(recipe, images, seconds, per_step, 1)
-    spent = sum(plan.derive(getattr(fitted, s), images[s], 1).total_steps * per_step[s] for s in per_step)
-    assert 0.5 * seconds < spent < seconds
-    assert len(sums) == 2
+    costs = plan.cost(fitted, images, per_step, 1)
+    assert costs.keys() == {*per_step, "supervised"}
+    assert costs["supervised"] == pytest.approx(3 * costs["finetune"], abs=0.1)
+    assert 0.5 * seconds < sum(costs.values()) < seconds
+    assert 0.8 < costs["pretrain"] / (7 / 3 * (costs["distill"] + costs.get("distill_self", 0.0))) < 1.25
+    assert {line.split(":")[0] for line in sums} >= {"pretrain", "distill"}
 
 
-def test_a_budget_that_is_too_small_says_what_would_do() -> None:
+def test_a_tiny_budget_shortens_fine_tuning_and_its_baseline() -> None:
     recipe = recipes.named("best", FACTS)
     per_step = {"pretrain": 0.5, "finetune": 1.0, "distill": 0.3}
-    with pytest.raises(UsageError, match="give at least"):
-        plan.fit_budget(recipe, {"pretrain": 9469, "finetune": 95, "distill": 9469}, 60.0, per_step, 1)
+    images = {"pretrain": 9469, "finetune": 95, "distill": 9469}
+    fitted, sums = plan.fit_budget(recipe, images, 600.0, per_step, 1)
+    costs = plan.cost(fitted, images, per_step, 1)
+    assert fitted.finetune.epochs < recipe.finetune.epochs
+    assert costs["finetune"] + costs["supervised"] == pytest.approx(0.25 * 0.9 * 600, abs=4.0)
+    assert sums[0].startswith("finetune: ")
+    long, _ = plan.fit_budget(recipe, images, 36000.0, per_step, 1)
+    assert long.finetune == recipe.finetune

@@ -138,17 +138,21 @@ def test_stages_one_by_one_equal_one_fit(run: fl.Run, photos: Path, tmp_path: Pa
 
 def test_labels_may_come_after_pretraining(photos: Path, tmp_path: Path) -> None:
     images, classes = shapes_images(80, size=16)
-    first = fl.fit(images, out=tmp_path / "run", recipe="smoke", **SMALL)
+    # A recipe whose fine-tuning depends on the number of labels, and numbers in words that must survive
+    wishes = {**SMALL, "recipe": "best", "encoder": "resnet18_0.125x_small", "finetune": {"epochs": 5}}
+    first = fl.fit(images, out=tmp_path / "run", **wishes)
     assert first.metrics["rows"] == []
     pretrained, _ = checkpoint.latest(tmp_path / "run" / "pretrain")
     known = [str(c) if i < 12 else None for i, c in enumerate(classes)]
-    second = fl.fit(images, known, out=tmp_path / "run", recipe="smoke", **SMALL)
+    second = fl.fit(images, known, out=tmp_path / "run", **wishes)
     again, _ = checkpoint.latest(tmp_path / "run" / "pretrain")
     assert pretrained is not None
     assert again is not None
     assert checkpoint.same(pretrained.tensors, again.tensors)
     resolved = json.loads((tmp_path / "run" / "resolved.json").read_text())
     assert resolved["derived"]["finetune"]["images"] == 12
+    assert resolved["recipe"]["finetune"]["batch"] == 12, "derived for no labels, it would be 2"
+    assert resolved["recipe"]["finetune"]["epochs"] == 5
     rows = {row["key"]: row for row in second.metrics["rows"]}
     assert rows["distill"]["accuracy"] is None, "nothing was held out, so nothing may be claimed"
     assert rows["tap1_logistic"]["cross_validated"]

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from fewlabels import plan, runtime
-from fewlabels.config import Schedule
 from fewlabels.data import views
 from fewlabels.data.loader import Batch
 from fewlabels.errors import DataError, FewlabelsError, RunAgain, Stopped, UsageError
@@ -54,8 +53,6 @@ T = TypeVar("T", bound=nn.Module)
 
 # Independent streams of random numbers, so that no stage sees another's views
 STREAMS = {"pretrain": 1, "finetune": 2, "distill": 3, "supervised": 4, "distill_self": 5}
-# The supervised baseline starts from nothing: it gets three times the steps of fine-tuning where those are few
-ENOUGH_BASELINE_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def check(asked: Asked) -> dict[str, Any]:
         prepared = prepare(asked, source, folder, device)
         prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
         per_step = Worker(prepared, interrupts).seconds_per_step()
-        seconds = {s: prepared.derived(s).total_steps * per_step[s] for s in stages_to_run(prepared)}
+        seconds = plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size())
         store = sum(file.stat().st_size for file in folder.data.rglob("*")) / 1e6
         found = explain(prepared, sums)
         bad = (folder.path / "bad_images.csv").read_text(encoding="utf-8").splitlines()[1:]
@@ -194,13 +191,13 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
         return prepared, []
     seconds = plan.CPU_MINUTES * 60 if asked.budget is None else asked.budget
     per_step = worker.seconds_per_step()
-    needed = sum(prepared.derived(s).total_steps * per_step[s] for s in stages_to_run(prepared))
+    needed = sum(plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size()).values())
     if cut_only and needed < plan.TRAINING_SHARE * seconds:
         return prepared, []
     if cut_only:
         say(f"  the full schedule would take {duration(needed)} here; `auto` on a CPU keeps to an hour (see --budget)")
     recipe, sums = plan.fit_budget(prepared.recipe, prepared.images, seconds, per_step, runtime.world_size())
-    for stage in ("pretrain", "distill"):
+    for stage in plan.STAGES:
         # A number given in words stays, and so does a stage that has begun
         if "epochs" in asked.overrides.get(stage, {}) or stage in begun_stages(prepared.folder):
             recipe = replace(recipe, **{stage: getattr(prepared.recipe, stage)})
@@ -338,15 +335,15 @@ class Worker:
 
     def distill(self) -> Classifier:
         """Stage 3 on all training images: into the same network, and from there into a smaller one if asked."""
-        student = self.recipe.distill.student
-        if student is None:
-            return self._distill("distill", self.finetune(), None)
-        teacher = (
-            self._distill("distill_self", self.finetune(), None)
-            if self.recipe.distill.self_first
-            else (self.finetune())
-        )
-        return self._distill("distill", teacher, student)
+        teacher = self.finetune()
+        for name, student in self._students():
+            teacher = self._distill(name, teacher, student)
+        return teacher
+
+    def _students(self) -> list[tuple[str, str | None]]:
+        """(name, encoder) of every network that is taught, one after the other; None = like the teacher."""
+        last = ("distill", self.recipe.distill.student)
+        return [("distill_self", None), last] if last[1] and self.recipe.distill.self_first else [last]
 
     def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:
         if name not in self.classifiers:
@@ -368,22 +365,16 @@ class Worker:
             self.classifiers["supervised"] = network
         return self.classifiers["supervised"]
 
-    def baseline_schedule(self) -> Schedule:
-        """Nesterov SGD with the paper's supervised settings, as long as fine-tuning or longer."""
-        derived = self.prepared.derived("finetune")
-        steps = max(derived.total_steps, min(3 * derived.total_steps, ENOUGH_BASELINE_STEPS))
-        return Schedule(
-            epochs=steps * derived.batch / derived.images, batch=derived.batch, optimizer="sgd",
-            learning_rate=0.1, scaling="linear", warmup=0.1, weight_decay=1e-4,
-        )  # fmt: skip
-
     # --- training ---
 
     def _job(self, name: str, stage: Stage) -> Job:
         """What running this stage means: its images, its schedule, and whose result it is."""
         kind = "distill" if name == "distill_self" else name
-        schedule = self.baseline_schedule() if name == "supervised" else getattr(self.recipe, kind)
         labeled_only = name in ("finetune", "supervised")
+        if name == "supervised":
+            schedule = plan.baseline(self.recipe.finetune, len(self.dataset.labeled), runtime.world_size())
+        else:
+            schedule = getattr(self.recipe, kind)
         return Job(
             name=name,
             stage=stage,
@@ -408,11 +399,10 @@ class Worker:
         throwaways: dict[str, Stage] = {"pretrain": stage}
         if len(self.dataset.labeled) >= 2 * runtime.world_size():
             teacher = self._teacher("finetune", stage)
-            # The student of the last stage where there is one: with self_first the bigger one costs more
-            first = None if self.recipe.distill.self_first else self.recipe.distill.student
-            student = self._student("distill", first, stage)
             throwaways["finetune"] = Finetune(self._teacher("finetune", stage), view=self._view("finetune"))
-            throwaways["distill"] = Distill(teacher, student, view=self._view("distill"), temperature=1.0)
+            for name, student in self._students():
+                network = self._student(name, student, stage)
+                throwaways[name] = Distill(teacher, network, view=self._view(name), temperature=1.0)
         measured = {
             name: runner.seconds_per_step(self._job(name, throwaway), self.workplace)
             for name, throwaway in throwaways.items()

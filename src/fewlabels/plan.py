@@ -5,7 +5,6 @@ The user speaks epochs and base learning rates, the loop speaks steps; this file
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from fewlabels.config import Recipe, Schedule
@@ -16,6 +15,8 @@ from fewlabels.recipes import Facts
 STAGES = ("pretrain", "finetune", "distill")
 CPU_MINUTES = 60.0  # what `auto` allows itself without --budget on a CPU
 TRAINING_SHARE = 0.9  # of a budget; the rest is for reading images, evaluation and the report
+LABELS_SHARE = 0.25  # of the training time, at most, for fine-tuning and its baseline
+BASELINE_LENGTH = 3  # the supervised baseline starts from nothing: it gets three times the steps of fine-tuning
 MOST_EPOCHS = {"pretrain": 1000.0, "distill": 600.0}  # a bigger budget than these need is not spent
 
 
@@ -93,33 +94,60 @@ def reasons(recipe: Recipe, facts: Facts) -> list[str]:
     ]
 
 
+def baseline(finetune: Schedule, images: int, ranks: int) -> Schedule:
+    """The supervised baseline: Nesterov SGD with the paper's supervised settings, longer than fine-tuning."""
+    batch = fitted_batch(finetune.batch, images, ranks)
+    return Schedule(
+        epochs=BASELINE_LENGTH * finetune.epochs, batch=batch, optimizer="sgd", learning_rate=0.1, scaling="linear",
+        warmup=0.1, weight_decay=1e-4,
+    )  # fmt: skip
+
+
+def cost(recipe: Recipe, images: dict[str, int], per_step: dict[str, float], ranks: int) -> dict[str, float]:
+    """Seconds of everything that will be trained, at the measured seconds a step.
+
+    per_step: of pretrain, and with labels of finetune, distill, and distill_self where a student is taught after it.
+    """
+    found = {}
+    for name, a_step in per_step.items():
+        stage = "distill" if name == "distill_self" else name
+        found[name] = a_step * derive(getattr(recipe, stage), images[stage], ranks).total_steps
+    if "finetune" in per_step:
+        schedule = baseline(recipe.finetune, images["finetune"], ranks)
+        found["supervised"] = per_step["finetune"] * derive(schedule, images["finetune"], ranks).total_steps
+    return found
+
+
 def fit_budget(
     recipe: Recipe, images: dict[str, int], seconds: float, per_step: dict[str, float], ranks: int
 ) -> tuple[Recipe, list[str]]:
-    """recipe with its pretraining and distillation cut or stretched to `seconds`, and the sums behind it.
+    """recipe with its stages cut or stretched to `seconds`, and the sums behind it.
 
-    per_step: measured seconds a step of each stage. Fine-tuning (and the supervised baseline, which costs the same)
-    keeps its length; of the rest 7 : 3 go to pretraining and distillation.
+    per_step: as for `cost`. Fine-tuning and its baseline keep their length up to LABELS_SHARE; of the rest 7 : 3 go
+    to pretraining and distillation.
     """
-    finetune = derive(recipe.finetune, images["finetune"], ranks) if images["finetune"] >= 2 * ranks else None
-    fixed = 2 * finetune.total_steps * per_step["finetune"] if finetune else 0.0
-    left = TRAINING_SHARE * seconds - fixed
-    if left <= 0.1 * seconds:
-        raise UsageError(
-            f"a budget of {seconds / 60:.3g} minutes is too small: fine-tuning and its baseline alone take "
-            f"{fixed / 60:.2g} minutes at the measured speed",
-            fix=f"give at least {math.ceil(fixed / 60 * 2 + 1)} minutes, or lower finetune.epochs",
-        )
-    shares = {"pretrain": 0.7, "distill": 0.3} if finetune else {"pretrain": 1.0}
-    sums, sections = [], {}
+    left, sums = TRAINING_SHARE * seconds, []
+    sections: dict[str, Schedule] = {}
+    shares = {"pretrain": 1.0}
+    if "finetune" in per_step:
+        shares = {"pretrain": 0.7, "distill": 0.3}
+        costs, most = cost(recipe, images, per_step, ranks), LABELS_SHARE * left
+        needed = costs["finetune"] + costs["supervised"]
+        if needed > most:
+            sections["finetune"] = replace(recipe.finetune, epochs=recipe.finetune.epochs * most / needed)
+            sums.append(
+                f"finetune: {sections['finetune'].epochs:.3g} of {recipe.finetune.epochs:g} epochs = {most:,.0f} s "
+                f"({LABELS_SHARE:g} of the training time) // {needed:,.0f} s with the baseline"
+            )
+        left -= min(needed, most)
     for stage, share in shares.items():
         schedule: Schedule = getattr(recipe, stage)
         batch = fitted_batch(schedule.batch, images[stage], ranks)
-        an_epoch = images[stage] / batch * per_step[stage]
-        epochs = min(MOST_EPOCHS[stage], max(0.1, round(share * left / an_epoch, 2)))
+        a_step = per_step[stage] + (per_step.get("distill_self", 0.0) if stage == "distill" else 0.0)
+        epochs = min(MOST_EPOCHS[stage], max(0.1, round(share * left / (images[stage] / batch * a_step), 2)))
         sums.append(
             f"{stage}: {epochs:g} epochs = {share:g} x {left:,.0f} s // ({images[stage]:,} / {batch} steps "
-            f"x {per_step[stage] * 1000:.3g} ms), at most {MOST_EPOCHS[stage]:g}"
+            f"x {a_step * 1000:.3g} ms), at most {MOST_EPOCHS[stage]:g}"
         )
         sections[stage] = replace(schedule, epochs=epochs)
     return replace(recipe, **sections), sums  # type: ignore[arg-type]
