@@ -50,3 +50,8 @@ def small_card(*, tap: int = 1, **changes: object) -> Card:
 def small_model(**changes: object) -> Model:
     """A Model in memory."""
     return Model(small_network(), small_card(**changes), device="cpu")
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Without the running statistics of batch norm, which Table 1 of the paper counts."""
+    return sum(parameter.numel() for parameter in module.parameters())

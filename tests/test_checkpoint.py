@@ -116,7 +116,7 @@ def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: py
 
 
 CRASH = """
-import os, sys, torch
+import os, shutil, sys, torch
 from pathlib import Path
 from fewlabels import checkpoint
 folder, stop = Path(sys.argv[1]), int(sys.argv[2])
@@ -140,7 +140,7 @@ for crash_at in range(stop):
     assert saved is not None and not passed_over, (crash_at, passed_over)
     assert float(saved.tensors["x"][0]) == saved.step
     print(crash_at, os.waitstatus_to_exitcode(status), saved.step)
-    checkpoint.clear(folder)
+    shutil.rmtree(folder)
     checkpoint.save(folder, 1, {"x": torch.full((4,), 1.0)}, {})
 """
 

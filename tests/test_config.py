@@ -143,3 +143,18 @@ def test_a_tiny_budget_shortens_fine_tuning_and_its_baseline() -> None:
     assert sums[0].startswith("finetune: ")
     long, _ = plan.fit_budget(recipe, images, 36000.0, per_step, 1)
     assert long.finetune == recipe.finetune
+
+
+def test_a_budget_goes_to_the_stages_that_are_left() -> None:
+    recipe = recipes.named("best", FACTS)
+    per_step = {"pretrain": 0.5, "finetune": 0.05, "distill": 0.3}
+    images = {"pretrain": 9469, "finetune": 95, "distill": 9469}
+    fitted, sums = plan.fit_budget(recipe, images, 600.0, per_step, 1, begun=["pretrain"])
+    costs = plan.cost(fitted, images, per_step, 1)
+    assert fitted.pretrain == recipe.pretrain
+    assert [line.split(":")[0] for line in sums] == ["distill"]
+    assert 450 < costs["finetune"] + costs["supervised"] + costs["distill"] < 600
+    worded = replace(recipe, pretrain=replace(recipe.pretrain, epochs=20))
+    fitted, _ = plan.fit_budget(worded, images, 1800.0, per_step, 1, kept=["pretrain"])
+    assert fitted.pretrain == worded.pretrain
+    assert 1300 < sum(plan.cost(fitted, images, per_step, 1).values()) < 1800

@@ -130,6 +130,41 @@ def test_another_run_is_refused_and_unharmed(run: fl.Run, photos: Path, change: 
     assert (run.path / "resolved.json").read_bytes() == resolved
 
 
+def test_other_images_are_refused_and_the_stored_ones_kept(run: fl.Run, photos: Path, tmp_path: Path) -> None:
+    names = ("data.json", "bad_images.csv", "data/pixels.u8", "data/index.json")
+    before = {name: (run.path / name).read_bytes() for name in names}
+    others, classes = shapes_images(120, size=20, seed=9)
+    with pytest.raises(CannotCreate, match="images"):
+        fl.fit(others, [str(c) for c in classes], out=run.path, recipe="smoke", **SMALL)
+    assert {name: (run.path / name).read_bytes() for name in names} == before
+    assert not list(run.path.glob("*.new*"))
+    # Touched files are read again, and as they are the same images the run goes on
+    for path in photos.rglob("*.png"):
+        os.utime(path)
+    assert fl.fit(photos, out=run.path, recipe="smoke", **SMALL).metrics == run.metrics
+    assert (run.path / "data/pixels.u8").read_bytes() == before["data/pixels.u8"]
+    assert (run.path / "data.json").read_bytes() != before["data.json"]
+
+
+def test_pretraining_alone_keeps_the_results_of_a_finished_run(run: fl.Run, photos: Path) -> None:
+    before = (run.path / "results.json").read_bytes()
+    fl.fit(photos, out=run.path, recipe="smoke", until="pretrain", **SMALL)
+    assert (run.path / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"student": "resnet19"}, {"student": "timm:vit_tiny_patch16_224"}])
+def test_a_wrong_student_is_found_before_training(photos: Path, tmp_path: Path, change: dict[str, str]) -> None:
+    with pytest.raises(UsageError):
+        fl.fit(photos, out=tmp_path / "run", recipe="smoke", **SMALL, **change)
+    assert not list((tmp_path / "run").glob("*/step-*"))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
+def test_a_seed_that_cannot_be_used(photos: Path, tmp_path: Path, seed: float) -> None:
+    with pytest.raises(UsageError, match="seed"):
+        fl.fit(photos, out=tmp_path / "run", recipe="smoke", seed=seed)  # type: ignore[arg-type]
+
+
 def test_stages_one_by_one_equal_one_fit(run: fl.Run, photos: Path, tmp_path: Path) -> None:
     for until in plan.STAGES:
         fl.fit(photos, out=tmp_path / "run", recipe="smoke", until=until, **SMALL)

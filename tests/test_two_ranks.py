@@ -84,7 +84,7 @@ def run(folder: Path) -> dict[str, Any]:
             scalars = loop.step(state, batch, work.derived.learning_rate(step), precision)
             loss = torch.as_tensor(scalars["loss"]).clone()
             found[f"{name} loss {step}"] = runtime.sum_over_ranks(loss) / runtime.world_size()
-            found[f"{name} ids {step}"] = torch.cat([torch.as_tensor(i) for i in runtime.gather_objects(batch.ids)])
+            found[f"{name} ids {step}"] = runtime.gather(batch.ids)
             for key, parameter in stage.named_parameters():
                 if parameter.grad is not None:
                     found[f"{name} gradient {step} {key}"] = parameter.grad.clone()

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewlabels.errors import DataError, StorageError
+from fewlabels.errors import DataError, FewlabelsError, StorageError
 
 FORMAT_VERSION = 1
 KEEP = 2  # the newest, and the one before it to fall back to
@@ -60,9 +60,10 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, StorageError):
+        if isinstance(error, FewlabelsError):  # some are OSErrors too
             raise
-        free = shutil.disk_usage(path if path.exists() else path.parent).free / 1e6
+        place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(place).free / 1e6
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         raise StorageError(
             f"{'the disk is full' if full else 'writing failed'}: {path} ({error})",
@@ -201,12 +202,6 @@ def latest(folder: Path) -> tuple[Saved | None, list[str]]:
         except Damaged as error:
             passed_over.append(f"{error.what}: {'; '.join(error.details) or error.why}")
     return None, passed_over
-
-
-def clear(folder: Path) -> None:
-    """Remove all checkpoints of folder."""
-    for path in _checkpoints(folder):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:

@@ -309,22 +309,13 @@ def _dispatch(words: list[str]) -> int:
         )
     except SystemExit as stop:  # tyro has spoken: help (0) or a usage error (2)
         return int(stop.code or 0)
-    _calm()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when it is imported
     function(command)
-    _leave()
-    return 0
-
-
-def _calm() -> None:
-    """A setting that torch reads when it is imported."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-def _leave() -> None:
     if "torch" in sys.modules:
         from fewlabels import runtime
 
         runtime.finish()
+    return 0
 
 
 def _complain(error: FewlabelsError) -> int:

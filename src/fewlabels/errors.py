@@ -90,6 +90,14 @@ class Stopped(FewlabelsError):
         super().__init__(f"stopped by {name} {where}; everything is saved", fix=fix or "run the same command to go on")
 
 
+class MainFailed(FewlabelsError):
+    """Rank 0 met an error and tells it; this is what the other ranks raise, with its exit code."""
+
+    def __init__(self, words: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(words)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """' (did you mean "x"?)' when one of choices is close to word, else ''."""
     by_folded = {choice.casefold(): choice for choice in choices}

@@ -51,8 +51,10 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
                     X, names, out=Path(folder) / "run", recipe=self.recipe, student=self.student, seed=self.random_state
                 )
                 self.model_ = run.model
-        # In the model's order of columns, as the values that y held
-        self.classes_ = np.asarray([by_name[name] for name in self.model_.classes])
+        # scikit-learn's metrics take columns for sorted values of y; the model has "c2" before "c10"
+        values = np.asarray([by_name[name] for name in self.model_.classes])
+        self._columns = np.argsort(values, kind="stable")
+        self.classes_ = values[self._columns]
         return self
 
     def predict(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
@@ -65,7 +67,8 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
         """(N, K) probabilities, columns as in classes_."""
         check_is_fitted(self, "model_")
         model: Model = self.model_
-        return model.predict_proba(X)
+        probabilities: npt.NDArray[np.float32] = model.predict_proba(X)[:, self._columns]
+        return probabilities
 
     def transform(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(N, D) features of the deployed network."""

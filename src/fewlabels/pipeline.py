@@ -38,7 +38,7 @@ from fewlabels.prepare import (
     stages_to_run,
     write_resolved,
 )
-from fewlabels.runfolder import Interrupts, RunFolder, duration, metrics, read_json, say
+from fewlabels.runfolder import Interrupts, RunFolder, duration, read_json, say
 from fewlabels.stages import runner
 from fewlabels.stages.distill import Distill
 from fewlabels.stages.finetune import Finetune
@@ -77,10 +77,6 @@ class Run:
     def report(self) -> Path:
         """Write report.html anew and return its path."""
         return report.write(self.path)
-
-    def history(self) -> list[dict[str, Any]]:
-        """The logged scalars of every stage, in order."""
-        return metrics(self.path)
 
 
 def fit(
@@ -173,14 +169,17 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
     check_resumable(prepared)
     write_resolved(prepared, asked, sums)
     worker = Worker(prepared, interrupts)
+    worker.try_networks()
     for stage in stages:
         getattr(worker, stage)()
     if "finetune" in stages:
         worker.supervised()
     folder.status("running", "report")
     with runtime.main_first():
-        if runtime.is_main():
-            _publish(prepared, worker, "distill" if "distill" in stages else stages[-1])
+        before = read_json(folder.path / "results.json") or {"final": "pretrain"}
+        # Not results of less: `fewlabels pretrain` on a finished run
+        if runtime.is_main() and plan.STAGES.index(before["final"]) <= plan.STAGES.index(stages[-1]):
+            _publish(prepared, worker, stages[-1])
     say(f"report: {folder.report}")
 
 
@@ -189,18 +188,20 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
     cut_only = asked.budget is None
     if cut_only and not (asked.recipe == "auto" and prepared.device.type == "cpu"):
         return prepared, []
-    seconds = plan.CPU_MINUTES * 60 if asked.budget is None else asked.budget
+    seconds = (plan.CPU_MINUTES * 60 if asked.budget is None else asked.budget) - prepared.seconds
+    if seconds <= 0:
+        raise UsageError(f"reading the images took {duration(prepared.seconds)}, all of the budget", fix="run it again")
     per_step = worker.seconds_per_step()
     needed = sum(plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size()).values())
     if cut_only and needed < plan.TRAINING_SHARE * seconds:
         return prepared, []
     if cut_only:
         say(f"  the full schedule would take {duration(needed)} here; `auto` on a CPU keeps to an hour (see --budget)")
-    recipe, sums = plan.fit_budget(prepared.recipe, prepared.images, seconds, per_step, runtime.world_size())
-    for stage in plan.STAGES:
-        # A number given in words stays, and so does a stage that has begun
-        if "epochs" in asked.overrides.get(stage, {}) or stage in begun_stages(prepared.folder):
-            recipe = replace(recipe, **{stage: getattr(prepared.recipe, stage)})
+    recipe, sums = plan.fit_budget(
+        prepared.recipe, prepared.images, seconds, per_step, runtime.world_size(),
+        kept=[stage for stage in per_step if "epochs" in asked.overrides.get(stage, {})],
+        begun=begun_stages(prepared.folder),
+    )  # fmt: skip
     return replace(prepared, recipe=recipe), sums
 
 
@@ -312,6 +313,25 @@ class Worker:
             return Classifier(network, None, tap=0, num_classes=self.dataset.num_classes)
 
         return self._seeded(stage, build)
+
+    def try_networks(self) -> None:
+        """Build every network and show it two images: a wrong one is found before the hours of training."""
+        stage = self._pretrain_stage()
+        networks: list[tuple[str, nn.Module]] = [(self.recipe.encoder, stage.encoder)]
+        if len(self.dataset.labeled):
+            teacher = self._teacher("finetune", stage)
+            teacher.encoder.freeze(self.recipe.finetune.freeze_below)
+            networks += [(s or self.recipe.encoder, self._student(n, s, stage)) for n, s in self._students()]
+        images = torch.zeros(2, 3, self.recipe.size, self.recipe.size, device=self.device)
+        for name, network in networks:
+            try:
+                with torch.no_grad():
+                    network.eval()(images)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise UsageError(
+                    f"{name} cannot look at images of {self.recipe.size} px: {error}",
+                    fix="choose another network, or the size that it was made for with --size",
+                ) from error
 
     # --- stages ---
 

@@ -5,6 +5,7 @@ The user speaks epochs and base learning rates, the loop speaks steps; this file
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from fewlabels.config import Recipe, Schedule
@@ -119,20 +120,24 @@ def cost(recipe: Recipe, images: dict[str, int], per_step: dict[str, float], ran
 
 
 def fit_budget(
-    recipe: Recipe, images: dict[str, int], seconds: float, per_step: dict[str, float], ranks: int
-) -> tuple[Recipe, list[str]]:
+    recipe: Recipe, images: dict[str, int], seconds: float, per_step: dict[str, float], ranks: int,
+    kept: Collection[str] = (), begun: Collection[str] = (),
+) -> tuple[Recipe, list[str]]:  # fmt: skip
     """recipe with its stages cut or stretched to `seconds`, and the sums behind it.
 
     per_step: as for `cost`. Fine-tuning and its baseline keep their length up to LABELS_SHARE; of the rest 7 : 3 go
-    to pretraining and distillation.
+    to pretraining and distillation. Stages in kept (time is set aside for them) and begun stay as they are.
     """
-    left, sums = TRAINING_SHARE * seconds, []
+    costs, stay = cost(recipe, images, per_step, ranks), {*kept, *begun}
+    set_aside = sum(costs[stage] for stage in set(kept) - set(begun) if stage != "finetune")
+    left = max(0.1 * seconds, TRAINING_SHARE * seconds - set_aside)
     sections: dict[str, Schedule] = {}
+    sums: list[str] = []
     shares = {"pretrain": 1.0}
     if "finetune" in per_step:
         shares = {"pretrain": 0.7, "distill": 0.3}
-        costs, most = cost(recipe, images, per_step, ranks), LABELS_SHARE * left
         needed = costs["finetune"] + costs["supervised"]
+        most = needed if "finetune" in stay else LABELS_SHARE * left
         if needed > most:
             sections["finetune"] = replace(recipe.finetune, epochs=recipe.finetune.epochs * most / needed)
             sums.append(
@@ -140,7 +145,8 @@ def fit_budget(
                 f"({LABELS_SHARE:g} of the training time) // {needed:,.0f} s with the baseline"
             )
         left -= min(needed, most)
-    for stage, share in shares.items():
+    shares = {stage: share for stage, share in shares.items() if stage not in stay}
+    for stage, share in ((stage, share / sum(shares.values())) for stage, share in shares.items()):
         schedule: Schedule = getattr(recipe, stage)
         batch = fitted_batch(schedule.batch, images[stage], ranks)
         a_step = per_step[stage] + (per_step.get("distill_self", 0.0) if stage == "distill" else 0.0)

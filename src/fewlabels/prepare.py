@@ -10,7 +10,9 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -80,6 +82,7 @@ class Prepared:
     device: torch.device
     precision: runtime.Precision
     seed: int
+    seconds: float  # that reading the images took
 
     @property
     def setting(self) -> compare.Setting:
@@ -115,10 +118,13 @@ def survey(source: Source) -> tuple[int, bool]:
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 of the source's names, labels and splits: whether a stored decoding may be used again."""
+    """SHA-256 of the images' names and stamps: whether a stored decoding may be used again. Labels do not matter."""
     digest = hashlib.sha256()
-    for row in zip(source.names, source.labels, source.splits, strict=True):
-        digest.update("\0".join(str(value) for value in row).encode("utf-8", "surrogateescape") + b"\n")
+    for name in source.names:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+    for part in source.parts:
+        for stamp in part.stamps():
+            digest.update(stamp + b"\n")
     return digest.hexdigest()
 
 
@@ -129,19 +135,47 @@ def store_images(source: Source, folder: RunFolder, working_size: int | None, ma
     with runtime.main_first():
         if runtime.is_main() and not _stored(folder, note, about):
             say(f"reading {source.description} ...")
-            _, kept, bad = pixels.build(
-                source,
-                folder.data,
-                working_size=working_size,
-                max_bad_share=max_bad,
-                threads=runtime.threads(),
-                bad_csv=folder.path / "bad_images.csv",
-            )
-            checkpoint.write_json(note, about | {"kept": kept.tolist(), "unreadable": [asdict(b) for b in bad]})
+            _decode(source, folder, note, about, max_bad)
     facts = _read_note(note)
     store = pixels.open_store(folder.data)
     bad = [pixels.BadImage(**b) for b in facts["unreadable"]]
     return labels.assemble(source, store, np.asarray(facts["kept"], dtype=np.int64), bad)
+
+
+def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any], max_bad: float) -> None:
+    """Make RUN/data; that of a begun pretraining gives way only to the same images. A kill in between leaves no note,
+    and without a note they are read again.
+    """
+    begun, _ = checkpoint.latest(folder.stage("pretrain"))
+    data, bad_csv = folder.data, folder.path / "bad_images.csv"
+    if begun is None:
+        note.unlink(missing_ok=True)
+    else:
+        data, bad_csv = folder.path / "data.new", folder.path / "bad_images.new.csv"
+    try:
+        store, kept, bad = pixels.build(
+            source, data, working_size=about["working_size"], max_bad_share=max_bad, threads=runtime.threads(),
+            bad_csv=bad_csv,
+        )  # fmt: skip
+        if begun is not None:
+            now = images_digest(labels.assemble(source, store, kept, bad))
+            check_identity(
+                begun.values["identity"], begun.values["identity"] | {"images": now}, "pretrain", folder.path
+            )
+            note.unlink(missing_ok=True)
+            shutil.rmtree(folder.data, ignore_errors=True)
+            data.rename(folder.data)
+            bad_csv.replace(folder.path / "bad_images.csv")
+    finally:
+        if begun is not None:
+            shutil.rmtree(data, ignore_errors=True)
+            bad_csv.unlink(missing_ok=True)
+    checkpoint.write_json(note, about | {"kept": kept.tolist(), "unreadable": [asdict(b) for b in bad]})
+
+
+def images_digest(dataset: Dataset) -> str:
+    """A name for the training images: their pixels, in order."""
+    return hashlib.sha256(dataset.store.hashes[dataset.train].tobytes()).hexdigest()[:16]
 
 
 def _read_note(note: Path) -> dict[str, Any]:
@@ -194,7 +228,7 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
     """What decides the result of a stage: equal identities mean that its checkpoint belongs to this run."""
     recipe, dataset = prepared.recipe, prepared.dataset
     facts: dict[str, Any] = {
-        "images": hashlib.sha256(dataset.store.hashes[dataset.train].tobytes()).hexdigest()[:16],
+        "images": images_digest(dataset),
         "seed": prepared.seed,
         "size": recipe.size,
         "kind": recipe.kind,
@@ -219,11 +253,15 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
         if flat_before.get(name) != flat_now.get(name)
     ]
     if differences:
+        later = " ".join(str(folder / name) for name in ("finetune", "supervised", "distill_self", "distill"))
+        fix = "give a new --out for the new settings, or repeat the command that made this folder"
+        if stage != "pretrain":
+            fix += f"; to keep the pretraining and do the rest anew, first rm -r {later}"
         raise CannotCreate(
             f"{folder} holds another run's {stage} stage",
             details=differences,
             why="going on would mix two runs; nothing was changed",
-            fix="give a new --out for the new settings, or repeat the command that made this folder",
+            fix=fix,
         )
 
 
@@ -244,12 +282,14 @@ def open_images(asked: Asked) -> Source:
     """The source, checked as far as that goes without decoding."""
     if asked.images is None:
         raise MissingInput("no images were given", fix="give a folder, a CSV, a parquet or npz file, or an array")
+    if not (isinstance(asked.seed, int) and 0 <= asked.seed < 2**32):
+        raise UsageError(f"seed {asked.seed!r} cannot be used", fix="give a whole number from 0 to 4294967295")
     return open_source(asked.images, asked.labels, test=asked.test)
 
 
 def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.device) -> Prepared:
     """Understand the images, resolve the recipe, and say both."""
-    stored, begun = folder.resolved(), begun_stages(folder)
+    began, stored, begun = time.perf_counter(), folder.resolved(), begun_stages(folder)
     side, gray = survey(source)
     rough = Facts(
         images=sum(split == "train" for split in source.splits),
@@ -270,7 +310,8 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
     facts = replace(rough, images=len(dataset.train), labeled=len(dataset.labeled), classes=len(dataset.classes))
     recipe = resolve(asked, facts, stored, begun)
     precision = runtime.precision(device, recipe.precision)
-    return Prepared(folder, dataset, facts, recipe, device, precision, asked.seed)
+    seconds = runtime.from_main(time.perf_counter() - began)
+    return Prepared(folder, dataset, facts, recipe, device, precision, asked.seed, seconds)
 
 
 def check_resumable(prepared: Prepared) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewlabels.errors import UsageError
+from fewlabels.errors import FewlabelsError, MainFailed, UsageError
 
 T = TypeVar("T")
 
@@ -28,10 +27,12 @@ def start(device: str = "auto", *, timeout_minutes: float = 30.0) -> torch.devic
 
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
     """
-    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdecimal()):
         raise UsageError(f'unknown device "{device}"', fix='use "auto", "cpu", "cuda" or "cuda:0"')
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f'device "{device}" was asked for, but torch sees no CUDA device', fix='use device "cpu"')
+    if device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
+        raise UsageError(f'there is no "{device}"', fix=f"torch sees {torch.cuda.device_count()}, from cuda:0 on")
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device("cpu")
@@ -105,7 +106,7 @@ def precision(device: torch.device, name: str = "auto") -> Precision:
         raise UsageError(f'unknown precision "{name}"', fix='use "auto", "bf16" or "fp32"')
     if name == "auto":
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported()
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
             fast = bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))
@@ -198,15 +199,6 @@ def from_main(value: T) -> T:
     return box[0]
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's value in rank order, on every rank."""
-    if world_size() == 1:
-        return [value]
-    boxes: list[Any] = [None] * world_size()
-    dist.all_gather_object(boxes, value)
-    return boxes
-
-
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
@@ -226,15 +218,12 @@ def main_first() -> Iterator[None]:
             yield
         except BaseException as error:
             failure = error
-    problem = from_main(None if failure is None else f"{type(failure).__name__}: {failure}")
+    known = failure.exit_code if isinstance(failure, FewlabelsError) else None
+    problem = from_main(None if failure is None else (f"rank 0 failed: {type(failure).__name__}: {failure}", known))
     if failure is not None:
         raise failure
     if not is_main():
         if problem is not None:
-            raise RuntimeError(f"rank 0 failed: {problem}")
+            words, code = problem
+            raise RuntimeError(words) if code is None else MainFailed(words, code)
         yield
-
-
-def quiet() -> None:
-    """Silence warnings of libraries that a user can do nothing about."""
-    warnings.filterwarnings("ignore", message=".*torch.jit.*")

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fewlabels.errors import UsageError
-from fewlabels.model.encoder import encoder, parameters_count, resnet
+from fewlabels.model.encoder import encoder, resnet
 from fewlabels.model.heads import Classifier, ProjectionHead
 from reference_weights import deterministic, fill, images, relative, tensors_by_name
+from small_model import count_parameters
 
 
 @pytest.mark.parametrize("tap", [0, 1, 2, 3])
@@ -69,7 +70,7 @@ def test_classifier_shares_what_it_keeps_and_drops_the_rest():
     model = Classifier(net, head, tap=1, num_classes=3)
     assert model.encoder is net
     assert list(model.head) == [head.layers[0]]
-    assert parameters_count(model) == parameters_count(net) + parameters_count(head.layers[0]) + 64 * 3 + 3
+    assert count_parameters(model) == count_parameters(net) + count_parameters(head.layers[0]) + 64 * 3 + 3
     whole = Classifier(net, head, tap=3, num_classes=3)
     assert whole.linear.in_features == 16
     x = torch.rand(2, 3, 8, 8)

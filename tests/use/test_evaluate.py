@@ -212,7 +212,10 @@ def test_cross_validation_chooses_its_folds() -> None:
     pairs = evaluate.cross_validated(x, y)
     assert (pairs["folds"], pairs["n"]) == (2, 20)
     lonely = evaluate.cross_validated(x[:-1], y[:-1])  # one class has one image
-    assert (lonely["folds"], lonely["n"]) == (19, 19)
+    assert (lonely["folds"], lonely["n"]) == (2, 19)
+    crowd = evaluate.cross_validated(np.vstack([x, x, x[:1]]), np.append(np.tile(y, 2), 10))
+    assert (crowd["folds"], crowd["n"]) == (4, 41)
+    assert crowd["accuracy"] <= 40 / 41, "an image alone in its class cannot be right"
     masked = evaluate.cross_validated(x, np.where(np.arange(20) < 10, y, -1))
     assert masked["n"] == 10
     for labels, reason in ((np.arange(10), "one label only"), (np.zeros(10, int), "fewer than two classes")):
@@ -241,27 +244,6 @@ def test_nearest_neighbours_pass_over_unlabeled_images() -> None:
     labels = np.concatenate([y, np.full(30, -1)])
     assert evaluate.nearest_neighbours(noise, labels, 3) == evaluate.nearest_neighbours(x, y, 3)
     assert evaluate.nearest_neighbours(x[:1], y[:1], 3) is None
-
-
-def test_temperature_is_the_minimum_of_a_fine_grid() -> None:
-    probabilities, labels, _ = _predictions(300, 5)
-    for stretch in (0.3, 1.0, 4.0):
-        logits = stretch * np.log(probabilities)
-        grid = np.exp(np.linspace(math.log(0.06), math.log(19), 600))
-        losses = [-np.log(_softmax(logits / t)[np.arange(300), labels]).mean() for t in grid]
-        assert evaluate.temperature_from(logits, labels) == pytest.approx(grid[int(np.argmin(losses))], rel=1e-2)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shares / shares.sum(axis=1, keepdims=True)
-
-
-def test_temperature_where_labels_cannot_tell() -> None:
-    logits = np.eye(4) * 3
-    assert evaluate.temperature_from(logits, np.arange(4)) == 1.0  # all right: any certainty would fit
-    assert evaluate.temperature_from(logits, np.full(4, -1)) == 1.0
-    assert evaluate.temperature_from(logits, np.roll(np.arange(4), 1)) == 20.0  # all wrong: as unsure as allowed
 
 
 # --- on a model ---
@@ -328,3 +310,11 @@ def test_temperature_for_confidence_meets_the_expected_accuracy(expected: float)
 def test_without_an_expected_accuracy_logits_stay_as_they_are() -> None:
     assert evaluate.temperature_for_confidence(np.eye(3), None) == 1.0
     assert evaluate.temperature_for_confidence(np.zeros((0, 3)), 0.5) == 1.0
+
+
+def test_spread_takes_all_parts() -> None:
+    ids = np.arange(100, 1100)
+    few = evaluate.spread(ids, 10)
+    assert few.tolist() == [100, 211, 322, 433, 544, 655, 766, 877, 988, 1099]
+    assert evaluate.spread(ids, 5000).tolist() == ids.tolist()
+    assert len(evaluate.spread(ids[:0], 10)) == 0

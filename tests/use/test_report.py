@@ -124,7 +124,7 @@ def test_it_says_what_was_measured(run: Path) -> None:
         "same network, labels alone", "logistic regression on pixels", "most frequent class", "distilled student",
         "Tap 1 is 3.5 points better than the head's input", "peak lr 1.6 = 0.1 x sqrt(256)", "3 duplicates",
         "2 training images are also held out", "pretrain 1 min 01 s", "torch 2.15.0", "2.8 MB", "3.1 ms",
-        "fewlabels fit photos --labels labels.csv --out run", "fewlabels suggest", "red square", "CPU, 2 threads",
+        "fewlabels fit photos --labels labels.csv --out run", "red square", "CPU, 2 threads",
         f"On average the model is {100 * measured['ece']:.1f} % off",
     ):  # fmt: skip
         assert words in page.text, words

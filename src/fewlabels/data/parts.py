@@ -12,7 +12,7 @@ import json
 import mmap
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -41,6 +41,9 @@ class Part(Protocol):
     def sample(self, count: int) -> Iterator[Payload]:
         """At most count images, from all over the part where that is cheap."""
 
+    def stamps(self) -> Iterator[bytes]:
+        """What changes when the images do: sizes and times of files, the bytes of arrays."""
+
 
 @dataclass(frozen=True)
 class Files:
@@ -58,6 +61,10 @@ class Files:
     def sample(self, count: int) -> Iterator[Payload]:
         """Evenly spaced paths."""
         return (Path(self.paths[i]) for i in spread(len(self.paths), count))
+
+    def stamps(self) -> Iterator[bytes]:
+        """Of every file."""
+        return map(_stamp, self.paths)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,10 @@ class Array:
     def sample(self, count: int) -> Iterator[Payload]:
         """Evenly spaced images."""
         return (self.images[i] for i in spread(len(self.images), count))
+
+    def stamps(self) -> Iterator[bytes]:
+        """The pixels themselves."""
+        return (image.tobytes() for image in self.payloads())  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,10 @@ class ArrayFile:
         for _, image in zip(range(min(count, 1)), self.payloads(), strict=False):
             yield image
 
+    def stamps(self) -> Iterator[bytes]:
+        """Of the file."""
+        yield _stamp(self.path)
+
 
 @dataclass(frozen=True)
 class Parquet:
@@ -137,6 +152,10 @@ class Parquet:
             for _, image in zip(range(max(1, count // len(groups))), self._read([group]), strict=False):
                 yield image
 
+    def stamps(self) -> Iterator[bytes]:
+        """Of the file."""
+        yield _stamp(self.path)
+
     def _read(self, groups: list[int] | None) -> Iterator[Payload]:
         try:
             with _parquet_file(self.path) as file:
@@ -146,6 +165,13 @@ class Parquet:
                         yield (value.get("bytes") if isinstance(value, dict) else value) or b""
         except (OSError, ValueError) as error:
             raise _damaged(self.path, error) from error
+
+
+def _stamp(path: str | Path) -> bytes:
+    with suppress(OSError):
+        about = Path(path).stat()
+        return f"{about.st_size} {about.st_mtime_ns}".encode()
+    return b"missing"  # decoding will say why
 
 
 def spread(total: int, count: int) -> npt.NDArray[np.int64]:

@@ -88,11 +88,6 @@ def resnet(depth: int, *, width: float = 1, selective_kernel: bool = False, stem
     return ResNet(depth, width=width, sk_ratio=SK_RATIO if selective_kernel else 0.0, stem=stem)
 
 
-def parameters_count(module: nn.Module) -> int:
-    """Trainable and frozen parameters, without the running statistics of batch norm (which Table 1 counts)."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _listed(numbers: Iterable[int]) -> str:
     *most, last = [str(number) for number in numbers]
     return f"{', '.join(most)} or {last}"

@@ -14,7 +14,7 @@ from fewlabels import checkpoint, runtime
 from fewlabels.config import Schedule
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Order, training_batches
-from fewlabels.errors import Stopped
+from fewlabels.errors import Stopped, UsageError
 from fewlabels.model import optim
 from fewlabels.plan import Derived, derive
 from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
@@ -105,6 +105,11 @@ def run(job: Job, at: Workplace) -> None:
             state, batches, pace(job.derived, evaluate=job.scores is not None), _listeners(job, at, state, clock),
             at.precision,
         )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"the GPU has too little memory for {job.name} with batches of {job.derived.batch}",
+            fix=f"repeat the command with a smaller --{job.name.partition('_')[0]}.batch or --size and a new --out",
+        ) from error
     finally:
         at.interrupts.patient = False
         batches.close()

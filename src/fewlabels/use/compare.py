@@ -82,7 +82,7 @@ def tapped(encoder: nn.Module, head: ProjectionHead) -> Callable[[Tensor], list[
 def feature_scores(dataset: Dataset, encoder: nn.Module, setting: Setting) -> dict[str, float]:
     """kNN and linear accuracy of frozen features on labeled training images, each left out in its turn."""
     encoder.eval()
-    ids = dataset.labeled
+    ids = evaluate.spread(dataset.labeled, evaluate.PROBED_IMAGES)
     (features,) = outputs(dataset, ids, setting, lambda view: [encoder(view)])
     linear = evaluate.cross_validated(features, dataset.labels[ids])["accuracy"]
     scores = {"knn": evaluate.nearest_neighbours(features, dataset.labels[ids]), "linear": linear}
@@ -142,9 +142,11 @@ class Comparison:
 
     def expected_accuracy(self, function: Callable[[Tensor], list[Tensor]]) -> float | None:
         """Cross-validated accuracy of logistic regression inside the labels, averaged over the results of function."""
-        found = outputs(self.dataset, self.labeled, self.setting, function)
-        told = [evaluate.cross_validated(features, self.known)["accuracy"] for features in found]
-        return float(np.mean(told)) if None not in told else None
+        ids = evaluate.spread(self.labeled, evaluate.PROBED_IMAGES)
+        found = outputs(self.dataset, ids, self.setting, function)
+        told = [evaluate.cross_validated(features, self.dataset.labels[ids])["accuracy"] for features in found]
+        # (correct + 1) / (n + 2), Laplace's rule: 20 labels all right do not make a network certain
+        return (float(np.mean(told)) * len(ids) + 1) / (len(ids) + 2) if None not in told else None
 
     def most_frequent(self) -> None:
         """Always the class with the most labels."""
@@ -176,7 +178,7 @@ class Comparison:
         training images equals `expected`, the cross-validated accuracy of the frozen features.
         """
         network.eval()
-        some = self.dataset.train[: evaluate.CALIBRATION_IMAGES]
+        some = evaluate.spread(self.dataset.train, evaluate.CALIBRATION_IMAGES)
         (logits,) = outputs(self.dataset, some, self.setting, lambda view: [network(view)])
         temperature = evaluate.temperature_for_confidence(logits, expected)
         measured, probabilities = None, np.zeros((0, self.dataset.num_classes), dtype=np.float32)
@@ -238,7 +240,7 @@ def compare(
         "labels_used": len(comparison.labeled),
         "images_used": len(dataset.train),
     }
-    body = networks[final].features if final in networks else pretrained[0]
+    body = networks[final].features if final in networks else pretrained[0].eval()
     points, of = feature_map(dataset, held if len(held) else dataset.train, setting, body)
     arrays: dict[str, np.ndarray] = {
         "ids": held,
@@ -253,8 +255,8 @@ def compare(
 def feature_map(
     dataset: Dataset, ids: np.ndarray, setting: Setting, body: Callable[[Tensor], Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(M, 2) places of up to MAP_POINTS images by t-SNE of their features, and their labels (M,)."""
-    ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), MAP_POINTS)).astype(int)]
+    """(M, 2) places of up to MAP_POINTS images by t-SNE of body's features, and their labels (M,)."""
+    ids = evaluate.spread(ids, MAP_POINTS)
     (features,) = outputs(dataset, ids, setting, lambda view: [body(view)])
     if len(ids) < 10:
         return np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=np.int64)

@@ -252,6 +252,10 @@ class Pictures:
         """The first count images."""
         return itertools.islice(self.payloads(), count)
 
+    def stamps(self) -> Iterator[bytes]:
+        """None: predictions are not resumed."""
+        return iter(())
+
 
 def _encoded(image: Image.Image) -> bytes:
     """image as a lossless file, with its EXIF orientation."""

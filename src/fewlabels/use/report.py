@@ -24,6 +24,7 @@ from PIL import Image
 from fewlabels import __version__, checkpoint
 from fewlabels.data.pixels import open_store
 from fewlabels.errors import FewlabelsError, MissingInput
+from fewlabels.runfolder import duration
 from fewlabels.use import figures
 from fewlabels.use.facts import Facts, is_number, part, read
 
@@ -63,7 +64,7 @@ def render(run: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "number": "{:,}".format, "duration": duration, "short": short}
+    environment.filters |= {"percent": percent, "number": "{:,}".format, "short": short}
     return environment.get_template("report.html.j2").render(
         run=run,
         version=__version__,
@@ -315,7 +316,7 @@ def setup(run: Facts) -> Facts:
     resolved, model = run["resolved"], run["model"]
     rows = [(name, str(resolved[name])) for name in MACHINE if resolved.get(name) is not None]
     versions = part(resolved, "versions").items()
-    seconds = part(run["status"], "seconds").items()
+    seconds = [(name, value) for name, value in part(run["status"], "seconds").items() if is_number(value)]
     rows += [("versions", ", ".join(f"{name} {value}" for name, value in versions))] if versions else []
     rows += [("time", ", ".join(f"{name} {duration(value)}" for name, value in seconds))] if seconds else []
     if model.get("encoder"):
@@ -340,7 +341,6 @@ def commands(run: str) -> list[tuple[str, str]]:
     folder = shlex.quote(run)
     return [
         ("Label new images", f"fewlabels predict {folder} NEW_IMAGES --out predictions.csv"),
-        ("See which images to label next", f"fewlabels suggest {folder} -n 20"),
         ("Measure it on labeled images of yours", f"fewlabels evaluate {folder} LABELED_IMAGES"),
         ("Take it elsewhere", f"fewlabels export {folder} --format onnx"),
     ]
@@ -358,16 +358,6 @@ def short(text: str, most: int = 48) -> str:
     """text in at most `most` characters."""
     text = str(text)
     return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def duration(seconds: float) -> str:
-    """45 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds) if is_number(seconds) else 0
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
