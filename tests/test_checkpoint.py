@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import same
 from fewlabels import checkpoint
 from fewlabels.errors import DataError, StorageError
 
@@ -36,7 +37,7 @@ def test_every_dtype_and_shape_survives(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, tensors, {})
     saved, _ = checkpoint.latest(tmp_path)
     assert saved is not None
-    assert checkpoint.same(saved.tensors, tensors)
+    assert same(saved.tensors, tensors)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "values"])

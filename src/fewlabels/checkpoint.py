@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -202,8 +201,3 @@ def latest(folder: Path) -> tuple[Saved | None, list[str]]:
         except Damaged as error:
             passed_over.append(f"{error.what}: {'; '.join(error.details) or error.why}")
     return None, passed_over
-
-
-def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of tensors are equal bit for bit."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

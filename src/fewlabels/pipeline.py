@@ -135,6 +135,7 @@ def check(asked: Asked) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="fewlabels-check-") as temporary, Interrupts().watching() as interrupts:
         folder = RunFolder(Path(temporary))
         prepared = prepare(asked, source, folder, device)
+        Worker(prepared, interrupts).try_networks()
         prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
         per_step = Worker(prepared, interrupts).seconds_per_step()
         seconds = plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size())
@@ -161,6 +162,7 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
             raise DataError(f"{asked.until} needs labels and there are none", fix="give labels with --labels")
         say("  note: no labels: only pretraining runs; give labels later with the same --out")
     stages = stages[: stages.index(asked.until) + 1] if asked.until in stages else stages
+    Worker(prepared, interrupts).try_networks()
     known = folder.resolved()
     fresh = known is None or not same_wishes(known, asked, len(prepared.dataset.labeled))
     sums: list[str] = known["budget"] if known and not fresh else []
@@ -169,16 +171,15 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
     check_resumable(prepared)
     write_resolved(prepared, asked, sums)
     worker = Worker(prepared, interrupts)
-    worker.try_networks()
     for stage in stages:
         getattr(worker, stage)()
     if "finetune" in stages:
         worker.supervised()
     folder.status("running", "report")
     with runtime.main_first():
-        before = read_json(folder.path / "results.json") or {"final": "pretrain"}
-        # Not results of less: `fewlabels pretrain` on a finished run
-        if runtime.is_main() and plan.STAGES.index(before["final"]) <= plan.STAGES.index(stages[-1]):
+        later = set(plan.STAGES[plan.STAGES.index(stages[-1]) + 1 :]) & begun_stages(folder)
+        # `fewlabels pretrain` on a finished run must not replace its results by those of less
+        if runtime.is_main() and not (later and (folder.path / "results.json").exists()):
             _publish(prepared, worker, stages[-1])
     say(f"report: {folder.report}")
 
@@ -190,7 +191,7 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
         return prepared, []
     seconds = (plan.CPU_MINUTES * 60 if asked.budget is None else asked.budget) - prepared.seconds
     if seconds <= 0:
-        raise UsageError(f"reading the images took {duration(prepared.seconds)}, all of the budget", fix="run it again")
+        raise UsageError(f"reading the images took {duration(prepared.seconds)}, all of the budget", fix="give more")
     per_step = worker.seconds_per_step()
     needed = sum(plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size()).values())
     if cut_only and needed < plan.TRAINING_SHARE * seconds:

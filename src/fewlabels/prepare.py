@@ -130,12 +130,13 @@ def fingerprint(source: Source) -> str:
 
 def store_images(source: Source, folder: RunFolder, working_size: int | None, max_bad: float) -> Dataset:
     """Decode once into RUN/data (or use what is there), and join pixels with labels."""
-    about = {"fingerprint": fingerprint(source), "working_size": working_size}
     note = folder.path / "data.json"
     with runtime.main_first():
-        if runtime.is_main() and not _stored(folder, note, about):
-            say(f"reading {source.description} ...")
-            _decode(source, folder, note, about, max_bad)
+        if runtime.is_main():
+            about = {"fingerprint": fingerprint(source), "working_size": working_size}
+            if not _stored(folder, note, about):
+                say(f"reading {source.description} ...")
+                _decode(source, folder, note, about, max_bad)
     facts = _read_note(note)
     store = pixels.open_store(folder.data)
     bad = [pixels.BadImage(**b) for b in facts["unreadable"]]

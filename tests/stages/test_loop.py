@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import same, shapes_images
 from fewlabels import checkpoint, runtime
 from fewlabels.config import Schedule
 from fewlabels.data import labels, pixels, sources, views
@@ -33,8 +34,6 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> labels.Dataset:
-    from conftest import shapes_images
-
     images, classes = shapes_images(48)
     folder = tmp_path_factory.mktemp("store")
     source = sources.open_source(images, [str(c) if i < 16 else None for i, c in enumerate(classes)])
@@ -128,7 +127,7 @@ def test_stopped_saved_and_resumed_equals_unbroken(
     state.load(saved.step, saved.tensors)
     got += train(second, state, dataset)
     assert got == expected
-    assert checkpoint.same(state.tensors(), unbroken.tensors())
+    assert same(state.tensors(), unbroken.tensors())
     assert expected[0] != expected[-1]
 
 
@@ -144,7 +143,7 @@ def test_the_teacher_is_frozen_in_inference_mode_and_never_saved(dataset: labels
     before = copy.deepcopy(work.stage.teacher.state_dict())  # type: ignore[union-attr]
     state = work.state()
     train(work, state, dataset, until=3)
-    assert checkpoint.same(before, work.stage.teacher.state_dict())  # type: ignore[union-attr]
+    assert same(before, work.stage.teacher.state_dict())  # type: ignore[union-attr]
     assert not any("teacher" in name for name in state.tensors())
     work.stage.train()
     assert not any(module.training for module in work.stage.teacher.modules())  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import same
 from fewlabels import checkpoint
 from fewlabels.errors import DataError, FewlabelsError, MissingInput
 from fewlabels.model.heads import Classifier
@@ -40,7 +41,7 @@ def folder(written: Path, tmp_path: Path) -> Path:
 
 def test_written_is_read_back_exactly(written: Path, network: Classifier) -> None:
     found, card = artefact.read(written)
-    assert checkpoint.same(found.state_dict(), network.state_dict())
+    assert same(found.state_dict(), network.state_dict())
     assert card == small_card(metrics=METRICS, training={"recipe": "digits", "images": 1200, "labels": 20})
     assert not found.training
     images = torch.rand(3, 3, 16, 16)
@@ -67,14 +68,14 @@ def test_every_tap_comes_back(tmp_path: Path, tap: int) -> None:
     network = small_network(tap=tap)
     found, card = artefact.read(artefact.save(tmp_path / "model", network, small_card(tap=tap)))
     assert card.tap == tap
-    assert checkpoint.same(found.state_dict(), network.state_dict())
+    assert same(found.state_dict(), network.state_dict())
 
 
 def test_timm_encoders_come_back(tmp_path: Path) -> None:
     name = "timm:test_resnet"
     network = small_network(tap=0, name=name)
     found, _ = artefact.read(artefact.save(tmp_path / "model", network, small_card(tap=0, encoder=name)))
-    assert checkpoint.same(found.state_dict(), network.state_dict())
+    assert same(found.state_dict(), network.state_dict())
 
 
 def test_saving_replaces_whole_folders_only(folder: Path, network: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
+from fewlabels.data import parts
 from fewlabels.data.sources import Source, open_source
 from fewlabels.errors import DataError
 from fewlabels.use.predict import Model
@@ -230,10 +231,10 @@ def cross_validated(features: Floats, labels: Integers) -> dict[str, Any]:
     folds = min(smallest if smallest >= 2 else int(counts.max()), MAX_FOLDS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
-        parts = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(features, labels))
+        splits = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(features, labels))
     num_classes = int(classes.max()) + 1
     correct = 0
-    for train, test in parts:
+    for train, test in splits:
         fitted = logistic_regression(features[train], labels[train], num_classes=num_classes)
         correct += int((fitted.predict_proba(features[test]).argmax(axis=1) == labels[test]).sum())
     return {
@@ -247,7 +248,7 @@ def cross_validated(features: Floats, labels: Integers) -> dict[str, Any]:
 
 def spread(ids: Integers, count: int) -> Integers:
     """At most count of ids (N,), evenly spaced: an estimate need not read a million images."""
-    return ids[np.linspace(0, len(ids) - 1, min(len(ids), count)).astype(np.int64)]
+    return ids[parts.spread(len(ids), count)]
 
 
 def nearest_neighbours(features: Floats, labels: Integers, k: int = 10) -> float | None:
