@@ -88,40 +88,45 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def publish(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into; at the end it gets a manifest and becomes `folder` by one rename."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    with storage_errors(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            write_manifest(temporary)
-            _swap(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    """A draft to write into; at the end it gets a manifest and becomes `folder` by one rename."""
+    with storage_errors(folder), replacing(folder) as draft:
+        yield draft
+        write_manifest(draft)
 
 
-def _swap(temporary: Path, folder: Path) -> None:
-    sync(temporary)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A draft beside `folder` that takes its place, flushed to disk, when the block ends well; else it goes.
+
+    The draft of a killed process has the same name, so the next one clears it away.
+    """
+    draft, old = (folder.with_name(f".{folder.name}.{word}") for word in ("draft", "old"))
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in [*(p for p in draft.rglob("*") if p.is_file()), draft]:
+            sync(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        draft.rename(folder)
+        sync(folder.parent)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_manifest(folder: Path) -> None:
-    """folder/manifest.json: size and SHA-256 of every file in it; everything synced, the manifest last."""
+    """folder/manifest.json: size and SHA-256 of every file in it."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-            sync(path)
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1), encoding="utf-8")
-    sync(manifest)
 
 
 def file_digest(path: Path) -> str:

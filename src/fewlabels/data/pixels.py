@@ -37,6 +37,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewlabels import checkpoint
 from fewlabels.data.decode import BadPicture, Payload, decode, header_size, strict_pillow
 from fewlabels.data.sources import Source
 from fewlabels.errors import DataError, MissingInput, StorageError
@@ -154,7 +155,7 @@ def build(
     """
     canvas = working_size or _canvas(source)
     _check_space(folder, len(source), canvas)
-    with _writing(folder, len(source) * 3 * canvas * canvas), _fresh(folder) as draft:
+    with _writing(folder, len(source) * 3 * canvas * canvas), checkpoint.replacing(folder) as draft:
         written = _write(source, draft, canvas, threads)
         bad = [BadImage(source.names[i], reason) for i, reason in written.bad]
         _write_bad(bad_csv, bad)
@@ -339,34 +340,3 @@ def _writing(folder: Path, needed: int) -> Iterator[None]:
             place = next(parent for parent in folder.absolute().parents if parent.exists())
             raise _disk_full(folder, needed, shutil.disk_usage(place).free) from error
         raise StorageError(f"the pixels cannot be written to {folder}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _fresh(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place, flushed to disk, when the block ends well; else it goes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft, old = (folder.with_name(f".{folder.name}.{word}") for word in ("draft", "old"))
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
-        yield draft
-        for file in [*draft.iterdir(), draft]:
-            _flush(file)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        draft.rename(folder)
-        _flush(folder.parent)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
