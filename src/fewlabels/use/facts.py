@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fewlabels import checkpoint
 from fewlabels.errors import DataError
 
 Facts = dict[str, Any]
@@ -31,11 +32,10 @@ UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\
 def read(run: Path) -> Facts:
     """All files of a run that the report needs; those that are not there, or cannot be read, are empty."""
     results = _json(run / "results.json") or None
-    if results is not None and (faults := results_faults(results)):
+    if results is not None and results.get("format_version") != checkpoint.FORMAT_VERSION:
         raise DataError(
-            f"{run / 'results.json'} is not as the pipeline writes it",
-            details=faults,
-            why="the report would show wrong numbers",
+            f"{run / 'results.json'} is in format {results.get('format_version')}, not {checkpoint.FORMAT_VERSION}",
+            why="this version of fewlabels did not write it",
             fix="run the same `fewlabels fit` command again: it writes the results anew",
         )
     return {
@@ -118,57 +118,6 @@ def _bad_images(path: Path) -> list[tuple[str, str]]:
     except (OSError, csv.Error):
         return []
     return [(clean(row[0]), clean(row[1])) for row in rows[1:]]
-
-
-def results_faults(results: Facts) -> list[str]:
-    """What is wrong with results.json, one line a fault; [] if it is as the pipeline writes it."""
-    faults = [
-        f"{name} is missing or of the wrong kind"
-        for name, kind in (("classes", list), ("rows", list), ("taps", list), ("final", str), ("labels_used", int),
-                           ("images_used", int))
-        if not isinstance(results.get(name), kind)
-    ]  # fmt: skip
-    if faults:
-        return faults
-    faults += [f"class {i} is not a name" for i, name in enumerate(results["classes"]) if not isinstance(name, str)]
-    for place in ("rows", "taps"):
-        for index, row in enumerate(results[place]):
-            faults += [f"{place}[{index}]: {fault}" for fault in _row_faults(row, place)]
-    held = results.get("held_out")
-    if held is not None and not (isinstance(held, dict) and is_number(held.get("n"))):
-        faults.append("held_out must be null or have n")
-    return faults + _measurement_faults(results.get("measurement"), len(results["classes"]))
-
-
-def _row_faults(row: Any, place: str) -> list[str]:
-    if not isinstance(row, dict):
-        return ["not a row"]
-    numbers = ["accuracy", "low", "high"]
-    numbers += ["ece", "parameters", "megabytes", "latency_ms"] if place == "rows" else []
-    faults = [f"{n} is {row[n]!r}" for n in numbers if row.get(n) is not None and not is_number(row[n])]
-    names = ("key", "name") if place == "rows" else ()
-    faults += [f"{name} is missing" for name in names if not isinstance(row.get(name), str)]
-    if place == "taps" and not isinstance(row.get("tap"), int):
-        faults.append("tap is missing")
-    return faults if is_number(row.get("n")) else [*faults, "n is missing"]
-
-
-def _measurement_faults(measured: Any, num_classes: int) -> list[str]:
-    if measured is None:
-        return []
-    try:
-        low, high = measured["top1"]["interval"]
-        numbers = [low, high, measured["top1"]["accuracy"], measured["n"], measured["ece"]]
-        bins = [(b["n"], b["confidence"], b["accuracy"]) for b in measured["reliability"]]
-        numbers += [number for b in bins for number in b if number is not None]
-        shape = np.asarray(measured["confusion"], dtype=np.int64).shape
-        classes = [(row["n"], row["precision"], row["recall"], row["f1"]) for row in measured["per_class"]]
-        numbers += [number for row in classes for number in row if number is not None]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        return [f"measurement is not complete ({error})"]
-    faults = [] if shape == (num_classes, num_classes) else [f"the confusion matrix has shape {shape}"]
-    faults += [] if len(classes) == num_classes else [f"{len(classes)} classes are measured of {num_classes}"]
-    return faults + [f"measurement has {number!r}" for number in numbers if not is_number(number)]
 
 
 def is_number(value: Any) -> bool:

@@ -41,7 +41,7 @@ BASELINE = re.compile(r"most_frequent|pixels_logistic|supervised|tap\d+_logistic
 def write(run: Path) -> Path:
     """Write RUN/report.html, replacing an older one, and return its path.
 
-    Raises MissingInput if run is no run folder, DataError if results.json is not as the pipeline writes it.
+    Raises MissingInput if run is no run folder, DataError if results.json is of another version.
     """
     run = Path(run)
     if not any((run / name).is_file() for name in ("resolved.json", "status.json", "results.json")):
