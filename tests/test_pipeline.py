@@ -196,6 +196,15 @@ def test_labels_may_come_after_pretraining(photos: Path, tmp_path: Path) -> None
     assert rows["tap1_logistic"]["cross_validated"]
 
 
+def test_fine_tuning_from_the_probe(photos: Path, tmp_path: Path) -> None:
+    """A frozen network that does not learn any more must classify as the logistic regression on its features."""
+    stays = {"start": "probe", "tap": 0, "freeze_below": 4, "epochs": 1, "learning_rate": 1e-9}
+    probed = fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **{**SMALL, "finetune": stays})
+    rows = {row["key"]: row for row in probed.metrics["rows"]}
+    assert rows["finetune"]["accuracy"] == pytest.approx(rows["tap0_logistic"]["accuracy"], abs=0.05)
+    assert rows["finetune"]["accuracy"] > rows["most_frequent"]["accuracy"] + 0.2
+
+
 def test_a_student_of_another_size(photos: Path, tmp_path: Path) -> None:
     run = fl.fit(photos, out=tmp_path / "run", recipe="smoke", student="timm:resnet18", **SMALL)
     keys = [row["key"] for row in run.metrics["rows"]]
@@ -286,7 +295,8 @@ def test_two_processes_under_torchrun(run: fl.Run, photos: Path, tmp_path: Path)
     options = [f"--{s}.{k.replace('_', '-')}={v}" for s, part in SMALL.items() for k, v in part.items()]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-         "-m", "fewlabels", "fit", str(photos), "--out", str(out), "--recipe", "smoke", *options],
+         "-m", "fewlabels", "fit", str(photos), "--out", str(out), "--recipe", "smoke", "--finetune.start=probe",
+         *options],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -58,6 +58,11 @@ class FinetuneRecipe(Schedule):
 
     tap: int = knob(1, "keep this many layers of the projection head below the classifier", least=0)
     freeze_below: int = knob(-1, "frozen: -1 nothing, 0 stem, 1..3 up to that block group, 4 encoder", least=-1, most=4)
+    start: str = knob(
+        "zero",
+        "classifier starts at zero (the paper) or from logistic regression on the frozen features",
+        choices=("zero", "probe"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum, View
 from fewlabels.stages.runner import Job, Workplace
-from fewlabels.use import artefact, compare, report
+from fewlabels.use import artefact, compare, evaluate, report
 from fewlabels.use.artefact import Card
 from fewlabels.use.predict import Model, load
 
@@ -349,10 +349,23 @@ class Worker:
         if "finetune" not in self.classifiers:
             network = self._teacher("finetune", self.pretrain())
             network.encoder.freeze(self.recipe.finetune.freeze_below)
+            if self.recipe.finetune.start == "probe" and "finetune" not in begun_stages(self.prepared.folder):
+                self._start_from_probe(network)
             stage = Finetune(network, view=self._view("finetune"))
             self._train("finetune", stage)
             self.classifiers["finetune"] = network
         return self.classifiers["finetune"]
+
+    def _start_from_probe(self, network: Classifier) -> None:
+        """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""
+        network.eval()
+        ids = self.dataset.labeled
+        (features,) = compare.outputs(self.dataset, ids, self.prepared.setting, lambda view: [network.features(view)])
+        fitted = evaluate.logistic_regression(features, self.dataset.labels[ids], num_classes=self.dataset.num_classes)
+        weight, bias = runtime.from_main(fitted.linear())
+        with torch.no_grad():
+            network.linear.weight.copy_(torch.from_numpy(weight))
+            network.linear.bias.copy_(torch.from_numpy(bias))
 
     def distill(self) -> Classifier:
         """Stage 3 on all training images: into the same network, and from there into a smaller one if asked."""

@@ -39,7 +39,7 @@ def digits(facts: Facts) -> Recipe:
         finetune=replace(_finetune(facts), epochs=100),
         distill=DistillRecipe(
             epochs=30, batch=128, optimizer="adamw", learning_rate=2e-3, scaling="none", warmup=0.05,
-            weight_decay=1e-4, temperature=1.0,
+            weight_decay=1e-4, temperature=1.0, start="pretrained",
         ),
     )  # fmt: skip
 
@@ -117,6 +117,7 @@ def best(facts: Facts) -> Recipe:
         finetune=_finetune(facts),
         distill=replace(
             base.distill, optimizer="adamw", learning_rate=2e-3, scaling="none", temperature=1.0,
+            start="pretrained",
         ),
     )  # fmt: skip
 
@@ -222,9 +223,17 @@ def _label_batch(facts: Facts) -> int:
 
 
 def _finetune(facts: Facts) -> FinetuneRecipe:
-    """At least 200 updates, so that 20 labels get as much training as 400, and 30 epochs where labels are many."""
+    """At least 200 updates, so that 20 labels get as much training as 400, and 30 epochs where labels are many.
+
+    Few labels must not undo what pretraining learned: the classifier starts from the probe and the learning rate is
+    low. Imagenette, 10 labels a class (3 draws, 2,000 left-out training images): 51.9 %, from zero at 5e-4 49.4, the
+    probe alone 50.6. With 400 a class on CIFAR-10 (JPEG) more has to change: 46.1 % at 1e-4, 50.9 at 5e-4, 55.1 at
+    1e-3, the probe alone 44.1. Hence the root of the labels a class.
+    """
     batch = max(2, min(64, facts.labeled or 2))
+    a_class = facts.labeled / max(1, facts.classes)
     return FinetuneRecipe(
         epochs=max(30.0, round(200 * batch / max(1, facts.labeled))),
-        batch=batch, optimizer="adamw", learning_rate=5e-4, scaling="none", warmup=0.1, weight_decay=1e-4, tap=1,
+        batch=batch, optimizer="adamw", learning_rate=round(min(1e-3, max(1e-4, 5e-5 * a_class**0.5)), 6),
+        scaling="none", warmup=0.1, weight_decay=1e-4, tap=1, start="probe",
     )  # fmt: skip

@@ -196,6 +196,22 @@ def test_logistic_regression_with_missing_classes() -> None:
         evaluate.logistic_regression(x[:0], np.array([], dtype=int), num_classes=5)
 
 
+@pytest.mark.parametrize("classes", [[0, 1, 2, 3], [0, 3], [2]])
+def test_a_regression_as_a_linear_layer_decides_alike(classes: list[int]) -> None:
+    rng = np.random.default_rng(1)
+    y = np.array(classes * 6)
+    x = rng.normal(size=(len(y), 8)) + 3 * np.eye(8)[y]
+    x *= 5 / np.linalg.norm(x, axis=1, keepdims=True)  # all of the usual length, for which the layer is exact
+    fitted = evaluate.logistic_regression(x, y, num_classes=5)
+    weight, bias = fitted.linear()
+    assert (weight.shape, bias.shape) == ((5, 8), (5,))
+    logits = x @ weight.T + bias
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert softmax == pytest.approx(fitted.predict_proba(x), abs=2e-3)  # unseen classes get e^-10, not 0
+    longer = (1.3 * x) @ weight.T + bias
+    assert (longer.argmax(axis=1) == y).all()
+
+
 def test_cross_validation_leaves_images_out() -> None:
     """Random features of many columns fit any labels; only left-out images show that they say nothing."""
     rng = np.random.default_rng(0)

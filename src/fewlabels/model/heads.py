@@ -65,7 +65,7 @@ class ProjectionHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoder, the first `tap` layers of the projection head, and a linear layer that starts at zero.
+    """Encoder, the first `tap` layers of the projection head, and a linear layer, at zero at first.
 
     (N, 3, H, W) -> logits (N, num_classes). The modules are shared with encoder and head, not copied; the layers above
     the tap are dropped. tap=1 is the paper's choice for few labels, and then fine-tuning trains that layer too (as in

@@ -166,6 +166,7 @@ def most_frequent(labels: Integers, num_classes: int) -> npt.NDArray[np.float32]
 class FittedLogistic:
     """A fitted logistic regression with its normalisation. estimator is None when only one class was seen."""
 
+    length: float  # usual length of a row before it is brought to 1
     mean: npt.NDArray[np.float64]  # (D,)
     scale: float
     seen: Integers  # (S,) class numbers in the training labels
@@ -180,6 +181,23 @@ class FittedLogistic:
         else:
             probabilities[:, self.seen] = self.estimator.predict_proba((_unit(features) - self.mean) / self.scale)
         return probabilities
+
+    def linear(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Weight (K, D) and bias (K,) of the linear layer on raw features that comes nearest to this regression.
+
+        Equal to it for rows of the usual length; the others get sharper or softer probabilities. A class without a
+        training label has weight 0 and a bias of -10.
+        """
+        weight = np.zeros((self.num_classes, len(self.mean)), dtype=np.float32)
+        bias = np.full(self.num_classes, -10.0, dtype=np.float32)
+        if self.estimator is None:
+            bias[self.seen] = 0.0
+        else:
+            rows, shift = self.estimator.coef_ / self.scale, self.estimator.intercept_
+            if len(self.seen) == 2:  # scikit-learn keeps one row for two classes
+                rows, shift = np.concatenate([-rows, rows]) / 2, np.concatenate([-shift, shift]) / 2
+            weight[self.seen], bias[self.seen] = rows / self.length, shift - rows @ self.mean
+        return weight, bias
 
 
 def logistic_regression(
@@ -199,6 +217,7 @@ def logistic_regression(
     if not len(labels):
         raise DataError("logistic regression needs at least one labeled image", fix="label some images")
     rows = _unit(features)
+    length = float(np.linalg.norm(features, axis=1).mean()) or 1.0
     mean = rows.mean(axis=0)
     rows = rows - mean
     scale = float(np.sqrt((rows**2).sum(axis=1).mean())) or 1.0
@@ -206,7 +225,7 @@ def logistic_regression(
     estimator = None
     if len(seen) > 1:
         estimator = LogisticRegression(C=1.0 / strength, max_iter=2000).fit(rows / scale, labels)
-    return FittedLogistic(mean, scale, seen, num_classes, estimator)
+    return FittedLogistic(length, mean, scale, seen, num_classes, estimator)
 
 
 def cross_validated(features: Floats, labels: Integers) -> dict[str, Any]:
