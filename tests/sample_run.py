@@ -86,10 +86,6 @@ def results(classes: tuple[str, ...], n: int, accuracy: float, measured: dict[st
             row("finetune", "fine-tuned", min(accuracy + 0.01, 1.0), n, ece=0.07, **costs),
             row("distill", "distilled student", accuracy, n, ece=0.05, **costs),
         ],
-        "taps": [
-            {"tap": t, **{k: row("", "", a, n)[k] for k in ("accuracy", "low", "high", "n")}}
-            for t, a in enumerate(taps)
-        ],
         "final": "distill",
         "measurement": measured,
         "labels_used": 20,

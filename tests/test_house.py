@@ -16,7 +16,7 @@ from fewlabels import config
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "fewlabels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION, MOST_KNOBS = 450, 60, 60
-MOST_LINES = 9600  # the agreement is about 8,000; this is where the house stands, to be lowered and never raised
+MOST_LINES = 9_560  # only ever lowered; the agreement is about 8,000
 
 # Floor of every module; an import goes down only, or stays inside one folder
 FLOORS = {

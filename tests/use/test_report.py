@@ -236,7 +236,7 @@ def test_an_unfinished_run_says_which_stage_is_missing(run: Path) -> None:
 
 def test_a_run_without_labels_is_not_called_unfinished(run: Path) -> None:
     results = json.loads((run / "results.json").read_text())
-    results |= {"rows": [], "taps": [], "measurement": None, "held_out": None, "labels_used": 0, "final": "pretrain"}
+    results |= {"rows": [], "measurement": None, "held_out": None, "labels_used": 0, "final": "pretrain"}
     (run / "results.json").write_text(json.dumps(results))
     text = page_of(run).text
     assert "Pretrained on 1,200 images, no labels yet" in text

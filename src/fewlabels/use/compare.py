@@ -94,17 +94,12 @@ def feature_scores(dataset: Dataset, encoder: nn.Module, setting: Setting) -> di
 
 def row(key: str, name: str, measured: Mapping[str, Any] | None, **facts: Any) -> dict[str, Any]:
     """One row of results.json; measured is what evaluate.measure or cross_validated returned."""
-    if measured is None:
-        numbers: dict[str, Any] = {"accuracy": None, "low": None, "high": None, "n": 0, "ece": None}
-    elif "top1" in measured:
-        low, high = measured["top1"]["interval"]
-        numbers = {
-            "accuracy": measured["top1"]["accuracy"], "low": low, "high": high, "n": measured["n"],
-            "ece": measured["ece"],
-        }  # fmt: skip
-    else:
-        low, high = measured["interval"] or (None, None)
-        numbers = {"accuracy": measured["accuracy"], "low": low, "high": high, "n": measured["n"], "ece": None}
+    top1 = (measured or {}).get("top1", measured) or {"accuracy": None, "interval": None}
+    low, high = top1["interval"] or (None, None)
+    numbers = {
+        "accuracy": top1["accuracy"], "low": low, "high": high, "n": measured["n"] if measured else 0,
+        "ece": measured.get("ece") if measured else None,
+    }  # fmt: skip
     empty = {"parameters": None, "megabytes": None, "latency_ms": None, "note": ""}
     cross_validated = measured is not None and "top1" not in measured
     return {"key": key, "name": name, **numbers, "cross_validated": cross_validated, **empty, **facts}
@@ -140,13 +135,12 @@ class Comparison:
         """Predictions of the held-out images against their labels."""
         return evaluate.measure(probabilities, self.truth, self.dataset.classes)
 
-    def expected_accuracy(self, function: Callable[[Tensor], list[Tensor]]) -> float | None:
-        """Cross-validated accuracy of logistic regression inside the labels, averaged over the results of function."""
-        ids = evaluate.spread(self.labeled, evaluate.PROBED_IMAGES)
-        found = outputs(self.dataset, ids, self.setting, function)
-        told = [evaluate.cross_validated(features, self.dataset.labels[ids])["accuracy"] for features in found]
+    def expected_accuracy(self, known: list[Floats]) -> float | None:
+        """Cross-validated accuracy of logistic regression inside the labels, the mean over several features of them."""
+        some = evaluate.spread(np.arange(len(self.known)), evaluate.PROBED_IMAGES)
+        told = [evaluate.cross_validated(features[some], self.known[some])["accuracy"] for features in known]
         # (correct + 1) / (n + 2), Laplace's rule: 20 labels all right do not make a network certain
-        return (float(np.mean(told)) * len(ids) + 1) / (len(ids) + 2) if None not in told else None
+        return (float(np.mean(told)) * len(some) + 1) / (len(some) + 2) if None not in told else None
 
     def most_frequent(self) -> None:
         """Always the class with the most labels."""
@@ -154,21 +148,21 @@ class Comparison:
         measured = self.measure(np.repeat(shares[None], len(self.truth), axis=0)) if len(self.held) else None
         self.rows.append(row("most_frequent", "most frequent class", measured))
 
-    def logistic(self, key: str, name: str, function: Callable[[Tensor], list[Tensor]]) -> list[dict[str, Any]]:
-        """Logistic regression on each result of function; {index} in key and name counts them."""
+    def logistic(self, key: str, name: str, function: Callable[[Tensor], list[Tensor]]) -> list[Floats]:
+        """Logistic regression on each result of function; {index} in key and name counts them.
+
+        Returns the results of function for the labeled images, (N, D) each.
+        """
         known = outputs(self.dataset, self.labeled, self.setting, function)
         held = outputs(self.dataset, self.held, self.setting, function) if len(self.held) else known
-        added = []
         for index, (fit_on, tell) in enumerate(zip(known, held, strict=True)):
-            fit_on, tell = fit_on.reshape(len(fit_on), -1), tell.reshape(len(tell), -1)  # (N, D)
             if len(self.held):
                 fitted = evaluate.logistic_regression(fit_on, self.known, num_classes=self.dataset.num_classes)
                 measured = self.measure(fitted.predict_proba(tell))
             else:
                 measured = evaluate.cross_validated(fit_on, self.known)
-            added.append(row(key.format(index=index), name.format(index=index), measured))
-        self.rows += added
-        return added
+            self.rows.append(row(key.format(index=index), name.format(index=index), measured))
+        return known
 
     def network(self, key: str, network: Classifier, expected: float | None) -> tuple[Any, Floats, float]:
         """A trained classifier: its measurement, its probabilities (N, K) of the held-out images, its temperature.
@@ -183,12 +177,8 @@ class Comparison:
         temperature = evaluate.temperature_for_confidence(logits, expected)
         measured, probabilities = None, np.zeros((0, self.dataset.num_classes), dtype=np.float32)
         if len(self.held):
-            (probabilities,) = outputs(
-                self.dataset,
-                self.held,
-                self.setting,
-                lambda view: [(network(view).float() / temperature).softmax(dim=1)],
-            )
+            softened = lambda view: [(network(view).float() / temperature).softmax(dim=1)]  # noqa: E731
+            (probabilities,) = outputs(self.dataset, self.held, self.setting, softened)
             measured = self.measure(probabilities)
         self.rows.append(row(key, NAMES[key], measured, **costs(network, self.setting)))
         return measured, probabilities, temperature
@@ -209,31 +199,26 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Every row of the table, and the arrays that the report draws. `final` is the key of the deployed network."""
     comparison = Comparison(dataset, setting)
-    taps: list[dict[str, Any]] = []
     measured, probabilities, temperature = None, np.zeros((0, dataset.num_classes), dtype=np.float32), 1.0
     if len(comparison.labeled):
-        expected = comparison.expected_accuracy(tapped(*pretrained))
         comparison.most_frequent()
         comparison.logistic("pixels_logistic", "logistic regression on pixels", pixels_as_features)
         if "supervised" in networks:
             comparison.network("supervised", networks["supervised"], None)
-        taps = comparison.logistic(
-            "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
-        )
+        taps = "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
+        expected = comparison.expected_accuracy(comparison.logistic(*taps))
         for key in ("finetune", "distill_self", "distill"):
             if key in networks:
                 found = comparison.network(key, networks[key], expected)
                 if key == final:
                     measured, probabilities, temperature = found
     held = comparison.held
+    split = "test" if (dataset.splits[held] == TEST).all() else "val"
     results: dict[str, Any] = {
         "format_version": checkpoint.FORMAT_VERSION,
         "classes": list(dataset.classes),
-        "held_out": {"n": len(held), "split": "test" if (dataset.splits[held] == TEST).all() else "val"}
-        if len(held)
-        else None,
+        "held_out": {"n": len(held), "split": split} if len(held) else None,
         "rows": comparison.rows,
-        "taps": [{"tap": tap, **{k: r[k] for k in ("accuracy", "low", "high", "n")}} for tap, r in enumerate(taps)],
         "final": final,
         "measurement": measured,
         "temperature": temperature,
@@ -242,14 +227,8 @@ def compare(
     }
     body = networks[final].features if final in networks else pretrained[0].eval()
     points, of = feature_map(dataset, held if len(held) else dataset.train, setting, body)
-    arrays: dict[str, np.ndarray] = {
-        "ids": held,
-        "labels": comparison.truth,
-        "probabilities": probabilities,
-        "map": points,
-        "map_labels": of,
-    }
-    return results, arrays
+    arrays: dict[str, np.ndarray] = {"ids": held, "labels": comparison.truth, "probabilities": probabilities}
+    return results, arrays | {"map": points, "map_labels": of}
 
 
 def feature_map(

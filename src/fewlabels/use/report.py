@@ -35,7 +35,8 @@ MACHINE = ("device", "precision", "threads", "ranks", "seed")
 LARGEST_TABLE = 20  # classes up to which the confusion matrix is a table that can be read
 STAGES = {"pretrain": "pretraining", "finetune": "fine-tuning", "distill": "distilling", "supervised": "labels alone"}
 OPTIONAL: Facts = {"ece": None, "parameters": None, "megabytes": None, "latency_ms": None, "note": ""}
-BASELINE = re.compile(r"most_frequent|pixels_logistic|supervised|tap\d+_logistic")
+TAP = re.compile(r"tap(\d+)_logistic")
+BASELINE = re.compile(rf"most_frequent|pixels_logistic|supervised|{TAP.pattern}")
 
 
 def write(run: Path) -> Path:
@@ -187,7 +188,11 @@ def verdict(rows: Sequence[Facts]) -> str:
 
 def taps(results: Facts) -> Facts | None:
     """Logistic regression on each layer of the head, and whether the middle beats the head's input."""
-    rows = [{**row, "range": _range(row), "bar": _bar(row)} for row in results["taps"] if row["accuracy"] is not None]
+    rows = [
+        {**row, "tap": int(found[1]), "range": _range(row), "bar": _bar(row)}
+        for row in results["rows"]
+        if (found := TAP.fullmatch(row["key"])) and row["accuracy"] is not None
+    ]
     if len(rows) < 2:
         return None
     best, first = max(rows, key=lambda row: row["accuracy"]), rows[0]
