@@ -16,7 +16,7 @@ from fewlabels import config
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "fewlabels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION, MOST_KNOBS = 450, 60, 60
-MOST_LINES = 9_560  # only ever lowered; the agreement is about 8,000
+MOST_LINES = 9_540  # only ever lowered; the agreement is about 8,000
 
 # Floor of every module; an import goes down only, or stays inside one folder
 FLOORS = {
@@ -117,7 +117,9 @@ def test_forbidden_packages_and_calls() -> None:
 def test_knobs_are_counted() -> None:
     # Adding a knob is a decision: change this list in the same commit and say why there
     names = config.knobs()
-    assert len(names) == 40, sorted(names)
+    assert len(names) == 41, sorted(
+        names
+    )  # 41: finetune.start, because the paper starts at zero and few labels must not
     assert len(names) <= MOST_KNOBS
     for section in config.SECTIONS:
         assert sum(name.startswith(f"{section}.") for name in names) <= 15

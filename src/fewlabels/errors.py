@@ -87,7 +87,7 @@ class Stopped(FewlabelsError):
     def __init__(self, signal_number: int, where: str, *, fix: str = "") -> None:
         self.exit_code = 128 + signal_number
         name = "Ctrl-C" if signal_number == 2 else f"signal {signal_number}"
-        super().__init__(f"stopped by {name} {where}; everything is saved", fix=fix or "run the same command to go on")
+        super().__init__(f"stopped by {name} {where}", fix=fix or "run the same command to go on")
 
 
 class MainFailed(FewlabelsError):

@@ -54,10 +54,11 @@ class Asked:
     command: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
-    def inputs(self) -> dict[str, str | None]:
+    def inputs(self) -> dict[str, str]:
         """Paths that a later command on the same run folder may leave out."""
         found = {"images": self.images, "labels": self.labels, "test": self.test}
-        return {name: str(value) if isinstance(value, str | Path) else None for name, value in found.items()}
+        paths = {name: Path(value) for name, value in found.items() if isinstance(value, str | Path)}
+        return {name: str(path.absolute() if path.exists() else path) for name, path in paths.items()}
 
     def wishes(self) -> dict[str, Any]:
         """What decides the recipe, as plain values."""

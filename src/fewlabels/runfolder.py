@@ -59,7 +59,8 @@ class RunFolder:
     def _check_ours(self) -> None:
         if self.path.is_file():
             raise CannotCreate(f"{self.path} is a file", fix="give the name of a folder as --out")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ".lock").exists():
+        is_run = (self.path / ".lock").exists() or self.resolved_file.exists()  # a copy may lack what begins with a dot
+        if self.path.is_dir() and any(self.path.iterdir()) and not is_run:
             raise CannotCreate(
                 f"{self.path} is a folder with other things in it",
                 why="a run needs a folder of its own",
@@ -149,7 +150,7 @@ class Interrupts:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or number
         if not self.patient:
-            raise Stopped(number, "between two steps")
+            raise Stopped(number, "outside of training; finished stages are saved")
 
     def pending(self) -> bool:
         """Whether a signal has come."""

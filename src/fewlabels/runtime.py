@@ -21,6 +21,9 @@ from fewlabels.errors import FewlabelsError, MainFailed, UsageError
 
 T = TypeVar("T")
 
+# The group in which others wait for rank 0, which may decode or compare for hours. One that dies is noticed at once.
+_patient: list[Any] = []
+
 
 def start(device: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group when torchrun started us (WORLD_SIZE > 1), and return this rank's device.
@@ -42,12 +45,14 @@ def start(device: str = "auto", *, timeout_minutes: float = 30.0) -> torch.devic
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "nccl" if on_cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        _patient[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=30))]
     return chosen
 
 
 def finish() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        _patient.clear()
         dist.destroy_process_group()
 
 
@@ -195,7 +200,7 @@ def from_main(value: T) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=_collective_device())
+    dist.broadcast_object_list(box, src=0, group=_patient[0])
     return box[0]
 
 

@@ -358,7 +358,8 @@ def test_a_failing_disk_leaves_nothing_behind(
     monkeypatch.setattr(owner, call, fail)
     with pytest.raises(StorageError) as failed:
         built(photos, tmp_path / "data")
-    assert ("MB" in str(failed.value)) == (code != errno.EIO)
+    assert ("the disk is full" in failed.value.what) == (code != errno.EIO)
+    assert "MB are free" in failed.value.why
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad_images.csv"]
 
 

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 
 from conftest import shapes_images
+from fewlabels import checkpoint
 from fewlabels.errors import DataError
 from fewlabels.use import evaluate
 from fewlabels.use.predict import Model
@@ -286,6 +287,17 @@ def test_evaluate_run_measures_labeled_images_and_names_the_rest(tmp_path: Path,
     names = sorted(str(p) for p in folder.glob("*/*.png") if p.name not in ("broken.png", "a.png"))
     right = [Path(n).parent.name == p for n, p in zip(names, model.predict(names), strict=True)]
     assert found["top1"]["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_evaluate_run_says_that_these_are_the_training_images(tmp_path: Path, model: Model) -> None:
+    folder = _folder(tmp_path / "images", 8)
+    assert not evaluate.evaluate_run(model, folder)["trained_on"]
+    inside = Model(model.network, model.card, path=tmp_path / "run" / "model")
+    (tmp_path / "run").mkdir()
+    checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": {"images": str(folder)}})
+    found = evaluate.evaluate_run(inside, folder)
+    assert found["trained_on"]
+    assert "was trained on these images" in evaluate.format_table(found)
 
 
 def test_evaluate_run_takes_the_test_split_where_there_is_one(tmp_path: Path, model: Model) -> None:

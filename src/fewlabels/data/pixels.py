@@ -16,9 +16,7 @@ Shapes: N images, B of them, C the canvas side, h, w an image's size on it.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import errno
 import hashlib
 import json
 import os
@@ -30,6 +28,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -155,43 +154,29 @@ def build(
     """
     canvas = working_size or _canvas(source)
     _check_space(folder, len(source), canvas)
-    with _writing(folder, len(source) * 3 * canvas * canvas), checkpoint.replacing(folder) as draft:
-        written = _write(source, draft, canvas, threads)
-        bad = [BadImage(source.names[i], reason) for i, reason in written.bad]
+    with checkpoint.storage_errors(folder), checkpoint.replacing(folder) as draft:
+        reasons, columns = _write(source, draft, canvas, threads)
+        bad = [BadImage(source.names[i], reason) for i, reason in enumerate(reasons) if reason]
         _write_bad(bad_csv, bad)
         _check_share(source, bad, max_bad_share, bad_csv)
-        digest = _digest(written.hashes, written.extents)
-        for name, array in (("extents", written.extents), ("hashes", written.hashes), ("thumbs", written.thumbs)):
+        for name, array in columns.items():
             np.save(draft / f"{name}.npy", array)
-        index = {"version": VERSION, "images": len(written.kept), "canvas": canvas, "digest": digest}
+        digest = _digest(columns["hashes"], columns["extents"])
+        index = {"version": VERSION, "images": len(columns["extents"]), "canvas": canvas, "digest": digest}
         index["source"] = source.description
         (draft / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return open_store(folder), written.kept, bad
+    return open_store(folder), np.flatnonzero([not reason for reason in reasons]).astype(np.int64), bad
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Chunk:
-    """n images decoded by one thread; only the readable m <= n have pixels."""
+class _Chunk(NamedTuple):
+    """n images decoded by one thread; only the readable m <= n have rows."""
 
-    pixels: npt.NDArray[np.uint8]  # (m, 3, C, C)
-    extents: npt.NDArray[np.int32]  # (m, 2)
-    hashes: npt.NDArray[np.uint8]  # (m, 32)
-    thumbs: npt.NDArray[np.uint8]  # (m, 8, 9), (0, 8, 9) on small canvases
     reasons: list[str]  # n of them, "" = readable
-
-
-@dataclass
-class _Written:
-    """What is known of all images after the last chunk."""
-
-    kept: npt.NDArray[np.int64]
-    extents: npt.NDArray[np.int32]
-    hashes: npt.NDArray[np.uint8]
-    thumbs: npt.NDArray[np.uint8]
-    bad: list[tuple[int, str]]
+    pixels: npt.NDArray[np.uint8]  # (m, 3, C, C)
+    columns: dict[str, npt.NDArray[Any]]  # extents (m, 2), hashes (m, 32), thumbs (m, 8, 9) or (0, 8, 9)
 
 
 def _canvas(source: Source) -> int:
@@ -200,28 +185,23 @@ def _canvas(source: Source) -> int:
     return min(max(longest, SMALLEST_CANVAS), LARGEST_CANVAS)
 
 
-def _write(source: Source, draft: Path, canvas: int, threads: int) -> _Written:
-    """Stream the images through threads into pixels.u8, in order."""
-    chunks: list[_Chunk] = []
+def _write(source: Source, draft: Path, canvas: int, threads: int) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
+    """Stream the images through threads into pixels.u8, in order. Returns reasons and columns as of one chunk."""
+    reasons: list[str] = []
+    parts: dict[str, list[npt.NDArray[Any]]] = {}
     with (draft / "pixels.u8").open("wb") as file:
         for chunk in _decoded(source.payloads(), canvas, threads):
             file.write(chunk.pixels.data)
-            chunk.pixels = chunk.pixels[:0].copy()
-            chunks.append(chunk)
-    reasons = [reason for chunk in chunks for reason in chunk.reasons]
+            reasons += chunk.reasons
+            for name, column in chunk.columns.items():
+                parts.setdefault(name, []).append(column)
     if len(reasons) != len(source):
         raise DataError(
             f"{source.description} gave {len(reasons):,} images instead of {len(source):,}",
             why="it changed while it was read",
             fix="run the command again",
         )
-    return _Written(
-        kept=np.flatnonzero([not reason for reason in reasons]).astype(np.int64),
-        extents=np.concatenate([chunk.extents for chunk in chunks]),
-        hashes=np.concatenate([chunk.hashes for chunk in chunks]),
-        thumbs=np.concatenate([chunk.thumbs for chunk in chunks]),
-        bad=[(i, reason) for i, reason in enumerate(reasons) if reason],
-    )
+    return reasons, {name: np.concatenate(columns) for name, columns in parts.items()}
 
 
 def _decoded(payloads: Iterable[Payload], canvas: int, threads: int) -> Iterator[_Chunk]:
@@ -280,7 +260,8 @@ def _decode_chunk(payloads: list[Payload], canvas: int) -> _Chunk:
             thumbs[row] = np.asarray(small)
         reasons.append("")
         row += 1
-    return _Chunk(pixels[:row], extents[:row], hashes[:row], thumbs[:row], reasons)
+    columns: dict[str, npt.NDArray[Any]] = {"extents": extents[:row], "hashes": hashes[:row], "thumbs": thumbs[:row]}
+    return _Chunk(reasons, pixels[:row], columns)
 
 
 def _digest(hashes: npt.NDArray[np.uint8], extents: npt.NDArray[np.int32]) -> str:
@@ -317,26 +298,8 @@ def _check_space(folder: Path, count: int, canvas: int) -> None:
     place = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise _disk_full(folder, needed, free)
-
-
-def _disk_full(folder: Path, needed: int, free: int) -> StorageError:
-    return StorageError(
-        f"the disk is full: the pixels need {needed / 1e6:,.0f} MB at {folder}, {free / 1e6:,.0f} MB are free",
-        why="images are decoded once and kept as plain pixels",
-        fix="free some space, put the run on another disk, or use a smaller working_size",
-    )
-
-
-@contextlib.contextmanager
-def _writing(folder: Path, needed: int) -> Iterator[None]:
-    """Turn the system's write errors into a StorageError that says how much is missing."""
-    try:
-        yield
-    except (DataError, StorageError):
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = next(parent for parent in folder.absolute().parents if parent.exists())
-            raise _disk_full(folder, needed, shutil.disk_usage(place).free) from error
-        raise StorageError(f"the pixels cannot be written to {folder}: {error.strerror or error}") from error
+        raise StorageError(
+            f"the disk is full: the pixels need {needed / 1e6:,.0f} MB at {folder}, {free / 1e6:,.0f} MB are free",
+            why="images are decoded once and kept as plain pixels",
+            fix="free some space, put the run on another disk, or use a smaller working_size",
+        )

@@ -115,7 +115,9 @@ def run(job: Job, at: Workplace) -> None:
         batches.close()
     at.folder.status("running", job.name, seconds={job.name: clock.seconds()})
     if not finished:
-        raise Stopped(from_signal(at.interrupts), f"at step {state.step:,} of {total:,} of {job.name}")
+        raise Stopped(
+            from_signal(at.interrupts), f"at step {state.step:,} of {total:,} of {job.name}; everything is saved"
+        )
     say(f"{job.name}: done in {duration(clock.seconds())}")
 
 

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -328,7 +329,8 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
     """`measure` of model on labeled images of any source, with what was passed over.
 
     A source with splits is measured on its test images, else on its val images, else on all. Adds "images" (the
-    source), "split", "unlabeled" and "unreadable" (name and reason).
+    source), "split", "unlabeled", "unreadable" (name and reason) and "trained_on": whether these are the images that
+    the run of the model was trained on.
     """
     source = open_source(images, labels)
     split = next((name for name in ("test", "val", "train") if name in source.splits), "train")
@@ -356,6 +358,7 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
         "split": split,
         "unlabeled": unlabeled,
         "unreadable": unreadable,
+        "trained_on": split == "train" and isinstance(images, str | Path) and model.trained_on(Path(images)),
     }
 
 
@@ -386,6 +389,8 @@ def format_table(measurement: dict[str, Any]) -> str:
         lines.append(f"top-5 accuracy      {percent(measurement['top5'])}")
     lines.append(f"calibration error   {100 * measurement['ece']:.1f} % (expected, {NUM_BINS} bins)")
     lines.append(f"log loss, Brier     {measurement['nll']:.3f}, {measurement['brier']:.3f}")
+    if measurement.get("trained_on"):
+        lines.append("note                the model was trained on these images: new ones will be judged worse")
     if measurement.get("unlabeled"):
         lines.append(f"unlabeled           {measurement['unlabeled']:,} images passed over")
     if measurement.get("unreadable"):

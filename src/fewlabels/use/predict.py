@@ -29,6 +29,7 @@ from fewlabels.data import decode, views
 from fewlabels.data.sources import Source, open_source
 from fewlabels.errors import DataError, MissingInput, UsageError
 from fewlabels.model.heads import Classifier
+from fewlabels.runfolder import read_json
 from fewlabels.use import artefact
 from fewlabels.use.artefact import Card
 
@@ -76,6 +77,11 @@ class Model:
     def size(self) -> int:
         """Side of the view that the network sees, in pixels."""
         return self.card.size
+
+    def trained_on(self, images: Path) -> bool:
+        """Whether `images` is the path that was given to the run this model lies in."""
+        resolved = read_json(self.path.parent / "resolved.json") if self.path else None
+        return resolved is not None and Path(resolved["inputs"].get("images", "")) == images.absolute()
 
     @property
     def metrics(self) -> dict[str, Any] | None:
