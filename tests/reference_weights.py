@@ -57,11 +57,16 @@ def fill(tensors: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray] | None 
             tensor.copy_(value)
 
 
-def deterministic(name: str, shape: tuple[int, ...]) -> Tensor:
+def deterministic_average(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The moving average of a variable: the same with another seed."""
+    return deterministic(name, shape, seed=f"ema:{name}")
+
+
+def deterministic(name: str, shape: tuple[int, ...], *, seed: str = "") -> Tensor:
     """`det_weight` of golden/README.md, for our shape of the variable."""
     theirs = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[len(shape)]
     shape = tuple(shape[axis] for axis in theirs)
-    random = np.random.RandomState(zlib.crc32(name.encode()))
+    random = np.random.RandomState(zlib.crc32((seed or name).encode()))
     kind = name.split("/")[-1]
     if kind == "kernel":
         array = random.standard_normal(shape) * np.sqrt(1 / np.prod(shape[:-1]))

@@ -23,6 +23,7 @@ _HOMES = {
     "Run": "fewlabels.pipeline",
     "load": "fewlabels.use.predict",
     "Model": "fewlabels.use.predict",
+    "load_reference": "fewlabels.model.reference",
     "FewLabelClassifier": "fewlabels.estimator",
     "resnet": "fewlabels.model.encoder",
     "encoder": "fewlabels.model.encoder",
@@ -44,6 +45,7 @@ __all__ = [
     "encoder",
     "fit",
     "load",
+    "load_reference",
     "nt_xent",
     "resnet",
     "views",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from fewlabels.model.heads import ProjectionHead
     from fewlabels.model.losses import distillation_loss, nt_xent
     from fewlabels.model.optim import LARS
+    from fewlabels.model.reference import load_reference
     from fewlabels.pipeline import Run, fit
     from fewlabels.use.predict import Model, load
 

@@ -91,8 +91,11 @@ class Recipe:
     name: str = "custom"
     encoder: str = knob("resnet50", 'the big network, e.g. "resnet50_2x_sk", "resnet18_0.25x_small", "timm:NAME"')
     size: int = knob(224, "side of the views in pixels", least=4, most=1024)
-    kind: str = knob("photo", "views for: photo, gray, glyph, or reference (the official form)",
-                     choices=("photo", "gray", "glyph", "reference"))  # fmt: skip
+    kind: str = knob(
+        "photo",
+        "views for: photo, gray, glyph, or the official form: reference, reference_tf1 (as the published models)",
+        choices=("photo", "gray", "glyph", "reference", "reference_tf1"),
+    )
     working_size: int | None = knob(
         None, "longest side that images are stored at; none = by the images and size", least=4
     )

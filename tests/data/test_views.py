@@ -13,7 +13,7 @@ from PIL import Image
 from fewlabels.data import colour, views
 from fewlabels.errors import DataError, UsageError
 
-KINDS = ["photo", "gray", "glyph", "reference"]
+KINDS = ["photo", "gray", "glyph", "reference", "reference_tf1"]
 EXTENTS = torch.tensor([[40, 44], [17, 44], [40, 9], [23, 31], [5, 5], [40, 40], [12, 30], [1, 1]])
 SIZE = 24
 
@@ -199,18 +199,19 @@ def test_glyph_warps_stay_within_their_limits() -> None:
 # --- the official form -----------------------------------------------------------------------------------------
 
 
-def test_evaluation_equals_the_reference(golden: Path) -> None:
-    arrays = np.load(golden / "augment_tf2.npz")
+@pytest.mark.parametrize(("version", "kind"), [("tf2", "reference"), ("tf1", "reference_tf1")])
+def test_evaluation_equals_the_reference(golden: Path, version: str, kind: str) -> None:
+    arrays = dict(np.load(golden / "augment_tf2.npz")) | dict(np.load(golden / "augment_tf1.npz"))
     shapes = [key.split("/")[1] for key in arrays if key.startswith("eval_u8/")]
     assert len(shapes) == 7
     for shape in shapes:
         image = torch.from_numpy(arrays[f"eval_u8/{shape}"]).permute(2, 0, 1)[None]
         for size in (32, 48):
             extent = torch.tensor([image.shape[2:]])
-            made = views.evaluate(image, extent, size=size, kind="reference", crop=0.875)
-            expected = arrays[f"tf2_preprocess_for_eval_crop/{shape}/to{size}"]
+            made = views.evaluate(image, extent, size=size, kind=kind, crop=0.875)
+            expected = arrays[f"{version}_preprocess_for_eval_crop/{shape}/to{size}"]
             np.testing.assert_allclose(made[0].permute(1, 2, 0).numpy(), expected, atol=3e-6)
-        assert torch.equal(made, views.evaluate(image, extent, size=48, kind="reference"))
+        assert torch.equal(made, views.evaluate(image, extent, size=48, kind=kind))
 
 
 def test_the_official_chain_is_its_parts_in_order(pixels: torch.Tensor) -> None:

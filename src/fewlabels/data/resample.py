@@ -17,42 +17,51 @@ from torch import Tensor
 
 
 def matrices(
-    start: Tensor, length: Tensor, flip: Tensor | None = None, *, in_size: int, out_size: int, antialias: bool
+    start: Tensor, length: Tensor, flip: Tensor | None = None, *, in_size: int, out_size: int, resize: str
 ) -> Tensor:
     """Bicubic interpolation matrices of one axis: each row holds the weights of one output pixel and sums to 1.
 
-    Keys' cubic convolution with a = -0.5 and half-pixel centres; taps outside the crop are dropped and the others
-    renormalised, as if the crop had been cut out first.
+    The crop counts as an image of its own: what lies beside it has no weight.
 
     Args:
         start, length: (B,) float32, the crop in whole pixels.
         flip: (B,) bool, mirror the result; None for no mirroring.
         in_size, out_size: pixels of the canvas and of the view. in_size may be symbolic (torch.export).
-        antialias: widen the kernel with the scale when shrinking, as Pillow does. False TensorFlow's
-            tf.image.resize: the kernel is never widened, and its offsets are rounded to 1/1024 as in its table.
+        resize: "antialias": as Pillow, Keys' cubic with a = -0.5, half-pixel centres and a kernel as wide as the
+            scale; "tf2": as tf.image.resize, the same without ever widening the kernel, its offsets rounded to
+            1/1024 as in TensorFlow's table; "tf1": as TensorFlow 1's legacy resize, which the published models were
+            trained with: a = -0.75, pixel i at i * in/out, and the border repeated (the others drop taps outside the
+            crop and renormalise).
 
     Returns:
         (B, out_size, in_size) float32.
     """
-    centre, scale = _centres(length, flip, out_size=out_size, antialias=antialias)
+    if resize == "tf1":
+        taps, weights = _legacy(length, flip, out_size=out_size)
+        pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) - start[:, None]
+        return sum((pixel[:, None] == taps[..., t : t + 1]) * weights[..., t : t + 1] for t in range(4))  # type: ignore
+    centre, scale = _centres(length, flip, out_size=out_size, antialias=resize == "antialias")
     pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) - start[:, None]  # (B, I)
     return _weights(pixel[:, None], centre, scale, length)
 
 
 def sparse_matrices(
-    start: Tensor, length: Tensor, flip: Tensor | None = None, *, in_size: int, out_size: int, antialias: bool
+    start: Tensor, length: Tensor, flip: Tensor | None = None, *, in_size: int, out_size: int, resize: str
 ) -> Tensor:
     """matrices(), with the weights computed for the T nearest pixels only and scattered.
 
     Measured for 64 images on 2 cores, 160 -> 128: 0.4 ms against 3.2. in_size must be a plain number.
     """
-    widest = max(1.0, in_size / out_size) if antialias else 1.0
-    taps = 2 * math.ceil(2 * widest) + 1
-    centre, scale = _centres(length, flip, out_size=out_size, antialias=antialias)
-    pixel = torch.floor(centre - 2 * scale) + torch.arange(taps, device=start.device)  # (B, O, T)
-    weights = _weights(pixel, centre, scale, length)
+    if resize == "tf1":
+        pixel, weights = _legacy(length, flip, out_size=out_size)
+    else:
+        widest = max(1.0, in_size / out_size) if resize == "antialias" else 1.0
+        taps = 2 * math.ceil(2 * widest) + 1
+        centre, scale = _centres(length, flip, out_size=out_size, antialias=resize == "antialias")
+        pixel = torch.floor(centre - 2 * scale) + torch.arange(taps, device=start.device)  # (B, O, T)
+        weights = _weights(pixel, centre, scale, length)
     dense = weights.new_zeros(len(start), out_size, in_size)
-    # Clamped pixels are outside the crop and add zero
+    # What is clamped here is outside the crop and adds zero
     return dense.scatter_add_(2, (pixel + start[:, None, None]).clamp(0, in_size - 1).long(), weights)
 
 
@@ -77,6 +86,21 @@ def _weights(pixel: Tensor, centre: Tensor, scale: Tensor, length: Tensor) -> Te
     weights = 0.5 * outer * outer * (outer - 1) + inner * inner * (1 - 2 * inner)
     weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
     return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _legacy(length: Tensor, flip: Tensor | None, *, out_size: int) -> tuple[Tensor, Tensor]:
+    """TensorFlow 1: which four pixels of the crop an output pixel looks at, and their weights; both (B, O, 4)."""
+    index = torch.arange(out_size, device=length.device, dtype=torch.float32)[None]
+    if flip is not None:
+        index = torch.where(flip[:, None], out_size - 1 - index, index)
+    place = index * (length / out_size)[:, None]
+    first = torch.floor(place)
+    near = (torch.round((place - first) * 1024) / 1024)[..., None]  # (B, O, 1)
+    tap = torch.arange(-1, 3, device=length.device, dtype=torch.float32)  # (4,)
+    x, a = (tap - near).abs(), -0.75
+    weights = torch.where(x <= 1, ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a)
+    last = length[:, None, None] - 1
+    return (first[..., None] + tap).clamp(min=0).minimum(last), weights
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

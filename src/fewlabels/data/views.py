@@ -49,13 +49,15 @@ class Kind:
     colour: bool = True  # hue and saturation mean something
     warp: bool = False  # a crop or a mirror image would be another class
     official: bool = False  # bit by bit as the reference
+    resize: str = "antialias"  # which bicubic interpolation: see resample.matrices
 
 
 KINDS = {
     "photo": Kind(),
     "gray": Kind(colour=False),
     "glyph": Kind(colour=False, warp=True),
-    "reference": Kind(official=True),
+    "reference": Kind(official=True, resize="tf2"),
+    "reference_tf1": Kind(official=True, resize="tf1"),
 }
 
 
@@ -115,7 +117,7 @@ def pretrain(
         epoch, seed, view: which random numbers; two views of an image differ in view.
         strength: of the colour jitter, 0 to 1.25; 1 for ImageNet, 0.5 for CIFAR in the paper.
         blur: blur half of the views. It does nothing below 20 px, where the reference's kernel has one tap.
-        kind: "photo", "gray", "glyph" or "reference".
+        kind: "photo", "gray", "glyph", "reference" or "reference_tf1".
         shared_blur_sigma: the reference's one sigma for the batch (its first image's): a view then depends on it.
 
     Returns:
@@ -188,9 +190,9 @@ def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo", crop: floa
     height, width = pixels.shape[2:]
     extent = torch.cat([torch.full((1, 1), side, device=pixels.device) for side in (height, width)], dim=1)
     top, left, tall, wide = _central_box(extent, size=size, kind=kind, crop=crop).unbind(1)
-    antialias = not KINDS[kind].official
-    rows = matrices(top, tall, in_size=height, out_size=size, antialias=antialias)
-    columns = matrices(left, wide, in_size=width, out_size=size, antialias=antialias) / 255
+    resize = KINDS[kind].resize
+    rows = matrices(top, tall, in_size=height, out_size=size, resize=resize)
+    columns = matrices(left, wide, in_size=width, out_size=size, resize=resize) / 255
     return resample(pixels.to(torch.float32), rows, columns).clamp(0, 1)
 
 
@@ -328,9 +330,9 @@ def _cut(pixels: Tensor, placement: Placement, *, size: int, kind: str) -> Tenso
     """Crop, resize and flip: uint8 (B, 3, H, W) -> float32 (B, 3, size, size)."""
     top, left, tall, wide = placement.box.unbind(1)
     height, width = pixels.shape[2:]
-    antialias = not KINDS[kind].official
-    rows = sparse_matrices(top, tall, in_size=height, out_size=size, antialias=antialias)
-    columns = sparse_matrices(left, wide, placement.flip, in_size=width, out_size=size, antialias=antialias)
+    resize = KINDS[kind].resize
+    rows = sparse_matrices(top, tall, in_size=height, out_size=size, resize=resize)
+    columns = sparse_matrices(left, wide, placement.flip, in_size=width, out_size=size, resize=resize)
     return resample(pixels.to(torch.float32), rows, columns / 255)
 
 
