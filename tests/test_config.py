@@ -96,13 +96,31 @@ def test_unknown_recipe_names_the_nearest() -> None:
         recipes.named("digit", FACTS)
 
 
-def test_published_step_counts_follow() -> None:
-    # The step numbers in the names of the published checkpoints (method.md 10.1)
-    recipe = recipes.named("paper_imagenet_50", FACTS)
-    assert plan.derive(recipe.pretrain, 1281167, 1).total_steps == 250228
-    assert plan.derive(recipe.finetune, 12811, 1).total_steps == 751
-    assert plan.derive(replace(recipe.finetune, epochs=30), 128116, 1).total_steps == 3754
-    assert plan.derive(recipe.pretrain, 1281167, 1).peak == pytest.approx(6.4)
+IMAGENET, ONE_PERCENT, TEN_PERCENT = 1_281_167, 12_811, 128_116
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.startswith("paper_imagenet")])
+@pytest.mark.parametrize(
+    ("labels", "steps", "tap"), [(ONE_PERCENT, 751, 1), (TEN_PERCENT, 3754, 1), (IMAGENET, 37535, 0)]
+)
+def test_published_step_counts_follow(name: str, labels: int, steps: int, tap: int) -> None:
+    """The step numbers of the published checkpoints (method.md 10.1), and the learning rates of the paper."""
+    recipe = recipes.named(name, replace(FACTS, images=IMAGENET, labeled=labels))
+    assert plan.derive(recipe.pretrain, IMAGENET, 1).total_steps == 250228
+    assert plan.derive(recipe.pretrain, IMAGENET, 1).peak == pytest.approx(6.4)
+    assert plan.derive(recipe.finetune, labels, 1).total_steps == steps
+    peak = 0.16 if name.split("_")[2:] in (["50"], ["101"], ["152"]) else 0.064
+    assert plan.derive(recipe.finetune, labels, 1).peak == pytest.approx(peak)
+    assert recipe.finetune.tap == tap
+    assert (recipe.distill.self_temperature, recipe.distill.temperature) == (0.1, 1.0)
+    if labels == IMAGENET:
+        supervised = plan.baseline(recipe.finetune, labels, 1)
+        assert plan.derive(supervised, labels, 1).total_steps == 28151
+        assert plan.derive(supervised, labels, 1).peak == pytest.approx(1.6)
+
+
+def test_all_architectures_of_the_papers_table_have_a_recipe() -> None:
+    assert sum(name.startswith("paper_imagenet") for name in recipes.RECIPES) == 13
 
 
 def test_equations_are_true() -> None:

@@ -143,18 +143,36 @@ class Report:
     """Run folder."""
 
 
+@dataclass(kw_only=True)
+class Import:
+    """Make a model folder of a published SimCLRv2 checkpoint; no TensorFlow is needed."""
+
+    checkpoint: Positional[str]
+    """Its folder, its prefix such as DIR/model.ckpt-250228, or a SavedModel."""
+    out: str
+    """The model folder to write."""
+    ema: bool = False
+    """Take the moving averages of encoder and head."""
+    tap: int | None = None
+    """Layers of the head below the classifier. Left out: known for the published models, else 0."""
+    classes: str | None = None
+    """Text file with one class name a line, or the reference's list of ImageNet files."""
+    json: bool = False
+    """Print the summary as JSON."""
+
+
 # --- what the commands do ------------------------------------------------------------------------------------
 
 
 def _asked(command: Fit, until: str) -> Any:
-    from fewlabels import prepare
+    from fewlabels import asked
 
     overrides = {
         name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
         for name, value in dataclasses.asdict(command.options).items()
         if value is not None
     }
-    return prepare.asked_on_command_line(
+    return asked.on_command_line(
         images=command.images or None, labels=command.labels, test=command.test, out=command.out,
         recipe=command.recipe, student=command.student, budget=command.budget, seed=command.seed,
         device=command.device, keep_labels=command.keep_labels, max_bad=command.max_bad, until=until,
@@ -169,12 +187,12 @@ def _fit(command: Fit, until: str = "distill") -> None:
 
 
 def _demo(command: Demo) -> None:
-    from fewlabels import pipeline, prepare
+    from fewlabels import asked, pipeline
 
-    asked = prepare.asked_on_command_line(
+    wishes = asked.on_command_line(
         images="digits", out=command.out, recipe="digits", student=command.student, seed=command.seed, keep_labels="20"
     )
-    _tell(pipeline.run(asked), as_json=command.json)
+    _tell(pipeline.run(wishes), as_json=command.json)
 
 
 def _tell(run: Any, *, as_json: bool) -> None:
@@ -241,6 +259,15 @@ def _report(command: Report) -> None:
     print(report.write(Path(command.run)))
 
 
+def _import(command: Import) -> None:
+    from fewlabels.use import imported
+
+    done = imported.import_reference(
+        command.checkpoint, command.out, ema=command.ema, tap=command.tap, classes=command.classes
+    )
+    print(json.dumps(imported.facts(*done)) if command.json else "\n".join(imported.told(*done)))
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "demo": (Demo, _demo, "the whole method on digits in about two minutes"),
     "fit": (Fit, _fit, "images and a few labels -> model, predictions, report"),
@@ -251,6 +278,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "evaluate": (Evaluate, _evaluate, "accuracy with interval, per class, confusion, calibration"),
     "predict": (Predict, _predict, "class and probabilities of new images, as CSV"),
     "export": (Export, _export, "an ONNX or torch.export program"),
+    "import": (Import, _import, "a published TensorFlow checkpoint as a model folder"),
     "report": (Report, _report, "write report.html again"),
 }
 

@@ -69,9 +69,8 @@ class FinetuneRecipe(Schedule):
 class DistillRecipe(Schedule):
     """Stage 3: the fine-tuned teacher into a student, with the unlabeled images again."""
 
-    temperature: float = knob(
-        1.0, "softens teacher and student (paper: 0.1 into itself, 1 into a smaller one)", above=0
-    )
+    temperature: float = knob(1.0, "softens teacher and student, into a smaller network (paper: 1)", above=0)
+    self_temperature: float = knob(1.0, "the same, into the same network (paper: 0.1)", above=0)
     label_weight: float = knob(0.0, "share of the loss from the true labels (1 - alpha of eq. 3)", least=0, most=1)
     student: str | None = knob(None, 'encoder of the student, e.g. "resnet18_0.25x" or "timm:NAME"; none = itself')
     self_first: bool = knob(
@@ -99,6 +98,7 @@ class Recipe:
     working_size: int | None = knob(
         None, "longest side that images are stored at; none = by the images and size", least=4
     )
+    pretrained: str | None = knob(None, "model folder (of `fewlabels import` or a run) that takes pretraining's place")
     precision: str = knob("auto", "auto, bf16 or fp32", choices=("auto", "bf16", "fp32"))
     pretrain: PretrainRecipe = field(default_factory=PretrainRecipe)
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)

@@ -1,58 +1,34 @@
 """The three stages as one run folder: pretrain -> finetune -> distill -> what came of it.
 
-A finished stage is skipped, a broken one goes on from its last checkpoint; the same command does both. The only file
-that knows all three stages.
+A finished stage is skipped, a broken one goes on from its last checkpoint; the same command does both.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import resource
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from fewlabels import plan, runtime
-from fewlabels.data import views
-from fewlabels.data.loader import Batch
+from fewlabels.asked import Asked, begun_stages, parse_budget, same_wishes
 from fewlabels.errors import DataError, FewlabelsError, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
-from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.prepare import (
-    Asked,
     Prepared,
-    begun_stages,
     check_resumable,
     explain,
-    identity,
     open_images,
-    parse_budget,
     prepare,
-    same_wishes,
     stages_to_run,
     write_resolved,
 )
 from fewlabels.runfolder import Interrupts, RunFolder, duration, read_json, say
-from fewlabels.stages import runner
-from fewlabels.stages.distill import Distill
-from fewlabels.stages.finetune import Finetune
-from fewlabels.stages.loop import Stage
-from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum, View
-from fewlabels.stages.runner import Job, Workplace
-from fewlabels.use import artefact, compare, evaluate, report
+from fewlabels.use import artefact, compare, report
 from fewlabels.use.artefact import Card
 from fewlabels.use.predict import Model, load
-
-T = TypeVar("T", bound=nn.Module)
-
-# Independent streams of random numbers, so that no stage sees another's views
-STREAMS = {"pretrain": 1, "finetune": 2, "distill": 3, "supervised": 4, "distill_self": 5}
+from fewlabels.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -157,6 +133,8 @@ def check(asked: Asked) -> dict[str, Any]:
 
 def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts: Interrupts) -> None:
     stages = stages_to_run(prepared)
+    if asked.until == "pretrain" and prepared.recipe.pretrained is not None:
+        raise UsageError("pretraining was asked for, and a model that takes its place", fix="leave out --pretrained")
     if asked.until not in stages:
         if asked.until != "distill":
             raise DataError(f"{asked.until} needs labels and there are none", fix="give labels with --labels")
@@ -209,10 +187,7 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
 def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
     """The table, the artefact and the report, from trained networks."""
     recipe, path = prepared.recipe, prepared.folder.path
-    pretrained = worker.pretrain()
-    results, arrays = compare.compare(
-        prepared.dataset, (pretrained.encoder, pretrained.head), worker.classifiers, final, prepared.setting
-    )
+    results, arrays = compare.compare(prepared.dataset, worker.pretrain(), worker.classifiers, final, prepared.setting)
     compare.write(path, results, arrays)
     if final in worker.classifiers:
         student = recipe.distill.student if final == "distill" else None
@@ -236,209 +211,3 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
         artefact.save(prepared.folder.model, worker.classifiers[final], card)
     prepared.folder.status("finished")
     report.write(path)
-
-
-class Worker:
-    """Builds the networks of a run and trains each stage, resuming what is there. A stage runs once, then is kept."""
-
-    def __init__(self, prepared: Prepared, interrupts: Interrupts) -> None:
-        self.prepared = prepared
-        self.recipe, self.device, self.dataset = prepared.recipe, prepared.device, prepared.dataset
-        self.workplace = Workplace(prepared.folder, prepared.dataset, prepared.device, prepared.precision, interrupts)
-        self.pretrained: Pretrain | None = None
-        self.classifiers: dict[str, Classifier] = {}
-
-    # --- networks ---
-
-    def _seeded(self, stage: str, build: Callable[[], T]) -> T:
-        """build() with initial weights that depend on the seed and the stage only."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.prepared.seed * 1000 + STREAMS[stage])
-            module = build()
-        self.prepared.precision.layout(module.to(self.device))
-        return module
-
-    def _view(self, stage: str) -> View:
-        """The views of a stage, as a function of a batch and the view's number."""
-        recipe, seed = self.recipe, self.prepared.seed + (STREAMS[stage] << 32)
-        make: Callable[..., Tensor] = functools.partial(views.finetune, size=recipe.size, seed=seed, kind=recipe.kind)
-        if stage == "pretrain":
-            settings = recipe.pretrain
-            make = functools.partial(
-                views.pretrain, size=recipe.size, seed=seed, kind=recipe.kind, strength=settings.strength,
-                blur=settings.blur,
-            )  # fmt: skip
-        layout = torch.channels_last if self.prepared.precision.channels_last else torch.contiguous_format
-
-        def view(batch: Batch, number: int) -> Tensor:
-            made = make(batch.pixels, batch.extent, batch.ids, epoch=batch.epoch, view=number)
-            return made.contiguous(memory_format=layout)
-
-        return view
-
-    def _pretrain_stage(self) -> Pretrain:
-        settings = self.recipe.pretrain
-
-        def build() -> Pretrain:
-            network = build_encoder(self.recipe.encoder)
-            head = ProjectionHead(network.feature_dim, settings.head_out, settings.head_layers)
-            view = self._view("pretrain")
-            if not settings.momentum:
-                return Pretrain(network, head, view=view, temperature=settings.temperature)
-            return PretrainWithMomentum(
-                network, head, view=view, temperature=settings.temperature, momentum=settings.momentum,
-                queue=settings.queue,
-            )  # fmt: skip
-
-        return self._seeded("pretrain", build)
-
-    def _teacher(self, stage: str, pretrained: Pretrain) -> Classifier:
-        """A copy of the encoder and the kept layers of the head, with a classifier at zero."""
-        tap, classes = self.recipe.finetune.tap, self.dataset.num_classes
-
-        def build() -> Classifier:
-            encoder, head = copy.deepcopy(pretrained.encoder), copy.deepcopy(pretrained.head)
-            return Classifier(encoder, head if tap else None, tap=tap, num_classes=classes)
-
-        return self._seeded(stage, build)
-
-    def _student(self, stage: str, name: str | None, pretrained: Pretrain) -> Classifier:
-        """The student: an encoder with a classifier on it, no projection head."""
-        same = name is None or name == self.recipe.encoder
-
-        def build() -> Classifier:
-            if same and self.recipe.distill.start == "pretrained":
-                network = copy.deepcopy(pretrained.encoder)
-            else:
-                network = build_encoder(name or self.recipe.encoder)
-            return Classifier(network, None, tap=0, num_classes=self.dataset.num_classes)
-
-        return self._seeded(stage, build)
-
-    def try_networks(self) -> None:
-        """Build every network and show it two images: a wrong one is found before the hours of training."""
-        stage = self._pretrain_stage()
-        networks: list[tuple[str, nn.Module]] = [(self.recipe.encoder, stage.encoder)]
-        if len(self.dataset.labeled):
-            teacher = self._teacher("finetune", stage)
-            teacher.encoder.freeze(self.recipe.finetune.freeze_below)
-            networks += [(s or self.recipe.encoder, self._student(n, s, stage)) for n, s in self._students()]
-        images = torch.zeros(2, 3, self.recipe.size, self.recipe.size, device=self.device)
-        for name, network in networks:
-            try:
-                with torch.no_grad():
-                    network.eval()(images)
-            except (RuntimeError, ValueError, AssertionError) as error:
-                raise UsageError(
-                    f"{name} cannot look at images of {self.recipe.size} px: {error}",
-                    fix="choose another network, or the size that it was made for with --size",
-                ) from error
-
-    # --- stages ---
-
-    def pretrain(self) -> Pretrain:
-        """Stage 1 on all training images."""
-        if self.pretrained is None:
-            stage = self._pretrain_stage()
-            self._train("pretrain", stage)
-            self.pretrained = stage
-        return self.pretrained
-
-    def finetune(self) -> Classifier:
-        """Stage 2 on the labeled training images."""
-        if "finetune" not in self.classifiers:
-            network = self._teacher("finetune", self.pretrain())
-            network.encoder.freeze(self.recipe.finetune.freeze_below)
-            if self.recipe.finetune.start == "probe" and "finetune" not in begun_stages(self.prepared.folder):
-                self._start_from_probe(network)
-            stage = Finetune(network, view=self._view("finetune"))
-            self._train("finetune", stage)
-            self.classifiers["finetune"] = network
-        return self.classifiers["finetune"]
-
-    def _start_from_probe(self, network: Classifier) -> None:
-        """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""
-        network.eval()
-        ids = self.dataset.labeled
-        (features,) = compare.outputs(self.dataset, ids, self.prepared.setting, lambda view: [network.features(view)])
-        fitted = evaluate.logistic_regression(features, self.dataset.labels[ids], num_classes=self.dataset.num_classes)
-        weight, bias = runtime.from_main(fitted.linear())
-        with torch.no_grad():
-            network.linear.weight.copy_(torch.from_numpy(weight))
-            network.linear.bias.copy_(torch.from_numpy(bias))
-
-    def distill(self) -> Classifier:
-        """Stage 3 on all training images: into the same network, and from there into a smaller one if asked."""
-        teacher = self.finetune()
-        for name, student in self._students():
-            teacher = self._distill(name, teacher, student)
-        return teacher
-
-    def _students(self) -> list[tuple[str, str | None]]:
-        """(name, encoder) of every network that is taught, one after the other; None = like the teacher."""
-        last = ("distill", self.recipe.distill.student)
-        return [("distill_self", None), last] if last[1] and self.recipe.distill.self_first else [last]
-
-    def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:
-        if name not in self.classifiers:
-            network, settings = self._student(name, student, self.pretrain()), self.recipe.distill
-            stage = Distill(
-                teacher, network, view=self._view(name), temperature=settings.temperature,
-                label_weight=settings.label_weight,
-            )  # fmt: skip
-            self._train(name, stage)
-            self.classifiers[name] = network
-        return self.classifiers[name]
-
-    def supervised(self) -> Classifier:
-        """The baseline: the same network from random weights, on the labels alone."""
-        if "supervised" not in self.classifiers:
-            network = self._teacher("supervised", self._pretrain_stage())
-            stage = Finetune(network, view=self._view("supervised"))
-            self._train("supervised", stage)
-            self.classifiers["supervised"] = network
-        return self.classifiers["supervised"]
-
-    # --- training ---
-
-    def _job(self, name: str, stage: Stage) -> Job:
-        """What running this stage means: its images, its schedule, and whose result it is."""
-        kind = "distill" if name == "distill_self" else name
-        labeled_only = name in ("finetune", "supervised")
-        if name == "supervised":
-            schedule = plan.baseline(self.recipe.finetune, len(self.dataset.labeled), runtime.world_size())
-        else:
-            schedule = getattr(self.recipe, kind)
-        return Job(
-            name=name,
-            stage=stage,
-            schedule=schedule,
-            ids=self.dataset.labeled if labeled_only else self.dataset.train,
-            seed=self.prepared.seed + (STREAMS[name] << 32),
-            identity=identity(self.prepared, name),
-            scores=self._feature_scores if name == "pretrain" and len(self.dataset.labeled) else None,
-        )
-
-    def _train(self, name: str, stage: Stage) -> None:
-        runner.run(self._job(name, stage), self.workplace)
-
-    def _feature_scores(self, stage: Stage) -> dict[str, float]:
-        """kNN and linear accuracy on frozen features of labeled training images, left out in turn."""
-        assert isinstance(stage, Pretrain)
-        return compare.feature_scores(self.dataset, stage.encoder, self.prepared.setting)
-
-    def seconds_per_step(self) -> dict[str, float]:
-        """Measured seconds a step of every stage, on throwaway networks; rank 0's word counts."""
-        stage = self._pretrain_stage()
-        throwaways: dict[str, Stage] = {"pretrain": stage}
-        if len(self.dataset.labeled) >= 2 * runtime.world_size():
-            teacher = self._teacher("finetune", stage)
-            throwaways["finetune"] = Finetune(self._teacher("finetune", stage), view=self._view("finetune"))
-            for name, student in self._students():
-                network = self._student(name, student, stage)
-                throwaways[name] = Distill(teacher, network, view=self._view(name), temperature=1.0)
-        measured = {
-            name: runner.seconds_per_step(self._job(name, throwaway), self.workplace)
-            for name, throwaway in throwaways.items()
-        }
-        return runtime.from_main(measured)

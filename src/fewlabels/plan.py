@@ -18,6 +18,7 @@ CPU_MINUTES = 60.0  # what `auto` allows itself without --budget on a CPU
 TRAINING_SHARE = 0.9  # of a budget; the rest is for reading images, evaluation and the report
 LABELS_SHARE = 0.25  # of the training time, at most, for fine-tuning and its baseline
 BASELINE_LENGTH = 3  # the supervised baseline starts from nothing: it gets three times the steps of fine-tuning
+LARGE_LABEL_SET = 256  # batches of labels from which the baseline takes larger ones
 MOST_EPOCHS = {"pretrain": 1000.0, "distill": 600.0}  # a bigger budget than these need is not spent
 
 
@@ -88,16 +89,27 @@ def reasons(recipe: Recipe, facts: Facts) -> list[str]:
     machine = "a GPU" if facts.on_gpu else f"{facts.threads} CPU threads"
     colour = "gray" if facts.gray else "colour"
     return [
-        f"encoder {recipe.encoder}, views of {recipe.size} px: images of about {facts.side} px on {machine}",
+        f"encoder {recipe.encoder}, views of {recipe.size} px: "
+        + (
+            f"the model in {recipe.pretrained}"
+            if recipe.pretrained
+            else f"images of about {facts.side} px on {machine}"
+        ),
         f"views of kind {recipe.kind}: {colour} images of {facts.side} px",
-        f"finetune from layer {recipe.finetune.tap} of the head: {facts.labeled:,} labels in {facts.classes} classes",
+        f"finetune from layer {recipe.finetune.tap} of the head: {facts.labeled:,} labels in {facts.classes} classes"
+        if facts.labeled or not recipe.pretrained
+        else f"no labels: the model's own classifier of {facts.classes} classes is the teacher",
         f"distill into {recipe.distill.student or 'the same network'}",
     ]
 
 
 def baseline(finetune: Schedule, images: int, ranks: int) -> Schedule:
-    """The supervised baseline: Nesterov SGD with the paper's supervised settings, longer than fine-tuning."""
-    batch = fitted_batch(finetune.batch, images, ranks)
+    """The supervised baseline: Nesterov SGD with the paper's supervised settings, longer than fine-tuning.
+
+    Where labels are many its batches are four times as large, as the paper's (4096 against 1024: 28,151 steps).
+    """
+    wide = images >= LARGE_LABEL_SET * finetune.batch
+    batch = fitted_batch((4 if wide else 1) * finetune.batch, images, ranks)
     return Schedule(
         epochs=BASELINE_LENGTH * finetune.epochs, batch=batch, optimizer="sgd", learning_rate=0.1, scaling="linear",
         warmup=0.1, weight_decay=1e-4,
@@ -133,9 +145,8 @@ def fit_budget(
     left = max(0.1 * seconds, TRAINING_SHARE * seconds - set_aside)
     sections: dict[str, Schedule] = {}
     sums: list[str] = []
-    shares = {"pretrain": 1.0}
+    shares = {stage: share for stage, share in {"pretrain": 0.7, "distill": 0.3}.items() if stage in per_step}
     if "finetune" in per_step:
-        shares = {"pretrain": 0.7, "distill": 0.3}
         needed = costs["finetune"] + costs["supervised"]
         most = needed if "finetune" in stay else LABELS_SHARE * left
         if needed > most:

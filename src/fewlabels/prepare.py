@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +19,18 @@ import numpy as np
 import torch
 
 import fewlabels
-from fewlabels import checkpoint, config, plan, recipes, runtime
+from fewlabels import checkpoint, config, plan, runtime
+from fewlabels.asked import Asked, begun_stages, resolve
 from fewlabels.config import Recipe
 from fewlabels.data import decode, labels, pixels
 from fewlabels.data.labels import Dataset
 from fewlabels.data.sources import Source, open_source
-from fewlabels.errors import CannotCreate, MissingInput, UsageError
+from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, say
-from fewlabels.use import compare
+from fewlabels.use import artefact, compare
 
 SURVEYED = 32  # images looked at to choose a recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the user asked for, in one place for both faces."""
-
-    images: Any
-    labels: Any = None
-    out: Path
-    recipe: str = "auto"
-    test: Any = None
-    student: str | None = None
-    budget: float | None = None  # seconds
-    seed: int = 0
-    device: str = "auto"
-    keep_labels: str | int | None = None
-    max_bad: float = 0.05
-    until: str = "distill"
-    command: str = ""
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-    def inputs(self) -> dict[str, str]:
-        """Paths that a later command on the same run folder may leave out."""
-        found = {"images": self.images, "labels": self.labels, "test": self.test}
-        paths = {name: Path(value) for name, value in found.items() if isinstance(value, str | Path)}
-        return {name: str(path.absolute() if path.exists() else path) for name, path in paths.items()}
-
-    def wishes(self) -> dict[str, Any]:
-        """What decides the recipe, as plain values."""
-        return {
-            "recipe": self.recipe,
-            "student": self.student,
-            "budget": self.budget,
-            "seed": self.seed,
-            "keep_labels": self.keep_labels,
-            "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
-        }
 
 
 @dataclass(frozen=True)
@@ -129,8 +90,10 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def store_images(source: Source, folder: RunFolder, working_size: int | None, max_bad: float) -> Dataset:
-    """Decode once into RUN/data (or use what is there), and join pixels with labels."""
+def store_images(
+    source: Source, folder: RunFolder, working_size: int | None, max_bad: float, known: tuple[str, ...]
+) -> Dataset:
+    """Decode once into RUN/data (or use what is there), and join pixels with labels; known: classes of a teacher."""
     note = folder.path / "data.json"
     with runtime.main_first():
         if runtime.is_main():
@@ -141,7 +104,7 @@ def store_images(source: Source, folder: RunFolder, working_size: int | None, ma
     facts = _read_note(note)
     store = pixels.open_store(folder.data)
     bad = [pixels.BadImage(**b) for b in facts["unreadable"]]
-    return labels.assemble(source, store, np.asarray(facts["kept"], dtype=np.int64), bad)
+    return labels.assemble(source, store, np.asarray(facts["kept"], dtype=np.int64), bad, known)
 
 
 def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any], max_bad: float) -> None:
@@ -192,38 +155,7 @@ def _stored(folder: RunFolder, note: Path, about: Mapping[str, Any]) -> bool:
     return all(before.get(name) == value for name, value in about.items())
 
 
-# --- the recipe --------------------------------------------------------------------------------------------------
-
-
-def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: set[str]) -> Recipe:
-    """The recipe as it will be run. The same command gets its stored recipe; stages already begun keep theirs."""
-    if stored and same_wishes(stored, asked, facts.labeled):
-        return config.from_dict(stored["recipe"])
-    recipe = _named(asked.recipe, facts)
-    if stored and begun:
-        before = config.from_dict(stored["recipe"])
-        kept = {stage: getattr(before, stage) for stage in begun if stage in config.SECTIONS}
-        top = {name: getattr(before, name) for name in ("encoder", "size", "kind", "working_size", "precision")}
-        recipe = replace(recipe, **kept, **top)
-    if asked.student is not None:
-        recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
-    return config.override(recipe, asked.overrides)
-
-
-def same_wishes(stored: dict[str, Any], asked: Asked, labeled: int) -> bool:
-    """Whether a stored plan may be used as it is: the same wishes for as many labels."""
-    return bool(stored["asked"] == asked.wishes() and stored["understood"]["labeled"] == labeled)
-
-
-def _named(name: str, facts: Facts) -> Recipe:
-    if name.endswith(".toml"):
-        return config.override(recipes.best(facts), config.read_toml(Path(name)))
-    return recipes.named(name, facts)
-
-
-def begun_stages(folder: RunFolder) -> set[str]:
-    """The stages that have saved something."""
-    return {stage for stage in plan.STAGES if any(folder.stage(stage).glob("step-*"))}
+# --- whose stage it is ----------------------------------------------------------------------------------------------
 
 
 def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
@@ -238,6 +170,8 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
         "precision": prepared.precision.name,
         "pretrain": asdict(recipe.pretrain),
     }
+    if recipe.pretrained is not None:
+        facts["pretrained"] = artefact.weights_digest(Path(recipe.pretrained))
     if stage != "pretrain":
         labeled = dataset.labels[dataset.train].tobytes() + "\0".join(dataset.classes).encode()
         facts |= {"labels": hashlib.sha256(labeled).hexdigest()[:16], "finetune": asdict(recipe.finetune)}
@@ -302,8 +236,14 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
         on_gpu=device.type == "cuda",
         threads=runtime.threads(),
     )
-    working_size = resolve(asked, rough, stored, begun).working_size
-    dataset = store_images(source, folder, working_size, asked.max_bad)
+    first = resolve(asked, rough, stored, begun)
+    known = artefact.read_card(Path(first.pretrained)).classes if first.pretrained is not None else ()
+    dataset = store_images(source, folder, first.working_size, asked.max_bad, known)
+    if first.pretrained is not None and not known and not len(dataset.labeled):
+        raise DataError(
+            f"there is nothing to do: no labels, and {first.pretrained} has no classifier that could teach",
+            fix="give labels with --labels",
+        )
     if asked.keep_labels is not None:
         dataset = labels.keep_labels(dataset, asked.keep_labels, asked.seed)
     say(dataset.understood.line())
@@ -372,8 +312,11 @@ def explain(prepared: Prepared, sums: list[str]) -> list[str]:
 
 
 def stages_to_run(prepared: Prepared) -> list[str]:
-    """All three stages, or only pretraining while there are no labels."""
-    return list(plan.STAGES) if len(prepared.dataset.labeled) else ["pretrain"]
+    """All three stages, or only pretraining while there are no labels; with a model to begin with, what is left."""
+    labeled = len(prepared.dataset.labeled)
+    if prepared.recipe.pretrained is not None:
+        return ["finetune", "distill"] if labeled else ["distill"]
+    return list(plan.STAGES) if labeled else ["pretrain"]
 
 
 def versions() -> dict[str, str]:
@@ -391,40 +334,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {runtime.threads()} threads ({platform.machine()})"
-
-
-def parse_budget(text: str | float | None) -> float | None:
-    """Seconds from "90s", "30m", "2h" or a number of minutes."""
-    if text is None:
-        return None
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    word = str(text).strip().lower()
-    number, unit = (word[:-1], word[-1]) if word[-1:] in units else (word, "m")
-    try:
-        seconds = float(number) * units[unit]
-    except ValueError:
-        seconds = float("nan")
-    if not seconds > 0 or seconds == float("inf"):
-        raise UsageError(f'budget "{text}" is not a duration', fix='write "90s", "30m" or "2h"')
-    return seconds
-
-
-def asked_on_command_line(**values: Any) -> Asked:
-    """Asked from the words of a command line. Images, labels and test left out are those that the run folder knows."""
-    out = Path(values["out"])
-    known = (RunFolder(out).resolved() or {}).get("inputs", {})
-    for name in ("images", "labels", "test"):
-        if values.get(name) is None:
-            values[name] = known.get(name)
-    keep = values.get("keep_labels")
-    if keep is not None and keep.isdecimal():
-        values["keep_labels"] = int(keep)
-    values["budget"] = parse_budget(values.get("budget"))
-    return Asked(**{**values, "out": out, "command": command_line()})
-
-
-def command_line() -> str:
-    """This process's command, to be pasted again."""
-    program = "fewlabels" if Path(sys.argv[0]).name in ("fewlabels", "__main__.py") else Path(sys.argv[0]).name
-    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m " if "WORLD_SIZE" in os.environ else ""
-    return launcher + shlex.join([program, *sys.argv[1:]])

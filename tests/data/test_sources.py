@@ -377,3 +377,41 @@ def test_cifar_parquet(shared_data: Path) -> None:
     assert source.labels.count("frog") == 1000
     assert source.classes is not None
     assert source.classes[0] == "airplane"
+
+
+# --- a list of the labeled files ---------------------------------------------------------------------------------
+
+
+def test_a_list_of_file_names_says_which_labels_count(tmp_path: Path) -> None:
+    """The form of the reference's subsets of ImageNet: all other images stay, without their labels."""
+    for name in ("train/n00000001/n00000001_5.JPEG", "train/n00000001/n00000001_6.JPEG",
+                 "train/n00000002/n00000002_1.JPEG", "val/n00000002/v.JPEG"):  # fmt: skip
+        picture(tmp_path / "images" / name)
+    (tmp_path / "1percent.txt").write_text("n00000001_6.JPEG\nn00000002_1.JPEG\n")
+    source = open_source(tmp_path / "images", tmp_path / "1percent.txt")
+    assert [(name.rsplit("/", 1)[-1], label, split) for name, label, split in content(source)] == [
+        ("n00000001_5.JPEG", None, "train"),
+        ("n00000001_6.JPEG", "n00000001", "train"),
+        ("n00000002_1.JPEG", "n00000002", "train"),
+        ("v.JPEG", "n00000002", "val"),
+    ]
+
+
+def test_a_list_finds_the_synset_in_the_name(tmp_path: Path) -> None:
+    for name in ("n00000001_5.JPEG", "n00000002_1.JPEG"):
+        picture(tmp_path / "images" / name)
+    (tmp_path / "list.txt").write_text("n00000001_5.JPEG\n\nn00000002_1.JPEG")
+    assert open_source(tmp_path / "images", tmp_path / "list.txt").labels == ("n00000001", "n00000002")
+
+
+def test_all_faults_of_a_list_are_told(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png", "loose.png"):
+        picture(tmp_path / "images" / name)
+    (tmp_path / "list.txt").write_text("1.png\nloose.png\nnone.png\n")
+    with pytest.raises(DataError) as caught:
+        open_source(tmp_path / "images", tmp_path / "list.txt")
+    assert caught.value.details == (
+        'line 1: "1.png" is the name of 2 images',
+        'line 2: "loose.png" is in no class folder',
+        'line 3: "none.png" is the name of no images',
+    )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fewlabels.data.pixels import BadImage, PixelStore
 from fewlabels.data.sources import Source
-from fewlabels.errors import DataError, UsageError
+from fewlabels.errors import DataError, UsageError, nearest
 
 Ints = npt.NDArray[np.int64]
 TRAIN, VAL, TEST, LEAKED = 0, 1, 2, 3  # LEAKED: a training image that is also held out; nobody sees it
@@ -94,11 +94,14 @@ class Dataset:
         return len(self.classes)
 
 
-def assemble(source: Source, store: PixelStore, kept: Ints, bad: Sequence[BadImage] = ()) -> Dataset:
+def assemble(
+    source: Source, store: PixelStore, kept: Ints, bad: Sequence[BadImage] = (), known: Sequence[str] = ()
+) -> Dataset:
     """The Dataset of a source and its store.
 
-    kept: the source's indices of the store's rows. bad: its unreadable images. Raises DataError for labels that
-    contradict each other or cannot be learned.
+    kept: the source's indices of the store's rows. bad: its unreadable images. known: the classes of a teacher that
+    needs no labels; they count where no training image has one. Raises DataError for labels that contradict each
+    other, cannot be learned or are not among the known ones.
     """
     names = tuple(source.names[i] for i in kept)
     texts = [source.labels[i] for i in kept]
@@ -110,7 +113,9 @@ def assemble(source: Source, store: PixelStore, kept: Ints, bad: Sequence[BadIma
             fix="put the training images into train/, or give them as the images and the held-out ones as test",
         )
     used = {text for text in texts if text is not None}
+    taught = bool(known) and not any(t is not None for t, s in zip(texts, splits, strict=True) if s == TRAIN)
     classes = source.classes if source.classes and used else tuple(sorted(used, key=_natural))
+    classes = _known(known, used) if taught else classes
     number = {name: k for k, name in enumerate(classes)}
     labels = np.array([-1 if text is None else number[text] for text in texts], dtype=np.int64)
 
@@ -119,7 +124,8 @@ def assemble(source: Source, store: PixelStore, kept: Ints, bad: Sequence[BadIma
     splits, leaked = _without_leaks(groups, splits)
     train = splits == TRAIN
     notes = [f"also held out, left out of training: {_some(leaked, names)}"] if len(leaked) else []
-    _check_learnable(labels, splits, classes, source)
+    if not taught:
+        _check_learnable(labels, splits, classes, source)
     counts = np.bincount(labels[train & (labels >= 0)], minlength=len(classes))
     notes += _label_notes(counts, classes, source, kept)
     notes += _near_duplicates(store.thumbs, splits, groups, names)
@@ -166,6 +172,18 @@ def keep_labels(dataset: Dataset, amount: str | int, seed: int) -> Dataset:
         notes=(*dataset.understood.notes, note) if note else dataset.understood.notes,
     )
     return replace(dataset, labels=labels, understood=understood)
+
+
+def _known(known: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:
+    strangers = sorted(set(used) - set(known), key=_natural)
+    if strangers:
+        raise DataError(
+            f"{_count(len(strangers), 'class', 'classes')} of the held-out images the given model does not know",
+            details=[f'"{name}"{nearest(name, known)}' for name in strangers],
+            why="without training labels the model's own classes count, and these images would all be errors",
+            fix="name the classes as the model does (its README.md lists them), or label training images",
+        )
+    return tuple(known)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

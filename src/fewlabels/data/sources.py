@@ -262,6 +262,8 @@ def _with_labels(source: Source, labels: Any) -> Source:
     if not isinstance(labels, str | os.PathLike):
         return _with_sequence(source, labels)
     path = Path(labels)
+    if path.suffix == ".txt" and not re.search("[,;\t]", tables.read_text(path)):
+        return _with_list(source, path)
     table = tables.read_table(path)
     parts = [part for part in source.parts if isinstance(part, Files)]
     if len(parts) == len(source.parts):
@@ -280,6 +282,41 @@ def _with_labels(source: Source, labels: Any) -> Source:
         splits=tuple(a.split or split for a, split in zip(found, source.splits, strict=True)),
         classes=None,
     )
+
+
+def _with_list(source: Source, path: Path) -> Source:
+    """source with labels for those training images only whose file names a text file lists, one a line.
+
+    That is the form of the reference's subsets of ImageNet (imagenet_subsets/1percent.txt). The class is that of the
+    image's place (its class folder), or the synset that the name begins with. Held-out images keep their labels.
+    """
+    lines = [line.strip() for line in tables.read_text(path).splitlines()]
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(source.names):
+        places.setdefault(name.rsplit("/", 1)[-1], []).append(i)
+    chosen: list[str | None] = [
+        label if split != "train" else None for label, split in zip(source.labels, source.splits, strict=True)
+    ]
+    faults = []
+    for number, name in enumerate(lines, start=1):
+        found = places.get(name.rsplit("/", 1)[-1], [])
+        synset = re.match(r"(n\d{8})_", name)
+        label = source.labels[found[0]] if len(found) == 1 else None
+        if name and len(found) != 1:
+            faults.append(f'line {number}: "{name}" is the name of {len(found) or "no"} images')
+        elif name and label is None and synset is None:
+            faults.append(f'line {number}: "{name}" is in no class folder')
+        elif name:
+            chosen[found[0]] = label or synset[1]  # type: ignore[index]
+    if faults or not any(lines):
+        raise DataError(
+            f"{len(faults):,} fault{'' if len(faults) == 1 else 's'} in {path}" if faults else f"{path} is empty",
+            details=faults,
+            why="each line names an image that is labeled; all others are used without their labels",
+            fix="list file names of the images, or give a CSV with the columns image,label",
+        )
+    description = f"{source.description}, labels of the images in {display_name(str(path))}"
+    return replace(source, description=description, labels=tuple(chosen), classes=None)
 
 
 def _real_paths(files: Sequence[str], root: Path | None) -> Iterable[str]:

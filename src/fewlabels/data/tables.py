@@ -72,7 +72,7 @@ class Answer:
 def read_table(path: Path) -> Table:
     """The rows of a labels CSV. Faults that leave nothing to read are raised, the others are in the table."""
     table = Table(path)
-    text = _text(path)
+    text = read_text(path)
     first = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t", key=lambda mark: ("image" in _cells(first, mark), first.count(mark)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -152,7 +152,7 @@ def twins(labels: Iterable[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

@@ -39,7 +39,8 @@ class Card:
     encoder, stem: as given to `encoder`. tap: layers of the projection head below the classifier. head_layers,
     head_out: the head it was pretrained with, unused when tap is 0. size, kind: of the evaluation view.
     canvas: the working size at which images were kept for training, None = as they came. temperature: divides the
-    logits. metrics: what `measure` returned, or None.
+    logits. metrics: what `measure` returned, or None. whole_head: the file also keeps the layers of the head above
+    the tap, for fine-tuning from any of them. Without classes the model is an encoder: it has features, no logits.
     training: facts for the model card (images, labels, recipe, ...), plain JSON values.
     """
 
@@ -48,6 +49,7 @@ class Card:
     tap: int = 0
     head_layers: int = 3
     head_out: int = 128
+    whole_head: bool = False
     classes: tuple[str, ...]
     size: int
     kind: str
@@ -63,16 +65,21 @@ class Card:
         return len(self.classes)
 
 
-def build(card: Card) -> Classifier:
-    """The network of card with new weights."""
+def build(card: Card) -> tuple[Classifier, ProjectionHead | None]:
+    """The network of card with new weights, and the head it was pretrained with as far as it is kept."""
     body = encoder(card.encoder, stem=card.stem)
-    head = ProjectionHead(body.feature_dim, card.head_out, card.head_layers) if card.tap else None
-    return Classifier(body, head, tap=card.tap, num_classes=card.num_classes)
+    has_head = card.tap or card.whole_head
+    head = ProjectionHead(body.feature_dim, card.head_out, card.head_layers) if has_head else None
+    # an encoder carries a classifier of one class at zero, which Model never asks
+    return Classifier(body, head, tap=card.tap, num_classes=max(1, card.num_classes)), head
 
 
-def save(folder: Path, network: Classifier, card: Card) -> Path:
-    """Write the artefact as `folder`, replacing an older one only when all of it is on the disk."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+def save(folder: Path, network: Classifier, card: Card, head: ProjectionHead | None = None) -> Path:
+    """Write the artefact as `folder`, replacing an older one only when all of it is on the disk.
+
+    head: the projection head, if card.whole_head.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(network, head, card).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.publish(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS)
@@ -84,8 +91,59 @@ def save(folder: Path, network: Classifier, card: Card) -> Path:
     return folder
 
 
+def _state(network: Classifier, head: ProjectionHead | None, card: Card) -> dict[str, Tensor]:
+    """The tensors of the file: the network's, and those of the head's layers above the tap as above.0, above.1 ..."""
+    above = torch.nn.ModuleList(list(head.layers)[card.tap :] if head is not None and card.whole_head else [])
+    return network.state_dict() | {f"above.{name}": tensor for name, tensor in above.state_dict().items()}
+
+
+def place(folder: Path) -> Path:
+    """The model folder meant by a run folder or a model folder; MissingInput where there is none."""
+    if not folder.is_dir():
+        state = "is a file" if folder.is_file() else "does not exist"
+        raise MissingInput(f"{folder} {state}", why="a model is a folder", fix="give the run folder, as in --out RUN")
+    for candidate in (folder, folder / "model"):
+        if (candidate / DESCRIPTION).is_file() or (candidate / MANIFEST).is_file():
+            return candidate
+    if (folder / "status.json").is_file() or (folder / "resolved.json").is_file():
+        raise MissingInput(
+            f"the run {folder} has no model yet",
+            why=f"it holds {listing(folder)}, and model/ is written when the last stage is done",
+            fix=f"run the same `fewlabels fit ... --out {folder}` again: it goes on where it stopped",
+        )
+    raise MissingInput(
+        f"{folder} is neither a run nor a model",
+        why=f"it holds {listing(folder)}; a run has model/, a model has {DESCRIPTION}",
+        fix="give the folder that was --out of `fewlabels fit`",
+    )
+
+
+def listing(folder: Path, most: int = 12) -> str:
+    """What is in folder, in words."""
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir() if not p.name.startswith("."))
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more
+
+
 def read(folder: Path) -> tuple[Classifier, Card]:
-    """The network (in inference mode, on the CPU) and card of an artefact, after every byte was checked.
+    """The network (in inference mode, on the CPU) and card of an artefact, after every byte was checked."""
+    network, _, card = read_whole(folder)
+    return network, card
+
+
+def read_card(folder: Path) -> Card:
+    """The description alone, before the weights are needed."""
+    return _card(folder / DESCRIPTION)
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the weights as the manifest states it."""
+    listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return str(listed[WEIGHTS]["sha256"])
+
+
+def read_whole(folder: Path) -> tuple[Classifier, ProjectionHead | None, Card]:
+    """As `read`, with the projection head as far as the file keeps it (the network's layers are the same modules).
 
     Raises MissingInput where there is no artefact, DataError where it is damaged, newer than this version, or
     where weights and description do not fit each other.
@@ -112,8 +170,11 @@ def read(folder: Path) -> tuple[Classifier, Card]:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise _unusable(folder / WEIGHTS, str(error)) from error
-    network = _rebuilt(card, tensors, folder)
-    return network.eval().requires_grad_(False), card
+    network, head = _rebuilt(card, tensors, folder)
+    for module in (network, head):
+        if module is not None:
+            module.eval().requires_grad_(False)
+    return network, head, card
 
 
 def _check_listed(folder: Path) -> None:
@@ -157,7 +218,7 @@ def _card(path: Path) -> Card:
 
 def _faults(card: Card, num_classes: object) -> list[str]:
     faults = []
-    if not all(isinstance(name, str) for name in card.classes) or not card.classes:
+    if not all(isinstance(name, str) for name in card.classes):
         faults.append("classes must be a list of names")
     if len(set(card.classes)) != len(card.classes):
         faults.append("two classes have the same name")
@@ -167,6 +228,8 @@ def _faults(card: Card, num_classes: object) -> list[str]:
         faults.append(f"encoder is {card.encoder!r} with stem {card.stem!r}, both must be names")
     if card.kind not in KINDS:
         faults.append(f"kind is {card.kind!r}, allowed are {', '.join(KINDS)}")
+    if not isinstance(card.whole_head, bool):
+        faults.append(f"whole_head is {card.whole_head!r}, it must be true or false")
     if not isinstance(card.metrics, dict | None) or not isinstance(card.training, dict):
         faults.append("metrics and training must be tables of facts")
     for name, low, high in (
@@ -187,7 +250,7 @@ def _faults(card: Card, num_classes: object) -> list[str]:
     return faults
 
 
-def _rebuilt(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> Classifier:
+def _rebuilt(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> tuple[Classifier, ProjectionHead | None]:
     """The network with these weights.
 
     Shapes are compared on the meta device first: a description of absurd size costs no memory, since nothing is
@@ -197,20 +260,20 @@ def _rebuilt(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> Classif
     try:
         with torch.random.fork_rng(devices=[]):
             with torch.device(outline):
-                network = build(card)
-            _check_fit(network, tensors, folder / WEIGHTS)
+                network, head = build(card)
+            _check_fit(_state(network, head, card), tensors, folder / WEIGHTS)
             if outline == "meta":
-                network = build(card)
+                network, head = build(card)
     except DataError:
         raise
     except (FewlabelsError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise _unusable(folder / DESCRIPTION, f'the network "{card.encoder}" cannot be built ({error})') from error
-    network.load_state_dict(dict(tensors))
-    return network
+    for name, tensor in _state(network, head, card).items():
+        tensor.copy_(tensors[name])
+    return network, head
 
 
-def _check_fit(network: Classifier, tensors: Mapping[str, Tensor], path: Path) -> None:
-    wanted = network.state_dict()
+def _check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
     faults = [f"{name} is missing" for name in wanted if name not in tensors]
     faults += [f"{name} is not part of the network" for name in tensors if name not in wanted]
     for name, tensor in wanted.items():
@@ -246,11 +309,13 @@ def model_card(card: Card, *, parameters: int, digest: str) -> str:
         *_model_index(card),
         "---",
     ]
+    does = (
+        f"Sorts an image into one of {card.num_classes:,} classes." if card.classes else "Gives features of an image."
+    )
     body = [
-        "# Image classifier trained with fewlabels",
+        "# Image classifier made with fewlabels",
         "",
-        f"Sorts an image into one of {card.num_classes:,} classes. "
-        f"{card.encoder}, {parameters:,} parameters, images at {card.size} x {card.size} pixels.",
+        f"{does} {card.encoder}, {parameters:,} parameters, images at {card.size} x {card.size} pixels.",
         "",
         "## How good it is",
         "",
@@ -263,21 +328,22 @@ def model_card(card: Card, *, parameters: int, digest: str) -> str:
         "",
         "## Classes",
         "",
-        ", ".join(f"`{_plain(name)}`" for name in card.classes),
+        ", ".join(f"`{_plain(name)}`" for name in card.classes) or "none: it is an encoder, to be fine-tuned",
         "",
         "## How to use it",
         "",
         "```python",
         "import fewlabels as fl",
         'model = fl.load("path/to/this/folder")',
-        'model.predict(["photo.jpg"])',
+        'model.predict(["photo.jpg"])' if card.classes else 'model.features(["photo.jpg"])',
         "```",
         "",
         "## Limits",
         "",
         "* It always answers with one of its classes, also for an image that shows none of them.",
         "* The figures above hold for images like those it was measured on, not for others.",
-        f"* Probabilities are softmax(logits / {card.temperature:.4g}); see the calibration error above.",
+        f"* Probabilities are softmax(logits / {card.temperature:.4g})"
+        + ("; see the calibration error above." if card.metrics else "; how well they are calibrated is not known."),
         "",
         f"Written by fewlabels {_plain(card.version)}. SHA-256 of {WEIGHTS}: `{digest}`",
         "",

@@ -65,15 +65,15 @@ def outputs(
     return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
 
 
-def tapped(encoder: nn.Module, head: ProjectionHead) -> Callable[[Tensor], list[Tensor]]:
+def tapped(encoder: nn.Module, head: ProjectionHead | None) -> Callable[[Tensor], list[Tensor]]:
     """The encoder's features and the output of every layer of the head: taps 0, 1, ..."""
     encoder.eval()
-    head.eval()
+    layers = list(head.eval().layers) if head is not None else []
 
     def function(view: Tensor) -> list[Tensor]:
         found = [encoder(view)]
-        for tap in range(len(head.layers)):
-            found.append(head.layers[tap](found[-1]))
+        for layer in layers:
+            found.append(layer(found[-1]))
         return found
 
     return function
@@ -180,7 +180,8 @@ class Comparison:
             softened = lambda view: [(network(view).float() / temperature).softmax(dim=1)]  # noqa: E731
             (probabilities,) = outputs(self.dataset, self.held, self.setting, softened)
             measured = self.measure(probabilities)
-        self.rows.append(row(key, NAMES[key], measured, **costs(network, self.setting)))
+        name = NAMES[key] if key != "finetune" or len(self.labeled) else "the given model"
+        self.rows.append(row(key, name, measured, **costs(network, self.setting)))
         return measured, probabilities, temperature
 
 
@@ -192,7 +193,7 @@ def pixels_as_features(view: Tensor) -> list[Tensor]:
 
 def compare(
     dataset: Dataset,
-    pretrained: tuple[nn.Module, ProjectionHead],
+    pretrained: tuple[nn.Module, ProjectionHead | None],
     networks: Mapping[str, Classifier],
     final: str,
     setting: Setting,
@@ -200,6 +201,7 @@ def compare(
     """Every row of the table, and the arrays that the report draws. `final` is the key of the deployed network."""
     comparison = Comparison(dataset, setting)
     measured, probabilities, temperature = None, np.zeros((0, dataset.num_classes), dtype=np.float32), 1.0
+    expected = None
     if len(comparison.labeled):
         comparison.most_frequent()
         comparison.logistic("pixels_logistic", "logistic regression on pixels", pixels_as_features)
@@ -207,11 +209,11 @@ def compare(
             comparison.network("supervised", networks["supervised"], None)
         taps = "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
         expected = comparison.expected_accuracy(comparison.logistic(*taps))
-        for key in ("finetune", "distill_self", "distill"):
-            if key in networks:
-                found = comparison.network(key, networks[key], expected)
-                if key == final:
-                    measured, probabilities, temperature = found
+    for key in ("finetune", "distill_self", "distill"):
+        if key in networks:
+            found = comparison.network(key, networks[key], expected)
+            if key == final:
+                measured, probabilities, temperature = found
     held = comparison.held
     split = "test" if (dataset.splits[held] == TEST).all() else "val"
     results: dict[str, Any] = {

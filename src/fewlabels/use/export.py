@@ -58,6 +58,7 @@ def export(model: Model, folder: str | os.PathLike[str], *, format: str) -> Path
     """
     if format not in FORMATS:
         raise UsageError(f'unknown export format "{format}"', fix="use " + " or ".join(f'"{f}"' for f in FORMATS))
+    model.check_classifies()
     needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
     _require(needed)
     target = Path(folder) / FORMATS[format]

@@ -27,7 +27,7 @@ from torch import Tensor
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
 from fewlabels.data.sources import Source, open_source
-from fewlabels.errors import DataError, MissingInput, UsageError
+from fewlabels.errors import DataError, UsageError
 from fewlabels.model.heads import Classifier
 from fewlabels.runfolder import read_json
 from fewlabels.use import artefact
@@ -95,6 +95,7 @@ class Model:
 
     def predict_proba(self, images: Any) -> npt.NDArray[np.float32]:
         """Probabilities (N, K) float32, rows sum to 1: softmax(logits / temperature). Raises like `predict`."""
+        self.check_classifies()
         return self._all(images, self._probabilities)
 
     def features(self, images: Any) -> npt.NDArray[np.float32]:
@@ -103,10 +104,20 @@ class Model:
 
     def each(self, images: Any, *, keep: Sequence[bool] | None = None) -> Iterator[Prediction]:
         """One Prediction an image, in order, in bounded memory. Images with keep[i] False are not even decoded."""
+        self.check_classifies()
         for name, row, error in self._stream(as_source(images), self._probabilities, keep):
             yield Prediction(name, row, error)
 
     # --- inside ---
+
+    def check_classifies(self) -> None:
+        """Raise UsageError for an encoder without a classifier."""
+        if not self.card.classes:
+            raise UsageError(
+                f"{self.path or 'this model'} is an encoder without a classifier",
+                why="the checkpoint it came from has none, so it gives features and no classes",
+                fix="fewlabels finetune IMAGES --labels CSV --pretrained THIS --out RUN",
+            )
 
     def _probabilities(self, view: Tensor) -> Tensor:
         return torch.softmax(self.network(view).float() / self.card.temperature, dim=1)  # (B, K)
@@ -184,32 +195,9 @@ def load(run_or_model_dir: str | os.PathLike[str], *, device: str = "auto") -> M
 
     Raises MissingInput where there is none, DataError where it is damaged.
     """
-    folder = Path(run_or_model_dir)
-    if not folder.is_dir():
-        state = "is a file" if folder.is_file() else "does not exist"
-        raise MissingInput(f"{folder} {state}", why="a model is a folder", fix="give the run folder, as in --out RUN")
-    for candidate in (folder, folder / "model"):
-        if (candidate / artefact.DESCRIPTION).is_file() or (candidate / artefact.MANIFEST).is_file():
-            network, card = artefact.read(candidate)
-            return Model(network, card, path=candidate, device=device)
-    if (folder / "status.json").is_file() or (folder / "resolved.json").is_file():
-        raise MissingInput(
-            f"the run {folder} has no model yet",
-            why=f"it holds {listing(folder)}, and model/ is written when the last stage is done",
-            fix=f"run the same `fewlabels fit ... --out {folder}` again: it goes on where it stopped",
-        )
-    raise MissingInput(
-        f"{folder} is neither a run nor a model",
-        why=f"it holds {listing(folder)}; a run has model/, a model has {artefact.DESCRIPTION}",
-        fix="give the folder that was --out of `fewlabels fit`",
-    )
-
-
-def listing(folder: Path, most: int = 12) -> str:
-    """What is in folder, in words."""
-    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir() if not p.name.startswith("."))
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more
+    folder = artefact.place(Path(run_or_model_dir))
+    network, card = artefact.read(folder)
+    return Model(network, card, path=folder, device=device)
 
 
 def as_source(images: Any) -> Source:

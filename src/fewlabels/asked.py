@@ -1,0 +1,168 @@
+"""What the user asked for, by either face, and the recipe that follows from it.
+
+The same command on a run folder gets the recipe that was stored there.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fewlabels import config, plan, recipes
+from fewlabels.config import Recipe
+from fewlabels.errors import UsageError
+from fewlabels.recipes import Facts
+from fewlabels.runfolder import RunFolder
+from fewlabels.use import artefact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the user asked for, in one place for both faces."""
+
+    images: Any
+    labels: Any = None
+    out: Path
+    recipe: str = "auto"
+    test: Any = None
+    student: str | None = None
+    budget: float | None = None  # seconds
+    seed: int = 0
+    device: str = "auto"
+    keep_labels: str | int | None = None
+    max_bad: float = 0.05
+    until: str = "distill"
+    command: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def inputs(self) -> dict[str, str]:
+        """Paths that a later command on the same run folder may leave out."""
+        found = {"images": self.images, "labels": self.labels, "test": self.test}
+        paths = {name: Path(value) for name, value in found.items() if isinstance(value, str | Path)}
+        return {name: str(path.absolute() if path.exists() else path) for name, path in paths.items()}
+
+    def wishes(self) -> dict[str, Any]:
+        """What decides the recipe, as plain values."""
+        return {
+            "recipe": self.recipe,
+            "student": self.student,
+            "budget": self.budget,
+            "seed": self.seed,
+            "keep_labels": self.keep_labels,
+            "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
+        }
+
+
+# --- the recipe --------------------------------------------------------------------------------------------------
+
+
+def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: set[str]) -> Recipe:
+    """The recipe as it will be run. The same command gets its stored recipe; stages already begun keep theirs."""
+    if stored and same_wishes(stored, asked, facts.labeled):
+        return config.from_dict(stored["recipe"])
+    recipe = _named(asked.recipe, facts)
+    if stored and begun:
+        before = config.from_dict(stored["recipe"])
+        kept = {stage: getattr(before, stage) for stage in begun if stage in config.SECTIONS}
+        top = {name: getattr(before, name) for name in ("encoder", "size", "kind", "working_size", "precision")}
+        recipe = replace(recipe, **kept, **top)
+    if asked.student is not None:
+        recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
+    recipe = config.override(recipe, asked.overrides)
+    if "temperature" in asked.overrides.get("distill", {}) and recipe.distill.student is None:
+        raise UsageError(
+            "distill.temperature was given, and there is no student of another size",
+            why="it softens the teaching of a smaller network",
+            fix="use distill.self_temperature, or give a student",
+        )
+    return _begin_with(recipe, asked.overrides, facts) if recipe.pretrained is not None else recipe
+
+
+def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Recipe:
+    """recipe with the network, views and head of the model folder that it begins with."""
+    folder = artefact.place(Path(recipe.pretrained or "").absolute())
+    card = artefact.read_card(folder)
+    if explicit.get("encoder", card.encoder) != card.encoder:
+        raise UsageError(
+            f"{explicit['encoder']} was asked for, and the model in {folder} is {card.encoder}",
+            why="pretrained weights fit one network",
+            fix="leave out the encoder; --student NAME deploys another one",
+        )
+    kept = card.head_layers if card.whole_head else card.tap
+    if explicit.get("finetune", {}).get("tap", 0) > kept:
+        raise UsageError(
+            f"finetune.tap = {explicit['finetune']['tap']}, and {folder} keeps {kept} layers of its projection head",
+            fix=f"use a tap of 0 to {kept}",
+        )
+    size = explicit.get("size", card.size)
+    return replace(
+        recipe,
+        pretrained=str(folder),
+        encoder=card.encoder,
+        size=size,
+        kind=explicit.get("kind", card.kind),
+        working_size=explicit.get("working_size", card.canvas or min(facts.side, round(1.5 * size))),
+        pretrain=replace(recipe.pretrain, head_layers=max(1, card.head_layers), head_out=card.head_out),
+        finetune=replace(recipe.finetune, tap=min(recipe.finetune.tap, kept)),
+    )
+
+
+def same_wishes(stored: dict[str, Any], asked: Asked, labeled: int) -> bool:
+    """Whether a stored plan may be used as it is: the same wishes for as many labels."""
+    return bool(stored["asked"] == asked.wishes() and stored["understood"]["labeled"] == labeled)
+
+
+def _named(name: str, facts: Facts) -> Recipe:
+    if name.endswith(".toml"):
+        return config.override(recipes.best(facts), config.read_toml(Path(name)))
+    return recipes.named(name, facts)
+
+
+def begun_stages(folder: RunFolder) -> set[str]:
+    """The stages that have saved something."""
+    return {stage for stage in plan.STAGES if any(folder.stage(stage).glob("step-*"))}
+
+
+# --- from the command line ----------------------------------------------------------------------------------------
+
+
+def parse_budget(text: str | float | None) -> float | None:
+    """Seconds from "90s", "30m", "2h" or a number of minutes."""
+    if text is None:
+        return None
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    word = str(text).strip().lower()
+    number, unit = (word[:-1], word[-1]) if word[-1:] in units else (word, "m")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = float("nan")
+    if not seconds > 0 or seconds == float("inf"):
+        raise UsageError(f'budget "{text}" is not a duration', fix='write "90s", "30m" or "2h"')
+    return seconds
+
+
+def on_command_line(**values: Any) -> Asked:
+    """Asked from the words of a command line. Images, labels and test left out are those that the run folder knows."""
+    out = Path(values["out"])
+    known = (RunFolder(out).resolved() or {}).get("inputs", {})
+    for name in ("images", "labels", "test"):
+        if values.get(name) is None:
+            values[name] = known.get(name)
+    keep = values.get("keep_labels")
+    if keep is not None and keep.isdecimal():
+        values["keep_labels"] = int(keep)
+    values["budget"] = parse_budget(values.get("budget"))
+    return Asked(**{**values, "out": out, "command": command_line()})
+
+
+def command_line() -> str:
+    """This process's command, to be pasted again."""
+    program = "fewlabels" if Path(sys.argv[0]).name in ("fewlabels", "__main__.py") else Path(sys.argv[0]).name
+    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m " if "WORLD_SIZE" in os.environ else ""
+    return launcher + shlex.join([program, *sys.argv[1:]])

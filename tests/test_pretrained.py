@@ -1,0 +1,240 @@
+"""A published checkpoint in use: imported, evaluated, fine-tuned, distilled and exported, and every mistake with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fewlabels as fl
+import tensorbundle_writer as writer
+from conftest import same, shapes_images
+from fewlabels import cli
+from fewlabels.data import views
+from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
+from fewlabels.model.reference import load_reference
+from fewlabels.use import artefact
+from fewlabels.use.imported import import_reference
+from model.test_reference import variables
+
+NAMES = ["zero", "one", "two", "three"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the form of a published one: four classes on tap 1, with an optimizer's slot."""
+    arrays = variables(classes=4) | {"global_step": np.int64(751)}
+    slot = {"base_model/conv2d/kernel/Momentum": arrays["base_model/conv2d/kernel"]}
+    return writer.write(tmp_path_factory.mktemp("published") / "model.ckpt-751", arrays | slot)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 unlabeled images and 20 for testing, in class folders that are called as the classes are."""
+    root = tmp_path_factory.mktemp("photos")
+    images, classes = shapes_images(80, size=40)
+    for i, (image, label) in enumerate(zip(images, classes, strict=True)):
+        place = root / "test" / NAMES[label] if i >= 60 else root / "train" / NAMES[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    (root / "names.txt").write_text("\n".join(NAMES))
+    return import_reference(published, root / "imported", classes=root / "names.txt")[0]
+
+
+@pytest.fixture
+def unlabeled(photos: Path, tmp_path: Path) -> Path:
+    """The training images without their class folders."""
+    for path in sorted((photos / "train").rglob("*.png")):
+        (tmp_path / "unlabeled").mkdir(exist_ok=True)
+        (tmp_path / "unlabeled" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "unlabeled"
+
+
+def test_the_imported_model_is_the_reference(published: Path, model: Path, photos: Path) -> None:
+    found = fl.load(model)
+    assert (found.classes, found.size, found.card.kind, found.card.tap) == (tuple(NAMES), 32, "reference_tf1", 1)
+    _, _, classifier = load_reference(published)
+    image = np.array(Image.open(next((photos / "test").rglob("*.png"))))
+    view = views.evaluate_image(torch.from_numpy(image).permute(2, 0, 1)[None], size=32, kind="reference_tf1")
+    with torch.no_grad():
+        assert found.predict_proba(image) == pytest.approx(classifier(view).softmax(1).numpy(), abs=1e-6)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_it_can_be_exported(model: Path, tmp_path: Path, format: str) -> None:
+    from fewlabels.use import export
+
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+    assert export.export(fl.load(model), tmp_path, format=format).stat().st_size > 1000  # compared in there, to 1e-4
+
+
+def test_the_command_line_names_what_was_not_read(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["import", str(published), "--out", str(tmp_path / "m")]) == 0
+    told = capsys.readouterr().out
+    assert "classifier of 4 classes on tap 1: it made 751 steps" in told
+    assert "not read: 1 slots of the optimizer, such as base_model/conv2d/kernel/Momentum" in told
+    assert cli.main(["import", str(published), "--out", str(tmp_path / "m"), "--json"]) == 0  # it replaces a model
+    assert json.loads(capsys.readouterr().out)["unread"] == ["base_model/conv2d/kernel/Momentum"]
+    assert fl.load(tmp_path / "m").classes == ("0", "1", "2", "3")
+    assert cli.main(["evaluate", str(tmp_path / "m"), str(tmp_path)]) in (65, 66)
+
+
+def test_every_layer_of_the_head_is_kept(published: Path, model: Path) -> None:
+    _, head, card = artefact.read_whole(model)
+    expected = load_reference(published).projection_head
+    assert card.whole_head
+    assert head is not None
+    assert expected is not None
+    assert same(head.state_dict(), expected.state_dict())
+
+
+def test_finetuned_and_distilled_from_it(model: Path, photos: Path, tmp_path: Path) -> None:
+    run = fl.fit(photos, out=tmp_path / "run", recipe="smoke", pretrained=str(model), finetune={"tap": 2})
+    keys = [row["key"] for row in run.metrics["rows"]]
+    assert keys == ["most_frequent", "pixels_logistic", "supervised", *(f"tap{k}_logistic" for k in range(4)),
+                    "finetune", "distill"]  # fmt: skip
+    assert not (run.path / "pretrain").exists()
+    resolved = json.loads(run.path.joinpath("resolved.json").read_text())
+    assert resolved["recipe"]["pretrained"] == str(model)
+    assert resolved["recipe"]["encoder"] == "resnet18_0.125x_small"
+    assert set(resolved["derived"]) == {"finetune", "distill"}
+
+
+def test_fine_tuning_starts_from_its_weights(model: Path, photos: Path, tmp_path: Path) -> None:
+    run = fl.fit(
+        photos, out=tmp_path / "run", recipe="smoke", pretrained=str(model), until="finetune",
+        finetune={"freeze_below": 4},
+    )  # fmt: skip
+    before, after = artefact.read(model)[0], run.model.network
+    assert same(before.encoder.state_dict(), after.encoder.state_dict())  # frozen, so it is what was given
+    assert not same(before.head.state_dict(), after.head.state_dict())
+    assert after.tap == 1
+
+
+def test_the_same_command_again_goes_on_and_other_weights_are_refused(
+    model: Path, published: Path, photos: Path, tmp_path: Path
+) -> None:
+    once = fl.fit(photos, out=tmp_path / "run", recipe="smoke", pretrained=str(model))
+    before = once.metrics
+    assert fl.fit(photos, out=tmp_path / "run", recipe="smoke", pretrained=str(model)).metrics["rows"][-1][
+        "accuracy"
+    ] == pytest.approx(before["rows"][-1]["accuracy"])
+    other, _, _ = import_reference(
+        writer.write(tmp_path / "other", variables(classes=4, seed=5)), tmp_path / "other_model"
+    )
+    with pytest.raises(CannotCreate, match="another run"):
+        fl.fit(photos, out=tmp_path / "run", recipe="smoke", pretrained=str(other))
+
+
+def test_without_labels_its_own_classifier_teaches(model: Path, unlabeled: Path, photos: Path, tmp_path: Path) -> None:
+    run = fl.fit(
+        unlabeled, test=photos / "test", out=tmp_path / "run", recipe="smoke", pretrained=str(model),
+        student="resnet18_0.25x_small", distill={"self_first": False},
+    )  # fmt: skip
+    rows = {row["key"]: row for row in run.metrics["rows"]}
+    assert list(rows) == ["finetune", "distill"]
+    assert rows["finetune"]["name"] == "the given model"
+    assert run.model.classes == tuple(NAMES)
+    assert run.model.card.encoder == "resnet18_0.25x_small"
+    teacher = fl.load(model)
+    truth = [path.parent.name for path in sorted((photos / "test").rglob("*.png"))]
+    predicted = teacher.predict(sorted((photos / "test").rglob("*.png")))
+    assert rows["finetune"]["accuracy"] == pytest.approx(float(np.mean(predicted == np.array(truth))))
+    assert not (run.path / "finetune").exists()
+    assert (run.path / "report.html").is_file()
+
+
+def test_a_budget_and_check_know_what_is_left(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["check", str(photos), "--pretrained", str(model), "--recipe", "smoke", "--out", str(tmp_path / "x")]
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out
+    assert "distill: about" in told
+    assert "pretrain: about" not in told
+    run = fl.fit(photos, out=tmp_path / "run", recipe="best", pretrained=str(model), budget="8s")
+    assert [line for line in json.loads((run.path / "resolved.json").read_text())["equations"] if "x 0 s" in line] == []
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------
+
+
+def test_wrong_wishes_are_told_before_training(model: Path, photos: Path, tmp_path: Path) -> None:
+    start = {"out": tmp_path / "run", "recipe": "smoke", "pretrained": str(model)}
+    with pytest.raises(UsageError, match=r"the model in .* is resnet18_0\.125x_small"):
+        fl.fit(photos, **start, encoder="resnet50")
+    headless = import_reference(writer.write(tmp_path / "v1", variables(layers=0)), tmp_path / "v1_model")[0]
+    with pytest.raises(UsageError, match="keeps 0 layers"):
+        fl.fit(photos, **{**start, "pretrained": str(headless)}, finetune={"tap": 2})
+    with pytest.raises(UsageError, match="takes its place"):
+        fl.fit(photos, **start, until="pretrain")
+    with pytest.raises(UsageError, match="no student of another size"):
+        fl.fit(photos, **start, distill={"temperature": 0.5})
+    with pytest.raises(MissingInput, match="does not exist"):
+        fl.fit(photos, out=tmp_path / "run", recipe="smoke", pretrained=str(tmp_path / "none"))
+    assert not (tmp_path / "run" / "finetune").exists()
+
+
+def test_strange_classes_of_the_test_images(model: Path, unlabeled: Path, photos: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "test" / "Zero"
+    strange.mkdir(parents=True)
+    image = next((photos / "test").rglob("*.png"))
+    (strange / "a.png").write_bytes(image.read_bytes())
+    with pytest.raises(DataError, match="does not know") as caught:
+        fl.fit(unlabeled, test=tmp_path / "test", out=tmp_path / "r", recipe="smoke", pretrained=str(model))
+    assert caught.value.details == ('"Zero" (did you mean "zero"?)',)
+
+
+def test_an_encoder_without_classifier(unlabeled: Path, photos: Path, tmp_path: Path) -> None:
+    arrays = {name: array for name, array in variables().items() if "supervised" not in name}
+    folder, card, _ = import_reference(writer.write(tmp_path / "enc", arrays), tmp_path / "model")
+    assert card.classes == ()
+    found = fl.load(folder)
+    assert found.features(shapes_images(3)[0]).shape == (3, found.network.encoder.feature_dim)
+    for ask in (found.predict, found.predict_proba, lambda images: list(found.each(images))):
+        with pytest.raises(UsageError, match="without a classifier"):
+            ask(shapes_images(3)[0])
+    assert cli.main(["export", str(folder)]) == 2
+    with pytest.raises(DataError, match="there is nothing to do"):
+        fl.fit(unlabeled, out=tmp_path / "run", recipe="smoke", pretrained=str(folder))
+    run = fl.fit(photos, out=tmp_path / "labeled", recipe="smoke", pretrained=str(folder))
+    assert run.model.classes == tuple(sorted(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("a\nb\nc", "3 names for the classifier's 4 outputs"), ("a\nb\na\nd", "also in line 1"), ("a\n\nb\nc", "empty")],
+)
+def test_names_that_do_not_fit(published: Path, tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(DataError) as caught:
+        import_reference(published, tmp_path / "m", classes=tmp_path / "names.txt")
+    assert fault in str(caught.value)
+    assert not (tmp_path / "m").exists()
+
+
+def test_synsets_of_a_list_of_files_are_the_classes(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "1percent.txt").write_text("".join(f"n{k:08d}_{n}.JPEG\n" for n in (7, 3) for k in (40, 10, 30, 20)))
+    _, card, _ = import_reference(published, tmp_path / "m", classes=tmp_path / "1percent.txt")
+    assert card.classes == ("n00000010", "n00000020", "n00000030", "n00000040")
+
+
+def test_an_output_that_is_something_else_is_left_alone(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(CannotCreate, match="holds something else"):
+            import_reference(published, out)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
