@@ -1,4 +1,4 @@
-"""Runs a test file as two real gloo processes: `python FILE FOLDER` under the variables that torchrun would set."""
+"""Runs a test file as several real gloo processes: `python FILE FOLDER` under the variables that torchrun would set."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 WORLD = 2
 
 
-def results(file: str, folder: Path) -> list[dict[str, Any]]:
+def results(file: str, folder: Path, world: int = WORLD) -> list[dict[str, Any]]:
     """What each rank's `if __name__ == "__main__"` block of file saved as FOLDER/RANK.pt, in rank order."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     ranks = [
         subprocess.Popen(
@@ -29,7 +29,7 @@ def results(file: str, folder: Path) -> list[dict[str, Any]]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(WORLD)
+        for rank in range(world)
     ]
     try:
         for process in ranks:
@@ -39,4 +39,4 @@ def results(file: str, folder: Path) -> list[dict[str, Any]]:
         for process in ranks:
             process.kill()
             process.wait()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

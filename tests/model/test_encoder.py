@@ -11,7 +11,7 @@ from torch import nn
 
 from fewlabels.errors import UsageError
 from fewlabels.model.encoder import ResNet, TimmEncoder, encoder, resnet
-from fewlabels.model.heads import ProjectionHead
+from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.model.layers import BatchNorm
 from reference_weights import fill, images, relative, tensors_by_name
 from small_model import count_parameters
@@ -28,6 +28,7 @@ CASES = {  # golden file: depth, sk_ratio, stem
 }
 FULL = {
     "full_r18_1x_cifar32": (18, 0.0, "small"),
+    "full_r50_1x_sk0_im64": (50, 0.0, "imagenet"),
     "full_r50_1x_sk1_im64": (50, 1 / 16, "imagenet"),
 }
 ENDPOINTS = ["initial_conv", "initial_max_pool", *(f"block_group{k}" for k in (1, 2, 3, 4)), "final_avg_pool"]
@@ -61,7 +62,7 @@ def test_every_endpoint_is_the_references(golden, case):
             assert torch.equal(net(x), found["final_avg_pool"])
 
 
-@pytest.mark.parametrize("case", ["r18_w8th_cifar32", "r50_w8th_sk1_im64"])
+@pytest.mark.parametrize("case", CASES)
 def test_running_statistics_after_one_training_step_are_the_references(golden, case):
     arrays = np.load(golden / f"encoder_{case}.npz")
     net, head, tensors = network(*CASES[case], width=1 / 8)
@@ -72,28 +73,42 @@ def test_running_statistics_after_one_training_step_are_the_references(golden, c
     assert max(relative(tensors[name], arrays[f"w_after_train_forward/{name}"]) for name in moved) < EXACT
 
 
-@pytest.mark.parametrize("case", ["r18_w8th_im64", "r50_w8th_skr75_im75"])
-def test_two_views_in_one_batch_are_the_references(golden, case):
+@pytest.mark.parametrize("case", CASES)
+def test_the_whole_model_on_two_views_is_the_references(golden, case):
+    """Both views in one batch, and the supervised head on the encoder's output, as the reference pretrains."""
     arrays = np.load(golden / f"encoder_{case}.npz")
     net, head, tensors = network(*CASES[case], width=1 / 8)
+    model = Classifier(net, None, tap=0, num_classes=10).double()
+    tensors |= tensors_by_name(encoder=net, linear=model.linear)
     fill(tensors, {name: arrays[f"w/{name}"] for name in tensors})
     views = torch.cat(images(arrays["x6"]).split(3, dim=1))
-    assert relative(head(net(views)), arrays["train_2view/proj_head_output"]) < EXACT
+    features = net(views)
+    assert relative(head(features), arrays["train_2view/proj_head_output"]) < EXACT
+    assert relative(model.linear(features), arrays["train_2view/logits_sup"]) < EXACT
+    fill(tensors, {name: arrays[f"w/{name}"] for name in tensors})
+    for mode in ("eval", "train"):
+        assert relative(model.train(mode == "train")(images(arrays["x"])), arrays[f"{mode}/logits_sup"]) < EXACT
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("case", FULL)
-def test_full_width_is_the_references(golden, case):
+def test_full_width_is_the_references(golden, case, mode):
     arrays = np.load(golden / f"encoder_{case}.npz")
     net, head, tensors = network(*FULL[case], width=1)
-    fill(tensors)
-    x = images(arrays["x"])
+    model = Classifier(net, None, tap=0, num_classes=10).double()
+    fill(tensors | tensors_by_name(encoder=net, linear=model.linear))
+    for module in (net, head):
+        module.train(mode == "train")
     with torch.no_grad():
-        found = net.endpoints(x)
-        assert relative(found["final_avg_pool"], arrays["train/final_avg_pool"]) < EXACT
-        assert relative(head(found["final_avg_pool"]), arrays["train/proj_3"]) < EXACT
+        found = net.endpoints(images(arrays["x"]))
+        features = found["final_avg_pool"]
+        assert relative(features, arrays[f"{mode}/final_avg_pool"]) < EXACT
+        assert relative(model.linear(features), arrays[f"{mode}/logits_sup"]) < EXACT
+        for tap in (1, 2, 3):
+            assert relative(head(features, upto=tap), arrays[f"{mode}/proj_{tap}"]) < EXACT
     for name in ENDPOINTS:
         mean_and_std = np.array([found[name].mean(), found[name].std(correction=0)])
-        np.testing.assert_allclose(mean_and_std, arrays[f"train_stat/{name}"], rtol=1e-6)
+        np.testing.assert_allclose(mean_and_std, arrays[f"{mode}_stat/{name}"], rtol=1e-6)
 
 
 def test_creation_order_and_shapes_are_the_references(golden):

@@ -17,17 +17,18 @@ from fewlabels.errors import UsageError
 from fewlabels.model.layers import at_least_float32, full_precision
 
 
-def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
+def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.1, *, normalize: bool = True) -> Tensor:
     """NT-Xent, the contrastive loss of pretraining (paper eq. 1): its mean over the anchors.
 
     first, second: (n, d) projections of the two views of this rank's images, row i of both the same image; they are
-    l2-normalised here. Every rank must bring the same n. Returns a scalar: the mean over this rank's 2n anchors, each
-    against all 2N - 1 other projections of all ranks. The mean over ranks is the loss of the whole batch, and
-    runtime.average_gradients makes the gradients those of that mean. One image alone has loss 0.
+    l2-normalised here, unless normalize=False (the reference's `hidden_norm`). Every rank must bring the same n.
+    Returns a scalar: the mean over this rank's 2n anchors, each against all 2N - 1 other projections of all ranks. The
+    mean over ranks is the loss of the whole batch, and runtime.average_gradients makes the gradients those of that
+    mean. One image alone has loss 0.
     The reference optimises the sum of the two views' means, which is twice this.
     Raises UsageError for shapes that differ and temperatures that are not above 0.
     """
-    anchors = _projections(first, second, temperature)  # (2n, d)
+    anchors = _projections(first, second, temperature, normalize=normalize)  # (2n, d)
     with full_precision(anchors):
         return _contrast(anchors, runtime.gather(anchors), temperature)
 
@@ -119,8 +120,8 @@ def _contrast(anchors: Tensor, candidates: Tensor, temperature: float) -> Tensor
     return F.cross_entropy(logits, positives)
 
 
-def _projections(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """(n, d) and (n, d), checked -> (2n, d) normalised rows."""
+def _projections(first: Tensor, second: Tensor, temperature: float, *, normalize: bool = True) -> Tensor:
+    """(n, d) and (n, d), checked -> (2n, d) rows, of length 1 if normalize."""
     _check_temperature(temperature)
     if first.shape != second.shape or first.dim() != 2 or len(first) == 0:
         raise UsageError(
@@ -128,7 +129,8 @@ def _projections(first: Tensor, second: Tensor, temperature: float) -> Tensor:
             why="row i of both must be two views of the same image",
             fix="give two tensors of the same shape (images, projections)",
         )
-    return _normalized(torch.cat([first, second]))
+    both = torch.cat([first, second])
+    return _normalized(both) if normalize else at_least_float32(both)
 
 
 def _normalized(x: Tensor) -> Tensor:
