@@ -119,6 +119,12 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file with the tensors, read by whoever may read its folder (safetensors makes it 0600)."""
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def write_manifest(folder: Path) -> None:
     """folder/manifest.json: size and SHA-256 of every file in it."""
     files = {}
@@ -168,9 +174,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
         folder.mkdir(parents=True, exist_ok=True)
         _check_space(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
     with publish(target) as temporary:
-        save_file(
-            {name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary / "tensors.safetensors"
-        )
+        write_tensors(temporary / "tensors.safetensors", tensors)
         (temporary / "values.json").write_text(json.dumps({**values, "step": step}, indent=1), encoding="utf-8")
     for old in _checkpoints(folder)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)

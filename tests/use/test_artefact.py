@@ -55,6 +55,10 @@ def test_written_is_read_back_exactly(written: Path, network: Classifier) -> Non
     ]
 
 
+def test_whoever_may_read_the_folder_may_read_the_weights(written: Path) -> None:
+    assert (written / "weights.safetensors").stat().st_mode & 0o777 == (written / "model.json").stat().st_mode & 0o777
+
+
 def test_reading_leaves_the_random_numbers_alone(written: Path) -> None:
     torch.manual_seed(3)
     wanted = torch.rand(4)
@@ -84,7 +88,7 @@ def test_saving_replaces_whole_folders_only(folder: Path, network: Classifier, m
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artefact, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(FewlabelsError, match="disk is full"):
         artefact.save(folder, network, small_card())
     assert (folder / "weights.safetensors").read_bytes() == before

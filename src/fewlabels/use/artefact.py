@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewlabels import __version__, checkpoint
@@ -79,10 +79,10 @@ def save(folder: Path, network: Classifier, card: Card, head: ProjectionHead | N
 
     head: the projection head, if card.whole_head.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(network, head, card).items()}
+    tensors = _state(network, head, card)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.publish(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS)
+        checkpoint.write_tensors(temporary / WEIGHTS, tensors)
         description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(card)}
         description["num_classes"] = card.num_classes
         checkpoint.write_json(temporary / DESCRIPTION, description)
