@@ -102,13 +102,17 @@ def run(asked: Asked) -> Run:
 
 
 def check(asked: Asked) -> dict[str, Any]:
-    """What a run would understand, do and cost, found out in a temporary folder; changes nothing.
+    """What a run would understand, do and cost, found out in a temporary folder beside --out; changes nothing.
 
     Returns lines (text), understood, seconds (for each stage, measured), disk_mb and memory_mb (of this process).
     """
     device = runtime.start(asked.device)
     source = open_images(asked)
-    with tempfile.TemporaryDirectory(prefix="fewlabels-check-") as temporary, Interrupts().watching() as interrupts:
+    place = next(p for p in asked.out.absolute().parents if p.is_dir())  # where the run would be: /tmp may be small
+    with (
+        tempfile.TemporaryDirectory(prefix=".fewlabels-check-", dir=place) as temporary,
+        Interrupts().watching() as interrupts,
+    ):
         folder = RunFolder(Path(temporary))
         prepared = prepare(asked, source, folder, device)
         Worker(prepared, interrupts).try_networks()

@@ -25,27 +25,27 @@ T = TypeVar("T")
 _patient: list[Any] = []
 
 
-def start(device: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
-    """Join the process group when torchrun started us (WORLD_SIZE > 1), and return this rank's device.
-
-    device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
-    """
-    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdecimal()):
-        raise UsageError(f'unknown device "{device}"', fix='use "auto", "cpu", "cuda" or "cuda:0"')
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f'device "{device}" was asked for, but torch sees no CUDA device', fix='use device "cpu"')
-    if device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
-        raise UsageError(f'there is no "{device}"', fix=f"torch sees {torch.cuda.device_count()}, from cuda:0 on")
-    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = torch.device("cpu")
-    if on_cuda:
-        chosen = torch.device(device if ":" in device else f"cuda:{local_rank}")
-        torch.cuda.set_device(chosen)
+def start(name: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
+    """Join the process group when torchrun started us (WORLD_SIZE > 1), and return this rank's device."""
+    chosen = device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        backend = "nccl" if on_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
         _patient[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=30))]
+    return chosen
+
+
+def device(name: str = "auto") -> torch.device:
+    """This process's device. name: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"."""
+    if name not in ("auto", "cpu", "cuda") and not (name.startswith("cuda:") and name[5:].isdecimal()):
+        raise UsageError(f'unknown device "{name}"', fix='use "auto", "cpu", "cuda" or "cuda:0"')
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f'device "{name}" was asked for, but torch sees no CUDA device', fix='use device "cpu"')
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise UsageError(f'there is no "{name}"', fix=f"torch sees {torch.cuda.device_count()}, from cuda:0 on")
+    if not (name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())):
+        return torch.device("cpu")
+    chosen = torch.device(name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    torch.cuda.set_device(chosen)
     return chosen
 
 

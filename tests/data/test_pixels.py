@@ -445,3 +445,14 @@ def test_memory_is_bounded_by_chunks_and_not_by_images(tmp_path: Path) -> None:
     building, reading = json.loads(done.stdout)
     assert building < 150  # MB
     assert reading < 60
+
+
+def test_the_list_of_bad_images_is_safe_in_a_spreadsheet(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "in" / "good.png")
+    name = '=HYPERLINK("x").jpg'
+    (tmp_path / "in" / name).write_bytes(b"no picture")
+    build_options = {"working_size": None, "threads": 1, "bad_csv": tmp_path / "bad.csv", "max_bad_share": 0.9}
+    pixels.build(open_source(tmp_path / "in"), tmp_path / "store", **build_options)
+    with (tmp_path / "bad.csv").open(encoding="utf-8", newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ["name", f"'{name}"]

@@ -120,7 +120,6 @@ def test_lars_goes_on_from_its_state():
         parameter.copy_(middle)
     resumed.load_state_dict({**resumed.state_dict(), "state": {0: saved}})
     assert torch.equal(trained([2, 3], resumed, parameter), unbroken)
-    assert resumed.state[parameter]["momentum"].stride() == parameter.stride()
 
 
 def test_lars_skips_what_has_no_gradient_and_gives_the_closures_loss():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import same, shapes_images
 from fewlabels import checkpoint, runtime
@@ -17,6 +17,7 @@ from fewlabels.config import Schedule
 from fewlabels.data import labels, pixels, sources, views
 from fewlabels.data.loader import Batch, training_batches
 from fewlabels.errors import Diverged
+from fewlabels.model import optim
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.model.losses import distillation_loss, nt_xent
@@ -227,3 +228,25 @@ def test_training_learns_what_can_be_seen(dataset: labels.Dataset) -> None:
     )
     losses = train(work, work.state(), dataset, until=work.derived.total_steps)
     assert np.mean(losses[-3:]) < 0.3 * np.mean(losses[:3])
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_buffers_come_back_in_the_layout_of_their_parameters(name: str) -> None:
+    """Files keep no layout, and a contiguous buffer beside a channels_last kernel is slow."""
+
+    def fresh() -> TrainState:
+        stage = Stage()
+        stage.conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+        return TrainState(stage, optim.optimizer(name, stage, lr=0.1))
+
+    state = fresh()
+    state.stage.conv(torch.rand(2, 4, 5, 5)).sum().backward()
+    state.optimizer.step()
+    saved = {key: tensor.contiguous().clone() for key, tensor in state.tensors().items()}
+    resumed = fresh()
+    resumed.load(1, saved)
+    weight = resumed.stage.conv.weight
+    buffers = [t for t in resumed.optimizer.state[weight].values() if t.shape == weight.shape]
+    assert buffers
+    assert all(buffer.stride() == weight.stride() for buffer in buffers)
+    assert same(resumed.tensors(), saved)

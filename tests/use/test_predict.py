@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from conftest import shapes_images
-from fewlabels.data import views
+from fewlabels.data import tables, views
 from fewlabels.errors import DataError, MissingInput, UsageError
 from fewlabels.use import artefact, predict
 from fewlabels.use.predict import Model
@@ -179,7 +179,7 @@ FORMULAS = [
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_no_cell_is_a_formula(text: str) -> None:
-    found = predict.cell(text)
+    found = tables.cell(text)
     assert found.startswith("'")
     assert found.isprintable()
 

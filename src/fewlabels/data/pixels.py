@@ -39,6 +39,7 @@ from torch import Tensor
 from fewlabels import checkpoint
 from fewlabels.data.decode import BadPicture, Payload, decode, header_size, strict_pillow
 from fewlabels.data.sources import Source
+from fewlabels.data.tables import cell
 from fewlabels.errors import DataError, MissingInput, StorageError
 
 VERSION = 1
@@ -290,7 +291,7 @@ def _write_bad(path: Path, bad: list[BadImage]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "reason"])
-        writer.writerows([image.name, image.reason] for image in bad)
+        writer.writerows([cell(image.name), cell(image.reason)] for image in bad)
 
 
 def _check_space(folder: Path, count: int, canvas: int) -> None:

@@ -23,6 +23,7 @@ MISSING_WORDS = {"nan", "none", "null", "na", "n/a", "-1", "<na>"}
 LONGEST_LABEL = 200
 FORMAT = "the first line is image,label or image,label,split; an empty label is an unlabeled image"
 SEARCHED = 2_000  # names compared to find the nearest one; comparing a million takes minutes
+FORMULA_STARTS = tuple("=+-@") + tuple("\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH COMMERCIAL AT}")
 
 
 @dataclass(frozen=True)
@@ -247,3 +248,17 @@ class Finder:
             if same_name:
                 return f'{len(same_name)} images are called "{spelled}"; write the folder too'
         return "" if inside else f'"{image}" leads out of {" and ".join(dict.fromkeys(self.folders))}'
+
+
+# --- written tables -----------------------------------------------------------------------------------------------
+
+
+def cell(text: str) -> str:
+    """text on one line, and with a leading apostrophe where a spreadsheet would run it (OWASP, CSV injection)."""
+    text = printed(text)
+    return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
+
+
+def printed(text: str) -> str:
+    """text without what moves a cursor or ends a line."""
+    return "".join(c if c.isprintable() else " " for c in text)

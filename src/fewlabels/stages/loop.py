@@ -70,6 +70,12 @@ class TrainState:
                 _, index, slot = name.split(".", 2)
                 slots.setdefault(int(index), {})[slot] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        for parameter, found in self.optimizer.state.items():
+            # Files keep no memory layout; a 512x512x3x3 kernel in channels_last with a contiguous buffer took 5 times
+            # as long
+            for slot, tensor in found.items():
+                if tensor.shape == parameter.shape:
+                    found[slot] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         self.step = step
 
 

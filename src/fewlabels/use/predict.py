@@ -27,6 +27,7 @@ from torch import Tensor
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
 from fewlabels.data.sources import Source, open_source
+from fewlabels.data.tables import cell, printed
 from fewlabels.errors import DataError, UsageError
 from fewlabels.model.heads import Classifier
 from fewlabels.runfolder import read_json
@@ -36,7 +37,6 @@ from fewlabels.use.artefact import Card
 CHUNK = 64
 LEAST_CANVAS = 1024  # where training kept images as they came: 64 of them still fit in 200 MB
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-FORMULA_STARTS = tuple("=+-@") + tuple("\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH COMMERCIAL AT}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Model:
 
     def __init__(self, network: Classifier, card: Card, *, path: Path | None = None, device: str = "auto") -> None:
         self.card, self.path = card, path
-        self.device = runtime.start(device)
+        self.device = runtime.device(device)
         self.network = network.eval().to(self.device)
 
     def __repr__(self) -> str:
@@ -309,7 +309,7 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
 
 def _write_rows(file: TextIO, model: Model, source: Source) -> Iterator[Prediction]:
     writer = csv.writer(file)
-    writer.writerow(["image", "label", "confidence", *(f"p:{name}" for name in map(_printed, model.classes)), "error"])
+    writer.writerow(["image", "label", "confidence", *(f"p:{name}" for name in map(printed, model.classes)), "error"])
     for prediction in model.each(source):
         row = prediction.probabilities
         if row is None:
@@ -319,13 +319,3 @@ def _write_rows(file: TextIO, model: Model, source: Source) -> Iterator[Predicti
             numbers = [f"{p:.6f}" for p in row]
             writer.writerow([cell(prediction.name), cell(model.classes[best]), numbers[best], *numbers, ""])
         yield prediction
-
-
-def cell(text: str) -> str:
-    """text on one line, and with a leading apostrophe where a spreadsheet would run it (OWASP, CSV injection)."""
-    text = _printed(text)
-    return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
-
-
-def _printed(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
