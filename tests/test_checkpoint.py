@@ -155,3 +155,12 @@ def test_a_process_killed_at_any_io_operation_of_a_save(tmp_path: Path) -> None:
     outcomes = [line.split() for line in done.stdout.splitlines()]
     assert sum(code == "9" for _, code, _ in outcomes) >= 5, "the crash points were not reached"
     assert {step for *_, step in outcomes} == {"1", "2"}, "killed before and after the rename"
+
+
+def test_a_glance_reads_plain_values_and_passes_over_what_is_broken(tmp_path: Path) -> None:
+    assert checkpoint.glance(tmp_path / "none") is None
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"w": torch.zeros(3)}, {"identity": step})
+    assert checkpoint.glance(tmp_path) == {"identity": 2, "step": 2}
+    (tmp_path / "step-00000002" / "values.json").write_text("{")
+    assert checkpoint.glance(tmp_path) == {"identity": 1, "step": 1}

@@ -210,3 +210,14 @@ def latest(folder: Path) -> tuple[Saved | None, list[str]]:
         except Damaged as error:
             passed_over.append(f"{error.what}: {'; '.join(error.details) or error.why}")
     return None, passed_over
+
+
+def glance(folder: Path) -> dict[str, Any] | None:
+    """The plain values of the newest checkpoint that has readable ones, without its tensors and unverified."""
+    for path in _checkpoints(folder):
+        try:
+            values: dict[str, Any] = json.loads((path / "values.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return values
+    return None

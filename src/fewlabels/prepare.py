@@ -111,7 +111,7 @@ def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any]
     """Make RUN/data; that of a begun pretraining gives way only to the same images. A kill in between leaves no note,
     and without a note they are read again.
     """
-    begun, _ = checkpoint.latest(folder.stage("pretrain"))
+    begun = checkpoint.glance(folder.stage("pretrain"))
     data, bad_csv = folder.data, folder.path / "bad_images.csv"
     if begun is None:
         note.unlink(missing_ok=True)
@@ -124,9 +124,7 @@ def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any]
         )  # fmt: skip
         if begun is not None:
             now = images_digest(labels.assemble(source, store, kept, bad))
-            check_identity(
-                begun.values["identity"], begun.values["identity"] | {"images": now}, "pretrain", folder.path
-            )
+            check_identity(begun["identity"], begun["identity"] | {"images": now}, "pretrain", folder.path)
             note.unlink(missing_ok=True)
             shutil.rmtree(folder.data, ignore_errors=True)
             data.rename(folder.data)
@@ -259,9 +257,9 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
 def check_resumable(prepared: Prepared) -> None:
     """Refuse, before anything is done, a folder whose stages belong to another run."""
     for stage in ("pretrain", "finetune", "supervised", "distill_self", "distill"):
-        saved, _ = checkpoint.latest(prepared.folder.stage(stage))
-        if saved is not None:
-            check_identity(saved.values["identity"], identity(prepared, stage), stage, prepared.folder.path)
+        saved = checkpoint.glance(prepared.folder.stage(stage))
+        if saved is not None and "identity" in saved:
+            check_identity(saved["identity"], identity(prepared, stage), stage, prepared.folder.path)
 
 
 def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:

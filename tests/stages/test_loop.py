@@ -69,6 +69,8 @@ def classifier(seed: int) -> Classifier:
 
 def build(name: str) -> Stage:
     body, head = networks()
+    if name == "dropout":
+        return with_dropout()
     if name == "pretrain":
         return Pretrain(body, head, view=two_views, temperature=0.2)
     if name == "momentum":
@@ -78,9 +80,16 @@ def build(name: str) -> Stage:
     return Distill(classifier(5), classifier(6), view=crop, temperature=0.5, label_weight=0.3)
 
 
+def with_dropout() -> Stage:
+    """A network that draws from torch's own generator, as timm's with stochastic depth do."""
+    network = classifier(0)
+    network.head.append(nn.Dropout(0.3))
+    return Finetune(network, view=crop)
+
+
 def job(name: str, dataset: labels.Dataset, optimizer: str) -> Job:
     schedule = Schedule(epochs=3, batch=16, optimizer=optimizer, learning_rate=0.05, scaling="none", warmup=0.2)
-    ids = dataset.labeled if name == "finetune" else dataset.train
+    ids = dataset.labeled if name in ("finetune", "dropout") else dataset.train
     return Job(name=name, stage=build(name), schedule=schedule, ids=ids, seed=3, identity={})
 
 
@@ -108,7 +117,7 @@ def train(
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-@pytest.mark.parametrize("name", ["pretrain", "momentum", "finetune", "distill"])
+@pytest.mark.parametrize("name", ["pretrain", "momentum", "finetune", "distill", "dropout"])
 def test_stopped_saved_and_resumed_equals_unbroken(
     name: str, optimizer: str, dataset: labels.Dataset, tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ class Plan:
     log_every: int
     eval_every: int  # 0 = never
     save_every: int
+    seed: int = 0  # of what draws from torch's own generator: dropout and stochastic depth of timm models
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,15 @@ def train(
 ) -> bool:
     """Train from state.step to plan.total_steps. Returns False if it was asked to stop before (it has saved then).
 
-    Raises Diverged as soon as a loss or a weight is not finite; nothing of that step is saved.
+    Raises Diverged as soon as a loss or a weight is not finite; nothing of that step is saved. torch's own generators
+    are seeded every step.
     """
     state.stage.train()
     waited = 0.0  # seconds that the device waited for batches, since the last log
     mark = asked = time.perf_counter()
     for batch in batches:
         waited += time.perf_counter() - asked
+        torch.manual_seed((plan.seed << 24) + state.step & (1 << 63) - 1)  # so that a resumed run drops the same
         scalars = step(state, batch, plan.learning_rate(state.step), precision)
         if state.step % plan.log_every == 0 or state.step == plan.total_steps:
             now = time.perf_counter()

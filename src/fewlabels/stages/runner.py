@@ -21,6 +21,7 @@ from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
 from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState, step, train
 
 LOGS, EVALUATIONS, SAVES = 100, 8, 20  # of each, about so many a stage
+MOST_STEPS_SILENT = 50
 MOST_STEPS_UNSAVED = 500
 TIMED_STEPS = 4
 
@@ -75,15 +76,16 @@ class Job:
         return Order(self.ids, self.derived.batch, self.seed)
 
 
-def pace(derived: Derived, *, evaluate: bool) -> Plan:
+def pace(derived: Derived, seed: int, *, evaluate: bool) -> Plan:
     """How often a stage logs, evaluates and saves. The same on every rank, so that all of them save together."""
     total = derived.total_steps
     return Plan(
         total_steps=total,
         learning_rate=derived.learning_rate,
-        log_every=max(1, total // LOGS),
+        log_every=max(1, min(MOST_STEPS_SILENT, total // LOGS)),
         eval_every=max(1, total // EVALUATIONS) if evaluate else 0,
         save_every=max(1, min(MOST_STEPS_UNSAVED, total // SAVES)),
+        seed=seed,
     )
 
 
@@ -101,10 +103,9 @@ def run(job: Job, at: Workplace) -> None:
     batches = training_batches(at.dataset, job.order(), first_step=state.step, last_step=total, device=at.device)
     at.interrupts.patient = True
     try:
-        finished = train(
-            state, batches, pace(job.derived, evaluate=job.scores is not None), _listeners(job, at, state, clock),
-            at.precision,
-        )  # fmt: skip
+        rhythm = pace(job.derived, job.seed, evaluate=job.scores is not None)
+        with torch.random.fork_rng(devices=[at.device] if at.device.type == "cuda" else []):
+            finished = train(state, batches, rhythm, _listeners(job, at, state, clock), at.precision)
     except torch.OutOfMemoryError as error:
         raise UsageError(
             f"the GPU has too little memory for {job.name} with batches of {job.derived.batch}",
