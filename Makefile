@@ -29,6 +29,8 @@ check: .venv/dev.stamp
 
 bench: .venv/demo.stamp
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python -m benchmarks loss
+	$(BIN)/python -m benchmarks views --peers torchvision
 
 clean:
 	rm -rf .venv build dist

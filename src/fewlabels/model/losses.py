@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewlabels import runtime
 from fewlabels.errors import UsageError
+from fewlabels.model.contrast import contrast, nearest_own_share
 from fewlabels.model.layers import at_least_float32, full_precision
 
 
@@ -24,13 +25,13 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.1, *, normaliz
     l2-normalised here, unless normalize=False (the reference's `hidden_norm`). Every rank must bring the same n.
     Returns a scalar: the mean over this rank's 2n anchors, each against all 2N - 1 other projections of all ranks. The
     mean over ranks is the loss of the whole batch, and runtime.average_gradients makes the gradients those of that
-    mean. One image alone has loss 0.
+    mean, if every rank calls backward. One image alone has loss 0. Memory is O(N d): see contrast.py.
     The reference optimises the sum of the two views' means, which is twice this.
     Raises UsageError for shapes that differ and temperatures that are not above 0.
     """
     anchors = _projections(first, second, temperature, normalize=normalize)  # (2n, d)
-    with full_precision(anchors):
-        return _contrast(anchors, runtime.gather(anchors), temperature)
+    everyone = runtime.gather(anchors.detach())  # (2N, d)
+    return contrast(anchors, everyone, temperature, unit=normalize, symmetric=True)
 
 
 def nt_xent_with_queue(
@@ -60,8 +61,7 @@ def nt_xent_with_queue(
     with torch.no_grad():
         keys = runtime.gather(_projections(first_key, second_key, temperature))  # (2N, d)
         keys = torch.cat([keys, _normalized(queue)])  # (2N + Q, d)
-    with full_precision(anchors):
-        return _contrast(anchors, keys, temperature)
+    return contrast(anchors, keys, temperature, unit=True, symmetric=False)
 
 
 @torch.no_grad()
@@ -74,9 +74,7 @@ def contrast_accuracy(first: Tensor, second: Tensor) -> Tensor:
     with full_precision(anchors):
         n = len(first)
         candidates = runtime.gather(anchors[n:])  # (N, d)
-        nearest = (anchors[:n] @ candidates.T).argmax(1)
-    own = torch.arange(n, device=nearest.device) + runtime.rank() * n
-    return (nearest == own).float().mean()
+        return nearest_own_share(anchors[:n], candidates, runtime.rank() * n)
 
 
 def distillation_loss(
@@ -104,20 +102,6 @@ def distillation_loss(
         teacher = (at_least_float32(teacher_logits.detach()) / temperature).softmax(1)
         loss = F.cross_entropy(student, teacher.to(student.dtype))
     return loss * temperature**2 if scale_by_temperature_squared else loss
-
-
-def _contrast(anchors: Tensor, candidates: Tensor, temperature: float) -> Tensor:
-    """Mean cross-entropy of each anchor (2n, d) to its positive among candidates (2N [+ Q], d).
-
-    Candidates start with the 2n rows of every rank in rank order. Anchor i stands at row 2n * rank + i (and is masked
-    there); its positive is the other view, n rows further on or back.
-    """
-    rows = len(anchors)
-    offset = runtime.rank() * rows
-    logits = (anchors / temperature) @ candidates.T  # (2n, 2N [+ Q])
-    logits.diagonal(offset).fill_(-torch.inf)
-    positives = torch.arange(rows, device=logits.device).roll(rows // 2) + offset  # (2n,)
-    return F.cross_entropy(logits, positives)
 
 
 def _projections(first: Tensor, second: Tensor, temperature: float, *, normalize: bool = True) -> Tensor:
