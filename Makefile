@@ -1,9 +1,10 @@
 # make demo   the whole method on embedded data: creates .venv, installs, ends with the path of the report
-# make test   the tests;  make check  format, lint, types, floors, knobs, sizes;  make bench  side-by-side measurements
+# make test   the tests;  make faults  100 kills at random moments;  make check  format, lint, types, floors, knobs, sizes;
+# make bench  side-by-side measurements
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check faults bench clean
 
 .venv/demo.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,6 +27,9 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
+
+faults: .venv/dev.stamp
+	$(BIN)/python tests/faults/kills.py --kills 100
 
 bench: .venv/demo.stamp
 	$(BIN)/python benchmarks/digits.py
