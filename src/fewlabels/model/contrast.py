@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from fewlabels import runtime
 from fewlabels.model.layers import full_precision
 
-TILE = 512  # rows and columns: 1 MB of float32, which stays in a core's cache
+TILE = 512  # rows and columns on a CPU: 1 MB of float32, which stays in a core's cache
+TILE_CUDA = 4096  # on a GPU launches count: 64 MB at a time, not measured
 SHIFTABLE = 40.0  # up to this 1 / temperature exp(s - 1 / temperature) of unit rows is above 1e-35: no underflow
 
 
@@ -49,7 +50,7 @@ class _Contrast(torch.autograd.Function):
         own = runtime.rank() * rows
         positives = torch.arange(rows, device=anchors.device).roll(rows // 2) + own  # (R,)
         # Bounded similarities need no maximum before exp, and then a tile's sums hold for its columns as well
-        fast = unit and symmetric and TILE < rows == len(candidates) and 1 / temperature <= SHIFTABLE
+        fast = unit and symmetric and _tile(anchors) < rows == len(candidates) and 1 / temperature <= SHIFTABLE
         with full_precision(anchors):
             if fast:
                 sums = _triangle_sums(anchors, temperature)
@@ -76,12 +77,16 @@ class _Contrast(torch.autograd.Function):
         return found.mul_(gradients[0] / (temperature * len(anchors))), None, None, None, None
 
 
+def _tile(rows: Tensor) -> int:
+    return TILE_CUDA if rows.is_cuda else TILE
+
+
 # --- rows against all columns: several ranks, a queue, or similarities without a bound ---------------------------
 
 
 def _rows(anchors: Tensor, candidates: Tensor, temperature: float, own: int) -> Iterator[tuple[slice, Tensor]]:
     """Similarities (T, M) of a few anchors at a time, their own places at minus infinity."""
-    step = max(1, TILE * TILE // len(candidates))
+    step = max(1, _tile(anchors) ** 2 // len(candidates))
     for start in range(0, len(anchors), step):
         part = slice(start, min(start + step, len(anchors)))
         tile = (anchors[part] / temperature) @ candidates.T
@@ -118,7 +123,8 @@ def _row_gradient(
 
 def _triangle(anchors: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
     """exp(s_ij - 1 / temperature) of every tile on and above the diagonal, 0 on the diagonal itself."""
-    scaled, parts = anchors / temperature, [slice(k, k + TILE) for k in range(0, len(anchors), TILE)]
+    side = _tile(anchors)
+    scaled, parts = anchors / temperature, [slice(k, k + side) for k in range(0, len(anchors), side)]
     shift = anchors.new_full((), -1 / temperature)
     for number, i in enumerate(parts):
         for j in parts[number:]:
@@ -150,9 +156,6 @@ def _triangle_gradient(anchors: Tensor, sums: Tensor, temperature: float) -> Ten
 
 def nearest_own_share(anchors: Tensor, candidates: Tensor, own: int) -> Tensor:
     """The share of anchors (R, d) i whose most similar candidate (M, d) is the one in row own + i; a scalar."""
-    hits = [
-        ((anchors[start : start + TILE] @ candidates.T).argmax(1) - own - start)
-        == torch.arange(len(anchors[start : start + TILE]), device=anchors.device)
-        for start in range(0, len(anchors), TILE)
-    ]
-    return torch.cat(hits).float().mean()
+    parts = [anchors[k : k + _tile(anchors)] for k in range(0, len(anchors), _tile(anchors))]
+    nearest = torch.cat([(part @ candidates.T).argmax(1) for part in parts])  # (R,)
+    return (nearest == own + torch.arange(len(anchors), device=anchors.device)).float().mean()
