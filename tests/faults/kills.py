@@ -106,7 +106,7 @@ def killed_run(images: Path, run: Path, seconds: float, rng: random.Random, kill
     for _ in range(kills):
         before, log = newest(run), run.with_suffix(".log")
         child = start(command(images, run), log)
-        deadline = time.monotonic() + rng.uniform(0.05, seconds)
+        deadline = time.monotonic() + rng.uniform(0.05, 0.4 * seconds)
         while time.monotonic() < deadline and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.005)
         os.kill(child, signal.SIGKILL)
