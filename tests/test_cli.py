@@ -74,6 +74,10 @@ MISTAKES = [
     ("export {none}", 66, ["fix:"]),
     ("export {run} --format onxx", 2, ["onnx"]),
     ("report {none}", 66, ["fix:"]),
+    ("fit {photos} --out {out} --recpe smoke", 2, ["--recipe"]),
+    ("predict {run} {file}", 65, ["no kind of images", "fix:"]),
+    ("predict {run}", 2, ["fix:"]),
+    ("fit {photos} --out {run} --recipe digits", 73, ["begun with the recipe smoke", "new --out"]),
 ]
 
 
@@ -140,6 +144,9 @@ def test_the_commands_on_a_finished_run(
     assert code == 0
     assert "16 images predicted" in out
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 17
+    two = [str(path) for path in sorted((photos / "test").rglob("*.png"))[:2]]
+    code, out, _ = answer(capsys, "predict", str(run), *two, "--out", str(tmp_path / "two.csv"))
+    assert (code, "2 images predicted" in out) == (0, True)
     code, out, _ = answer(capsys, "report", str(run))
     assert (code, out.strip()) == (0, str(run / "report.html"))
 

@@ -141,9 +141,21 @@ def test_other_images_are_refused_and_the_stored_ones_kept(run: fl.Run, photos: 
     # Touched files are read again, and as they are the same images the run goes on
     for path in photos.rglob("*.png"):
         os.utime(path)
-    assert fl.fit(photos, out=run.path, recipe="smoke", **SMALL).metrics == run.metrics
+    weights = final_weights(run.path)
+    fl.fit(photos, out=run.path, recipe="smoke", **SMALL)
+    assert same(final_weights(run.path), weights)
     assert (run.path / "data/pixels.u8").read_bytes() == before["data/pixels.u8"]
     assert (run.path / "data.json").read_bytes() != before["data.json"]
+
+
+def test_a_run_keeps_its_recipe_when_none_is_asked_for(run: fl.Run, photos: Path) -> None:
+    before = final_weights(run.path)
+    fl.fit(photos, out=run.path, **SMALL)
+    assert same(final_weights(run.path), before)
+    assert json.loads((run.path / "resolved.json").read_text())["asked"]["recipe"] == "smoke"
+    with pytest.raises(CannotCreate, match="begun with the recipe smoke, and digits"):
+        fl.fit(photos, out=run.path, recipe="digits", **SMALL)
+    assert same(final_weights(run.path), before)
 
 
 def test_pretraining_alone_keeps_the_results_of_a_finished_run(run: fl.Run, photos: Path) -> None:

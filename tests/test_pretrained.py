@@ -214,6 +214,16 @@ def test_an_encoder_without_classifier(unlabeled: Path, photos: Path, tmp_path: 
     assert run.model.classes == tuple(sorted(NAMES))
 
 
+def test_a_run_that_only_pretrained_is_one(unlabeled: Path, photos: Path, tmp_path: Path) -> None:
+    alone = fl.fit(unlabeled, out=tmp_path / "alone", recipe="smoke")
+    found = alone.model
+    assert (found.classes, found.card.whole_head) == ((), True)
+    assert np.isfinite(found.features(shapes_images(3)[0])).all()
+    tuned = fl.fit(photos, out=tmp_path / "tuned", recipe="smoke", pretrained=str(alone.path), until="finetune",
+                   finetune={"freeze_below": 4, "tap": 2})  # fmt: skip
+    assert same(tuned.model.network.encoder.state_dict(), found.network.encoder.state_dict())
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [("a\nb\nc", "3 names for the classifier's 4 outputs"), ("a\nb\na\nd", "also in line 1"), ("a\n\nb\nc", "empty")],

@@ -15,7 +15,7 @@ from typing import Any
 
 from fewlabels import config, plan, recipes
 from fewlabels.config import Recipe
-from fewlabels.errors import UsageError
+from fewlabels.errors import CannotCreate, UsageError
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder
 from fewlabels.use import artefact
@@ -56,6 +56,22 @@ class Asked:
             "keep_labels": self.keep_labels,
             "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
         }
+
+
+def of_run(asked: Asked, folder: RunFolder) -> Asked:
+    """asked, with the recipe of the run where `auto` leaves it open; another one is refused once a stage has begun."""
+    stored, recipe = folder.resolved(), asked.recipe
+    if recipe.endswith(".toml"):
+        recipe = str(Path(recipe).absolute())  # a later command may come from another folder
+    before = stored["asked"]["recipe"] if stored and begun_stages(folder) else recipe
+    if recipe not in ("auto", before):
+        raise CannotCreate(
+            f"{folder.path} was begun with the recipe {before}, and {recipe} is asked for now",
+            why="one run follows one recipe; nothing was changed",
+            fix=f"give a new --out (with --pretrained {folder.path} it begins with what was learned), "
+            "or leave out --recipe to go on",
+        )
+    return replace(asked, recipe=before)
 
 
 # --- the recipe --------------------------------------------------------------------------------------------------

@@ -115,8 +115,8 @@ class Predict:
 
     run: Positional[str]
     """Run folder or model folder."""
-    images: Positional[str]
-    """Images in any form."""
+    images: Positional[tuple[str, ...]]
+    """Images in any form, or several pictures."""
     out: str = "predictions.csv"
     """The CSV to write."""
     json: bool = False
@@ -212,6 +212,8 @@ def _tell(run: Any, *, as_json: bool) -> None:
             else evaluate.percent({"accuracy": row["accuracy"], "interval": (row["low"], row["high"]), "n": row["n"]})
         )
         print(f"{row['name']:<46} {told}" + ("  cross-validated" if row["cross_validated"] else ""))
+    if results["rows"] and results["held_out"] is None:
+        print("to measure all of it: give labeled images that no stage sees, with --test or in a folder named test")
     print(f"report: {run.path / 'report.html'}")
 
 
@@ -235,7 +237,10 @@ def _evaluate(command: Evaluate) -> None:
 def _predict(command: Predict) -> None:
     from fewlabels.use import predict
 
-    summary = predict.write_predictions(predict.load(command.run), command.images, command.out)
+    if not command.images:
+        raise UsageError("no images were given", fix=f"fewlabels predict {command.run} IMAGES")
+    images = command.images[0] if len(command.images) == 1 else list(command.images)
+    summary = predict.write_predictions(predict.load(command.run), images, command.out)
     if command.json:
         print(json.dumps(summary))
     else:

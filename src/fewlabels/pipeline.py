@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fewlabels import plan, runtime
-from fewlabels.asked import Asked, begun_stages, parse_budget, same_wishes
+from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_wishes
 from fewlabels.errors import DataError, FewlabelsError, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
+from fewlabels.model.heads import Classifier
 from fewlabels.prepare import (
     Prepared,
     check_resumable,
@@ -89,6 +90,7 @@ def run(asked: Asked) -> Run:
     source = open_images(asked)
     folder = RunFolder(asked.out)
     with Interrupts().watching() as interrupts, folder.locked():
+        asked = of_run(asked, folder)
         try:
             folder.status("running", "prepare")
             _run_stages(asked, folder, prepare(asked, source, folder, device), interrupts)
@@ -193,7 +195,10 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
     recipe, path = prepared.recipe, prepared.folder.path
     results, arrays = compare.compare(prepared.dataset, worker.pretrain(), worker.classifiers, final, prepared.setting)
     compare.write(path, results, arrays)
-    if final in worker.classifiers:
+    classifier, head = worker.classifiers.get(final), None
+    if final == "pretrain":  # a model too: it has features, and --pretrained can begin with it
+        classifier, head = Classifier(worker.pretrain().encoder, None, tap=0, num_classes=1), worker.pretrain().head
+    if classifier is not None:
         student = recipe.distill.student if final == "distill" else None
         card = Card(
             encoder=student or recipe.encoder,
@@ -201,7 +206,8 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
             tap=recipe.finetune.tap if final == "finetune" else 0,
             head_layers=recipe.pretrain.head_layers,
             head_out=recipe.pretrain.head_out,
-            classes=prepared.dataset.classes,
+            whole_head=head is not None,
+            classes=prepared.dataset.classes if head is None else (),
             size=recipe.size,
             kind=recipe.kind,
             canvas=prepared.dataset.store.canvas,
@@ -212,6 +218,6 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
                 "seed": prepared.seed,
             },
         )  # fmt: skip
-        artefact.save(prepared.folder.model, worker.classifiers[final], card)
+        artefact.save(prepared.folder.model, classifier, card, head)
     prepared.folder.status("finished")
     report.write(path)

@@ -103,7 +103,11 @@ def _path(path: Path) -> Source:
         return opener(path)
     if folders.is_picture(str(path)):
         return _paths([path])
-    raise UsageError(f"{display_name(str(path))} is no kind of images that is known", why=f"images are {KINDS}")
+    raise DataError(
+        f"{display_name(str(path))} is no kind of images that is known",
+        why=f"images are {KINDS}",
+        fix="give the pictures themselves, or the folder that they lie in",
+    )
 
 
 # --- files -------------------------------------------------------------------------------------------------------
