@@ -83,11 +83,16 @@ def _multiply(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return high, low
 
 
-def _words(seed: int, epoch: int, ids: Tensor, stream: int, blocks: int) -> Tensor:
-    """(B, 4 * blocks) int64 random words in [0, 2^32)."""
+def check_key(seed: int, epoch: int, stream: int, blocks: int) -> None:
+    """Raise UsageError for a number that the counter or the key cannot hold."""
     for name, value, bits in (("seed", seed, 64), ("epoch", epoch, 32), ("stream", stream, 16), ("blocks", blocks, 16)):
         if not 0 <= value < 1 << bits:
             raise UsageError(f"{name} {value} is out of range", fix=f"use a number from 0 to 2^{bits} - 1")
+
+
+def _words(seed: int, epoch: int, ids: Tensor, stream: int, blocks: int) -> Tensor:
+    """(B, 4 * blocks) int64 random words in [0, 2^32)."""
+    check_key(seed, epoch, stream, blocks)
     block = stream * 65536 + torch.arange(blocks, device=ids.device)  # (K,)
     words = [ids[:, None] & MASK, (ids[:, None] >> 32) & MASK, torch.full_like(block, epoch), block]
     counter = torch.stack([word.expand(len(ids), blocks) for word in words], dim=-1)  # (B, K, 4)

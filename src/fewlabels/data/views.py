@@ -21,6 +21,8 @@ B = images, H, W = height and width of the canvas, S = side of the view. An exte
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Self
@@ -28,10 +30,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fewlabels import random
 from fewlabels.data import colour
 from fewlabels.data.resample import matrices, resample, sparse_matrices, warp
 from fewlabels.errors import DataError, UsageError, nearest
-from fewlabels.random import uniforms
 
 # Candidate crops per image; the whole image when all fail. The reference tries 100 times. One try fails with
 # probability 0.06 on images of 3:4, 0.10 at 2:5, 0.16 at 1:4, 0.5 at 1:8 (measured); all ten with 1e-12 to 1e-3.
@@ -39,6 +41,7 @@ TRIES = 10
 ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
 AREA_DRAWN, AREA_KEPT = 0.08, 0.1  # the reference draws from 8 % up and then rejects what is below 10 %
 BLUR_SIGMA = (0.1, 2.0)
+PLAIN = False  # True: the plain path even where a compiled one could run (tests, comparisons)
 CHUNK_BYTES = 1 << 21  # CPU: views made at once, so that a chunk stays in the cache between operations
 
 
@@ -131,12 +134,7 @@ def pretrain(
     strokes = draw_paint(ids, epoch=epoch, seed=seed, view=view, strength=strength)
     if shared_blur_sigma:
         strokes = replace(strokes, sigma=strokes.sigma[:1].expand_as(strokes.sigma))
-
-    def make(part: slice) -> Tensor:
-        images = place(pixels[part], placement.rows(part), size=size, kind=kind)
-        return paint(images, strokes.rows(part), blur=blur, kind=kind)
-
-    return _in_chunks(make, pixels, size)
+    return _make(pixels, placement, strokes, size=size, kind=kind, blur=blur)
 
 
 def finetune(
@@ -156,11 +154,7 @@ def finetune(
     """
     _check(pixels, extent, size, kind)
     placement = draw_placement(extent, ids, epoch=epoch, seed=seed, view=view, kind=kind, amount=0.5)
-
-    def make(part: slice) -> Tensor:
-        return place(pixels[part], placement.rows(part), size=size, kind=kind).clamp_(0, 1)
-
-    return _in_chunks(make, pixels, size)
+    return _make(pixels, placement, None, size=size, kind=kind)
 
 
 def evaluate(pixels: Tensor, extent: Tensor, *, size: int, kind: str = "photo", crop: float | None = None) -> Tensor:
@@ -173,12 +167,7 @@ def evaluate(pixels: Tensor, extent: Tensor, *, size: int, kind: str = "photo", 
     _check(pixels, extent, size, kind)
     box = _central_box(extent, size=size, kind=kind, crop=crop)
     stay = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
-    placement = Placement(box, stay, _identity(stay))
-
-    def make(part: slice) -> Tensor:
-        return _cut(pixels[part], placement.rows(part), size=size, kind=kind).clamp_(0, 1)
-
-    return _in_chunks(make, pixels, size)
+    return _make(pixels, Placement(box, stay, _identity(stay)), None, size=size, kind=kind, warped=False)
 
 
 def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo", crop: float | None = None) -> Tensor:
@@ -203,7 +192,7 @@ def draw_placement(
     extent: Tensor, ids: Tensor, *, epoch: int, seed: int, view: int, kind: str = "photo", amount: float = 1.0
 ) -> Placement:
     """Where the views of these images come from. amount scales the warps of glyphs."""
-    numbers = uniforms(seed, epoch, ids, 2 * view, 3 + 2 * TRIES)  # (B, 23)
+    numbers = _uniforms(seed, epoch, ids, 2 * view, 3 + 2 * TRIES)  # (B, 23)
     if KINDS[kind].warp:
         flip = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         return Placement(_whole(extent), flip, _draw_affine(numbers, amount))
@@ -219,7 +208,7 @@ def draw_paint(ids: Tensor, *, epoch: int, seed: int, view: int, strength: float
             why="brightness and contrast factors are drawn from 1 - 0.8 * strength up, and must not be negative",
             fix="use a strength from 0 to 1.25",
         )
-    numbers = uniforms(seed, epoch, ids, 2 * view + 1, 12)  # (B, 12)
+    numbers = _uniforms(seed, epoch, ids, 2 * view + 1, 12)  # (B, 12)
     signed = 2 * numbers[:, 4:8] - 1
     factors = torch.cat([1 + 0.8 * strength * signed[:, :3], 0.2 * strength * signed[:, 3:]], dim=1)
     low, high = BLUR_SIGMA
@@ -303,10 +292,42 @@ def _central_box(extent: Tensor, *, size: int, kind: str, crop: float | None) ->
 # --- making -----------------------------------------------------------------------------------------------
 
 
-def place(pixels: Tensor, placement: Placement, *, size: int, kind: str = "photo") -> Tensor:
+def _make(
+    pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: int, kind: str, blur: bool = False,
+    warped: bool = True,
+) -> Tensor:  # fmt: skip
+    """The views by these numbers: compiled on a CPU where numba is there, else place() and paint() in chunks."""
+    warped = warped and KINDS[kind].warp
+    fused = _fused(pixels.device)
+    if fused is not None:
+        radius = _blur_radius(size) if blur else 0
+        return fused.make(pixels, placement, strokes, size=size, kind=KINDS[kind], warp=warped, radius=radius)
+
+    def make(part: slice) -> Tensor:
+        images = place(pixels[part], placement.rows(part), size=size, kind=kind, warped=warped)
+        return images.clamp_(0, 1) if strokes is None else paint(images, strokes.rows(part), blur=blur, kind=kind)
+
+    return _in_chunks(make, pixels, size)
+
+
+def _fused(device: torch.device) -> types.ModuleType | None:
+    """The compiled twin of this module, None where it cannot run."""
+    if device.type != "cpu" or PLAIN or importlib.util.find_spec("numba") is None:
+        return None
+    return importlib.import_module("fewlabels.data.fused")
+
+
+def _uniforms(seed: int, epoch: int, ids: Tensor, stream: int, count: int) -> Tensor:
+    fused = _fused(ids.device)
+    return (fused or random).uniforms(seed, epoch, ids, stream, count)  # type: ignore[no-any-return]
+
+
+def place(
+    pixels: Tensor, placement: Placement, *, size: int, kind: str = "photo", warped: bool | None = None
+) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 (B, 3, size, size), a little beyond [0, 1] where the bicubic kernel overshoots."""
     images = _cut(pixels, placement, size=size, kind=kind)
-    return warp(images, placement.affine) if KINDS[kind].warp else images
+    return warp(images, placement.affine) if (KINDS[kind].warp if warped is None else warped) else images
 
 
 def paint(images: Tensor, strokes: Paint, *, blur: bool = True, kind: str = "photo") -> Tensor:
@@ -316,7 +337,7 @@ def paint(images: Tensor, strokes: Paint, *, blur: bool = True, kind: str = "pho
     if has_colour:
         images = colour.on_rows(lambda rows, _: colour.grayscale(rows), images, strokes.sigma, strokes.gray)
     images = images.clamp(0, 1)
-    radius = images.shape[-1] // 10 // 2
+    radius = _blur_radius(images.shape[-1])
     if blur and radius > 0:
 
         def soften(rows: Tensor, sigma: Tensor) -> Tensor:
@@ -324,6 +345,11 @@ def paint(images: Tensor, strokes: Paint, *, blur: bool = True, kind: str = "pho
 
         images = colour.on_rows(soften, images, strokes.sigma, strokes.blur).clamp_(0, 1)
     return images
+
+
+def _blur_radius(size: int) -> int:
+    """Half the reference's kernel, a tenth of the view."""
+    return size // 10 // 2
 
 
 def _cut(pixels: Tensor, placement: Placement, *, size: int, kind: str) -> Tensor:
