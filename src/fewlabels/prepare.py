@@ -9,6 +9,8 @@ import hashlib
 import json
 import platform
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +24,7 @@ import fewlabels
 from fewlabels import checkpoint, config, plan, runtime
 from fewlabels.asked import Asked, begun_stages, resolve
 from fewlabels.config import Recipe
-from fewlabels.data import decode, labels, pixels
+from fewlabels.data import decode, labels, pixels, views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.sources import Source, open_source
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
@@ -221,8 +223,19 @@ def open_images(asked: Asked) -> Source:
     return open_source(asked.images, asked.labels, test=asked.test)
 
 
+def compile_views(device: torch.device) -> None:
+    """Load the compiled views where they will run; rank 0 compiles them if need be and the others find the result."""
+    if device.type == "cpu":
+        hint = threading.Timer(2.0, say, ["compiling the views, once on this machine (about 15 s) ..."])
+        hint.start()
+        with runtime.main_first():
+            views.compiled()
+        hint.cancel()
+
+
 def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.device) -> Prepared:
     """Understand the images, resolve the recipe, and say both."""
+    compile_views(device)
     began, stored, begun = time.perf_counter(), folder.resolved(), begun_stages(folder)
     side, gray = survey(source)
     rough = Facts(
@@ -323,6 +336,7 @@ def versions() -> dict[str, str]:
         "fewlabels": fewlabels.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "numba": sys.modules["numba"].__version__ if "numba" in sys.modules else "not there: plain views on a CPU",
         "python": platform.python_version(),
     }
 

@@ -3,6 +3,7 @@
 A view is drawn and then made. draw_placement() and draw_paint() turn (seed, epoch, image id, view) into numbers;
 place() cuts and resizes, paint() colours and blurs. Nothing else is random, so a view depends neither on the batch that
 it is made in nor on workers, ranks or restarts. On a GPU all shapes are fixed and the host is never waited for.
+On a CPU data/fused.py makes the same views image by image, compiled by numba, where numba can be used.
 
 Four kinds of images:
 
@@ -21,7 +22,8 @@ B = images, H, W = height and width of the canvas, S = side of the view. An exte
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
+import importlib
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -301,7 +303,8 @@ def _make(
     fused = _fused(pixels.device)
     if fused is not None:
         radius = _blur_radius(size) if blur else 0
-        return fused.make(pixels, placement, strokes, size=size, kind=KINDS[kind], warp=warped, radius=radius)
+        made: Tensor = fused.make(pixels, placement, strokes, size=size, kind=KINDS[kind], warp=warped, radius=radius)
+        return made
 
     def make(part: slice) -> Tensor:
         images = place(pixels[part], placement.rows(part), size=size, kind=kind, warped=warped)
@@ -311,15 +314,21 @@ def _make(
 
 
 def _fused(device: torch.device) -> types.ModuleType | None:
-    """The compiled twin of this module, None where it cannot run."""
-    if device.type != "cpu" or PLAIN or importlib.util.find_spec("numba") is None:
+    """The compiled twin of this module, None where it is not to run."""
+    return compiled() if device.type == "cpu" and not PLAIN else None
+
+
+@functools.cache
+def compiled() -> types.ModuleType | None:
+    """data/fused.py, compiled now if it never was on this machine (12 s); None where numba cannot be used."""
+    try:
+        return importlib.import_module("fewlabels.data.fused")
+    except (ImportError, RuntimeError):  # no numba, one that does not fit numpy, or no folder for what it compiles
         return None
-    return importlib.import_module("fewlabels.data.fused")
 
 
 def _uniforms(seed: int, epoch: int, ids: Tensor, stream: int, count: int) -> Tensor:
-    fused = _fused(ids.device)
-    return (fused or random).uniforms(seed, epoch, ids, stream, count)  # type: ignore[no-any-return]
+    return (_fused(ids.device) or random).uniforms(seed, epoch, ids, stream, count)  # type: ignore[no-any-return]
 
 
 def place(
