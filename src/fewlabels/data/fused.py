@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewlabels import random
 from fewlabels.data import colour
+from fewlabels.data.philox import uniforms as uniforms
 
 if TYPE_CHECKING:
     from fewlabels.data.views import Kind, Paint, Placement
@@ -43,15 +43,6 @@ numba.config.SLP_VECTORIZE = (
 )
 exact = numba.njit(nogil=True, cache=True)
 fast = numba.njit(nogil=True, cache=True, fastmath=True)
-
-
-def uniforms(seed: int, epoch: int, ids: Tensor, stream: int, count: int) -> Tensor:
-    """random.uniforms() of int64 ids on the CPU: the same numbers."""
-    random.check_key(seed, epoch, stream, -(-count // 4))
-    found = np.empty((len(ids), count), dtype=F)
-    numbers = U(seed & random.MASK), U(seed >> 32), U(epoch), U(stream * 65536)
-    _uniforms(ids.contiguous().numpy().view(U), *numbers, found)
-    return torch.from_numpy(found)
 
 
 def make(
@@ -82,28 +73,6 @@ def make(
         with ThreadPoolExecutor(threads, thread_name_prefix="views") as pool:
             list(pool.map(work, edges[:-1], edges[1:]))
     return made
-
-
-# --- random numbers ---------------------------------------------------------------------------------------------
-
-MULTIPLIERS, KEY_STEPS = tuple(map(U, random.MULTIPLIERS)), tuple(map(U, random.KEY_STEPS))
-ROUNDS, MASK, WORD, BYTE = random.ROUNDS, U(random.MASK), U(32), U(8)
-
-
-@numba.njit("void(u8[::1], u8, u8, u8, u8, f4[:,::1])", nogil=True, cache=True)
-def _uniforms(ids, key_low, key_high, epoch, block, found):
-    """Philox4x32-10 as random.philox(); found: (B, count)."""
-    for i in range(found.shape[0]):
-        for k in range(0, found.shape[1], 4):
-            a, b, c, d = ids[i] & MASK, ids[i] >> WORD, epoch, block + U(k // 4)
-            low, high = key_low, key_high
-            for _ in range(ROUNDS):
-                one, two = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
-                a, b, c, d = (two >> WORD) ^ b ^ low, two & MASK, (one >> WORD) ^ d ^ high, one & MASK
-                low, high = (low + KEY_STEPS[0]) & MASK, (high + KEY_STEPS[1]) & MASK
-            for t, word in enumerate((a, b, c, d)):
-                if k + t < found.shape[1]:
-                    found[i, k + t] = F(word >> BYTE) * F(2.0**-24)
 
 
 # --- crop and resize -------------------------------------------------------------------------------------------------
@@ -385,20 +354,20 @@ def _ramp(bottom, chroma, share):
 
 @fast
 def _blur(view, sigma, radius, dark_border, padded):
-    """colour.blur() of one view (3, S, S) in place. padded: (3, S + 2 * (radius + MARGIN), S), zero above and below."""
+    """colour.blur() of one view (3, S, S) in place. padded: (3, (S + 2 * (radius + MARGIN)) * S)."""
     size, edge = view.shape[-1], radius + MARGIN
     kernel, covered, reach = _kernel(sigma, radius, size, dark_border)
     line = np.zeros(size + 2 * edge, dtype=F)
     for channel in range(3):
+        rows = padded[channel]
         for y in range(size):
-            source, out = view[channel, y], padded[channel, edge + y]
+            source, out = view[channel, y], rows[(edge + y) * size : (edge + y + 1) * size]
             for x in range(size):
                 line[edge + x] = source[x]
             for k in range(1, reach + 1, 4):
                 _four_pairs(line, edge, 1, kernel, k, out)
             for x in range(size):
                 out[x] *= covered[x]
-        rows = padded[channel].ravel()
         for y in range(size):
             out, scale = view[channel, y], covered[y]
             for k in range(1, reach + 1, 4):
@@ -414,15 +383,21 @@ def _four_pairs(values, place, step, kernel, k, out):
     One load and store of the sum for all of them. Eight slices instead of eight offsets would take twice as long.
     """
     p, q, r, s = kernel[k], kernel[k + 1], kernel[k + 2], kernel[k + 3]
-    o, k, step, first = U(place), U(k), U(step), k == 1
+    o, k, step, first, centre = U(place), U(k), U(step), k == 1, kernel[0]
     a, b, c, d = o - k * step, o - (k + U(1)) * step, o - (k + U(2)) * step, o - (k + U(3)) * step
     e, f, g, h = o + k * step, o + (k + U(1)) * step, o + (k + U(2)) * step, o + (k + U(3)) * step
-    for i in range(len(out)):
-        x = U(i)
-        outer = r * (values[c + x] + values[g + x]) + s * (values[d + x] + values[h + x])
-        inner = p * (values[a + x] + values[e + x]) + q * (values[b + x] + values[f + x])
-        before = kernel[0] * values[o + x] if first else out[x]
-        out[x] = before + (inner + outer)
+    if first:
+        for i in range(len(out)):
+            x = U(i)
+            outer = r * (values[c + x] + values[g + x]) + s * (values[d + x] + values[h + x])
+            inner = p * (values[a + x] + values[e + x]) + q * (values[b + x] + values[f + x])
+            out[x] = centre * values[o + x] + (inner + outer)
+    else:
+        for i in range(len(out)):
+            x = U(i)
+            outer = r * (values[c + x] + values[g + x]) + s * (values[d + x] + values[h + x])
+            inner = p * (values[a + x] + values[e + x]) + q * (values[b + x] + values[f + x])
+            out[x] += inner + outer
 
 
 @exact
@@ -464,9 +439,8 @@ def _views(
     area = size * size
     narrow = np.empty((pixels.shape[2], 3 * size + 1), dtype=F)  # between the two halves of a resize
     bare = np.empty((3, size, size), dtype=F)  # before a warp
-    padded = np.zeros(
-        (3, size + 2 * (radius + MARGIN), size), dtype=F
-    )  # between the two halves of a blur; its margins stay zero
+    # Between the two halves of a blur: three planes with margins above and below that stay zero
+    padded = np.zeros((3, (size + 2 * (radius + MARGIN)) * size), dtype=F)
     for i in range(first, last):
         view = made[i]
         _cut(pixels[i], boxes[i], flips[i], resize, narrow, bare if warp else view)
