@@ -23,23 +23,35 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 AGAIN = "ours again"
+LEAST_SECONDS = 0.1
 QUIET = (0.95, 1.05)  # the A/A ratio must lie in here
 
 
 def side_by_side(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, np.ndarray]:
-    """Seconds (rounds,) of every contender and of "ours" a second time; one round before is not counted."""
+    """Seconds (rounds,) of every contender and of "ours" a second time.
+
+    One round before is not counted. What is done within LEAST_SECONDS is done several times a round.
+    """
     called = {**contenders, AGAIN: contenders["ours"]}
-    names, seconds = list(called), {name: [] for name in called}
+    names, seconds, times = list(called), {name: [] for name in called}, dict.fromkeys(called, 1)
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            began = time.perf_counter()
-            called[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            took = _seconds(called[name], times[name])
             if number:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
+            else:
+                times[name] = max(1, round(LEAST_SECONDS / _seconds(called[name], 1)))
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _seconds(work: Callable[[], Any], times: int) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times
 
 
 def ratio(slower: np.ndarray, faster: np.ndarray) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Two views of every image: ours in batches, against lightly's SimCLR transform of the same strength, one by one.
+"""Two views of every image: ours in batches, compiled and plain, against lightly's SimCLR transform, one by one.
 
     python -m benchmarks views --peers lightly torchvision --threads 1
 
@@ -33,13 +33,27 @@ def ours(pixels: torch.Tensor, size: int, strength: float, *, blur: bool) -> Cal
     ids = torch.arange(len(pixels))
     epoch = 0
 
-    def work() -> torch.Tensor:
+    def work() -> list[torch.Tensor]:
         nonlocal epoch
         epoch += 1
         settings = {"size": size, "epoch": epoch, "seed": 0, "strength": strength, "blur": blur}
-        return torch.cat([views.pretrain(pixels, extent, ids, view=number, **settings) for number in (0, 1)])
+        return [views.pretrain(pixels, extent, ids, view=number, **settings) for number in (0, 1)]
 
     return work
+
+
+def plain(pixels: torch.Tensor, size: int, strength: float, *, blur: bool) -> Callable[[], Any]:
+    """The same by the plain path."""
+    work = ours(pixels, size, strength, blur=blur)
+
+    def slower() -> Any:
+        views.PLAIN = True
+        try:
+            return work()
+        finally:
+            views.PLAIN = False
+
+    return slower
 
 
 def lightly(pixels: torch.Tensor, size: int, strength: float, *, blur: bool) -> Callable[[], Any]:
@@ -75,7 +89,9 @@ def run(*, peers: list[str]) -> dict[str, Any]:
         coarse = torch.rand(count, 3, 8, 8)
         smooth = torch.nn.functional.interpolate(coarse, size=side, mode="bilinear")
         pixels = (smooth * 235 + 20 * torch.rand(count, 3, side, side)).to(torch.uint8)
-        makers = {"ours": ours} | {name: globals()[name] for name in peers if name in ("lightly", "torchvision")}
+        makers = {"ours": ours, "plain": plain} | {
+            name: globals()[name] for name in peers if name in ("lightly", "torchvision")
+        }
         calls = {name: make(pixels, size, strength, blur=blur) for name, make in makers.items()}
         title = f"two views of {size} px of {count} images of {side} px"
         found[str(size)] = harness.table(title, harness.side_by_side(calls, rounds=ROUNDS))

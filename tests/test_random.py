@@ -127,3 +127,14 @@ def test_numbers_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     arguments = {"seed": 0, "epoch": 0, "stream": 0, "count": 1, **wrong}
     with pytest.raises(UsageError, match="out of range"):
         random.uniforms(ids=torch.arange(1), **arguments)
+
+
+def test_the_compiled_numbers_are_the_same() -> None:
+    philox = pytest.importorskip("fewlabels.data.philox")
+    ids = torch.tensor([0, 5, 2**32, 2**40 + 3, 2**62, 7])
+    for seed, epoch, stream, count in ((0, 0, 0, 1), (2**64 - 1, 2**32 - 1, 2**16 - 1, 23), (2**40 + 5, 3, 9, 12)):
+        made = philox.uniforms(seed, epoch, ids, stream, count)
+        assert torch.equal(made, random.uniforms(seed, epoch, ids, stream, count))
+        assert torch.equal(philox.uniforms(seed, epoch, ids[1::2], stream, count), made[1::2])
+    with pytest.raises(UsageError, match="epoch"):
+        philox.uniforms(0, 2**32, ids, 0, 4)

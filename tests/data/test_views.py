@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fewlabels.errors import DataError, UsageError
 KINDS = ["photo", "gray", "glyph", "reference", "reference_tf1"]
 EXTENTS = torch.tensor([[40, 44], [17, 44], [40, 9], [23, 31], [5, 5], [40, 40], [12, 30], [1, 1]])
 SIZE = 24
+CLOSE = 5e-5  # between the compiled and the plain path
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,14 @@ def make(function: str, pixels: torch.Tensor, extent: torch.Tensor, ids: torch.T
     if function == "evaluate":
         return views.evaluate(pixels, extent, size=arguments["size"], kind=arguments["kind"])
     return getattr(views, function)(pixels, extent, ids, **arguments)
+
+
+@pytest.fixture(params=["compiled", "plain"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file holds for both paths."""
+    if request.param == "compiled" and views.compiled() is None:
+        pytest.skip("numba is not there")
+    monkeypatch.setattr(views, "PLAIN", request.param == "plain")
 
 
 CASES = [(function, kind) for function in ("pretrain", "finetune", "evaluate") for kind in KINDS]
@@ -104,6 +114,66 @@ def test_every_part_of_the_key_makes_another_view(pixels: torch.Tensor, function
         for other in [first, *made][:i]:
             assert ((one - other).abs().amax((1, 2, 3)) > 0.02).all()
     assert all((first[i] - first[j]).abs().max() > 0.02 for i in range(6) for j in range(i))
+
+
+# --- the compiled path ---------------------------------------------------------------------------------------------
+
+SHAPES = [
+    (32, 32, 32),
+    (96, 80, 96),
+    (120, 150, 112),
+    (40, 44, 24),
+    (300, 200, 32),
+    (2000, 9, 20),
+    (16, 16, 224),
+    (1, 1, 8),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("height", "width", "size"), SHAPES)
+def test_the_compiled_views_are_the_plain_ones(
+    kind: str, height: int, width: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = torch.Generator().manual_seed(height)
+    images = torch.randint(
+        0, 256, (12, 3, height, width), dtype=torch.uint8, generator=numbers
+    )  # noise is the worst case
+    extent = torch.stack([torch.randint(1, side + 1, (12,), generator=numbers) for side in (height, width)], dim=1)
+    for function in ("pretrain", "finetune", "evaluate"):
+        made = make(function, images, extent, torch.arange(12), kind=kind, size=size)
+        with monkeypatch.context() as patch:
+            patch.setattr(views, "PLAIN", not views.PLAIN)
+            twin = make(function, images, extent, torch.arange(12), kind=kind, size=size)
+        torch.testing.assert_close(made, twin, atol=CLOSE, rtol=0)
+
+
+def test_threads_and_memory_layout_change_nothing(pixels: torch.Tensor) -> None:
+    spread = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    expected = make("pretrain", pixels, EXTENTS, torch.arange(8))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(
+                make("pretrain", spread, EXTENTS, torch.arange(8)),
+                expected,
+                atol=0 if not views.PLAIN else 1e-6,
+                rtol=0,
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_numba_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch, pixels: torch.Tensor) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "fewlabels.data.fused", None)  # importing it fails, as without numba
+        views.compiled.cache_clear()
+        assert views.compiled() is None
+        patch.setattr(views, "PLAIN", False)
+        made = make("pretrain", pixels, EXTENTS, torch.arange(8))
+    views.compiled.cache_clear()
+    torch.testing.assert_close(made, make("pretrain", pixels, EXTENTS, torch.arange(8)), atol=CLOSE, rtol=0)
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------
@@ -236,7 +306,7 @@ def test_the_official_chain_is_its_parts_in_order(pixels: torch.Tensor) -> None:
         image = image.clamp(0, 1)
         if paint.blur[i]:
             image = colour.blur(image, paint.sigma[i : i + 1], radius=2, dark_border=True)
-        torch.testing.assert_close(made[i : i + 1], image.clamp(0, 1), atol=2e-6, rtol=0)
+        torch.testing.assert_close(made[i : i + 1], image.clamp(0, 1), atol=CLOSE, rtol=0)
 
 
 def test_shared_blur_sigma_is_one_for_the_batch(pixels: torch.Tensor) -> None:
@@ -247,8 +317,9 @@ def test_shared_blur_sigma_is_one_for_the_batch(pixels: torch.Tensor) -> None:
     paint = views.draw_paint(ids, **key)
     paint = replace(paint, sigma=paint.sigma[0].repeat(16))
     placed = views.place(images, placement, size=40, kind="reference")
-    assert torch.equal(made, views.paint(placed, paint, kind="reference"))
-    assert not torch.equal(made, views.pretrain(images, extent, ids, size=40, kind="reference", **key))
+    torch.testing.assert_close(made, views.paint(placed, paint, kind="reference"), atol=CLOSE, rtol=0)
+    other = views.pretrain(images, extent, ids, size=40, kind="reference", **key)
+    assert (made - other).abs().max() > 0.01
 
 
 # --- our kinds -------------------------------------------------------------------------------------------------
@@ -287,7 +358,8 @@ def test_finetune_is_the_placement_alone(pixels: torch.Tensor, kind: str) -> Non
     amount = 0.5 if kind == "glyph" else 1.0
     placement = views.draw_placement(EXTENTS, ids, kind=kind, amount=amount, **key)
     placed = views.place(pixels, placement, size=SIZE, kind=kind)
-    assert torch.equal(views.finetune(pixels, EXTENTS, ids, size=SIZE, kind=kind, **key), placed.clamp(0, 1))
+    made = views.finetune(pixels, EXTENTS, ids, size=SIZE, kind=kind, **key)
+    torch.testing.assert_close(made, placed.clamp(0, 1), atol=CLOSE, rtol=0)
 
 
 def test_blur_and_strength_can_be_turned_off(pixels: torch.Tensor) -> None:
