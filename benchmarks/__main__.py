@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import harness
 
-SUITES = ("loss", "views")
+SUITES = ("loss", "step", "views")
 
 
 def main() -> None:

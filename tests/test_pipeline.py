@@ -22,6 +22,7 @@ import fewlabels as fl
 from conftest import same, shapes_images
 from fewlabels import checkpoint, plan
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
+from fewlabels.prepare import check_identity
 
 SMALL = {
     "pretrain": {"epochs": 4, "optimizer": "adamw", "learning_rate": 0.002, "scaling": "none"},
@@ -156,6 +157,16 @@ def test_a_run_keeps_its_recipe_when_none_is_asked_for(run: fl.Run, photos: Path
     with pytest.raises(CannotCreate, match="begun with the recipe smoke, and digits"):
         fl.fit(photos, out=run.path, recipe="digits", **SMALL)
     assert same(final_weights(run.path), before)
+
+
+def test_a_run_of_an_older_version_goes_on(run: fl.Run) -> None:
+    saved = checkpoint.glance(run.path / "distill")
+    assert saved is not None
+    now = saved["identity"]
+    before = {**now, "distill": {k: v for k, v in now["distill"].items() if k != "teacher_epochs"}}
+    check_identity(before, now, "distill", run.path)
+    with pytest.raises(CannotCreate, match=r"distill.teacher_epochs: 0 there, 3 asked"):
+        check_identity(before, {**now, "distill": {**now["distill"], "teacher_epochs": 3}}, "distill", run.path)
 
 
 def test_pretraining_alone_keeps_the_results_of_a_finished_run(run: fl.Run, photos: Path) -> None:

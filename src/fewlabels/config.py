@@ -76,6 +76,9 @@ class DistillRecipe(Schedule):
     self_first: bool = knob(
         True, "with a student: distill into the same network first, and teach the student from that"
     )
+    teacher_epochs: int = knob(
+        0, "epochs of views that the teacher is asked for; later ones are these again. 0 = asked in all", least=0
+    )
     start: str = knob(
         "scratch",
         "student starts from random weights or, where it has the same shape, from the pretrained encoder",

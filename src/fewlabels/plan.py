@@ -75,6 +75,9 @@ def equations(stage: str, schedule: Schedule, derived: Derived, ranks: int) -> l
         )
     elif ranks > 1:
         lines.append(f"{stage}: batch {derived.batch} = {ranks} processes x {derived.batch // ranks}")
+    asked = getattr(schedule, "teacher_epochs", 0)
+    if 0 < asked < schedule.epochs:
+        lines.append(f"{stage}: the teacher is asked in {asked} of {schedule.epochs:g} epochs, then views come again")
     return [
         *lines,
         f"{stage}: steps {derived.total_steps:,} = {derived.images:,} images x {schedule.epochs:g} epochs "

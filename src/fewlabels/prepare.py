@@ -181,7 +181,12 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
 
 
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str, folder: Path) -> None:
-    """Refuse a checkpoint of another run, naming every difference."""
+    """Refuse a checkpoint of another run, naming every difference.
+
+    A run of an older version knows no knob that is newer: it ran with what is now that knob's default.
+    """
+    known = {name: asdict(kind()) for name, kind in config.SECTIONS.items()}
+    before = {name: known[name] | value if name in known else value for name, value in before.items()}
     flat_before, flat_now = _flat(before), _flat(now)
     differences = [
         f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"

@@ -25,6 +25,7 @@ from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.prepare import Prepared, identity
 from fewlabels.runfolder import Interrupts
 from fewlabels.stages import runner
+from fewlabels.stages.answers import Answers
 from fewlabels.stages.distill import Distill
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
@@ -78,8 +79,11 @@ class Worker:
             )  # fmt: skip
         layout = torch.channels_last if self.prepared.precision.channels_last else torch.contiguous_format
 
+        again = recipe.distill.teacher_epochs if stage.startswith("distill") else 0
+
         def view(batch: Batch, number: int) -> Tensor:
-            made = make(batch.pixels, batch.extent, batch.ids, epoch=batch.epoch, view=number)
+            epoch = batch.epoch % again if again else batch.epoch
+            made = make(batch.pixels, batch.extent, batch.ids, epoch=epoch, view=number)
             return made.contiguous(memory_format=layout)
 
         return view
@@ -218,7 +222,13 @@ class Worker:
                 temperature=settings.temperature if student else settings.self_temperature,
                 label_weight=settings.label_weight,
             )  # fmt: skip
+            job = self._job(name, stage)
+            if 0 < settings.teacher_epochs < settings.epochs:
+                folder, classes = self.prepared.folder.stage(name), self.dataset.num_classes
+                stage.answers = Answers(folder, job.order(), settings.teacher_epochs, classes)
             self._train(name, stage)
+            if stage.answers:
+                stage.answers.remove()
             self.classifiers[name] = network
         return self.classifiers[name]
 

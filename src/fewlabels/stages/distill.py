@@ -14,6 +14,7 @@ from fewlabels import runtime
 from fewlabels.data.loader import Batch
 from fewlabels.model.heads import Classifier
 from fewlabels.model.losses import distillation_loss
+from fewlabels.stages.answers import Answers
 from fewlabels.stages.loop import Stage
 from fewlabels.stages.pretrain import View
 
@@ -24,9 +25,11 @@ class Distill(Stage):
     frozen = ("teacher.",)
 
     def __init__(
-        self, teacher: Classifier, student: Classifier, *, view: View, temperature: float, label_weight: float = 0.0
-    ) -> None:
+        self, teacher: Classifier, student: Classifier, *, view: View, temperature: float, label_weight: float = 0.0,
+        answers: Answers | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.answers = answers
         self.teacher = teacher.requires_grad_(False).eval()
         self.student = student
         self.view, self.temperature, self.label_weight = view, temperature, label_weight
@@ -34,7 +37,8 @@ class Distill(Stage):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         view = self.view(batch, 0)
         with torch.no_grad():
-            taught = self.teacher(view)  # (B, K)
+            ask = lambda rows: self.teacher(view[rows])  # noqa: E731
+            taught = self.answers(batch, ask) if self.answers else self.teacher(view)  # (B, K)
         logits = self.student(view)  # (B, K)
         distilled = distillation_loss(logits, taught, self.temperature)
         scalars = {"agreement": (logits.argmax(dim=1) == taught.argmax(dim=1)).float().mean()}
@@ -42,6 +46,10 @@ class Distill(Stage):
             return {"loss": distilled} | scalars
         labeled = label_loss(logits.float(), batch.labels)
         return {"loss": (1 - self.label_weight) * distilled + self.label_weight * labeled} | scalars
+
+    def before_save(self) -> None:
+        if self.answers:
+            self.answers.sync()
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:

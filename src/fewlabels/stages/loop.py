@@ -30,6 +30,9 @@ class Stage(nn.Module):
     def after_step(self) -> None:
         """Called after each optimizer step, e.g. to move an average."""
 
+    def before_save(self) -> None:
+        """Called before each checkpoint, to bring to the disk what it counts on."""
+
     def trained(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name."""
         return {name: t for name, t in self.state_dict().items() if not name.startswith(self.frozen or ("\0",))}

@@ -166,6 +166,7 @@ def _listeners(job: Job, at: Workplace, state: TrainState, clock: _Clock) -> Lis
 
     def on_save(state: TrainState) -> None:
         values = {"identity": job.identity, "seconds": clock.seconds(), "surroundings": at.surroundings()}
+        state.stage.before_save()
         with runtime.main_first():
             if runtime.is_main():
                 checkpoint.save(at.folder.stage(job.name), state.step, state.tensors(), values)
