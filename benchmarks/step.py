@@ -29,9 +29,9 @@ from fewlabels.model.heads import ProjectionHead
 from fewlabels.stages import loop
 from fewlabels.stages.pretrain import Pretrain
 
-CASES = {"resnet18_small": 64, "resnet18_0.25x_small": 128}  # images a step
-STEPS = 3  # in one call of a contender
-ROUNDS = 7
+CASES = {"resnet18_0.25x_small": 128, "resnet18_small": 64}  # images a step
+STEPS = 2  # in one call of a contender
+ROUNDS = 4
 
 
 class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
