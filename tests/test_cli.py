@@ -151,6 +151,15 @@ def test_the_commands_on_a_finished_run(
     assert (code, out.strip()) == (0, str(run / "report.html"))
 
 
+def test_without_held_out_images_it_says_how_to_measure(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = answer(capsys, "finetune", str(photos / "train"), "--out", str(tmp_path / "out"), *TINY)
+    assert code == 0
+    assert "not measured: no held-out images" in out
+    assert "--test" in out
+
+
 def test_check_changes_nothing(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(photos.rglob("*"))
     code, out, _ = answer(capsys, "check", str(photos), "--out", str(tmp_path / "out"), *TINY)

@@ -16,7 +16,7 @@ from fewlabels import config
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "fewlabels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION, MOST_KNOBS = 450, 60, 60
-MOST_LINES = 11_650  # the agreement is about 8,000; TensorFlow checkpoints and compiled views take 1,900
+MOST_LINES = 11_560  # the agreement is about 8,000; TensorFlow checkpoints and compiled views take 1,900
 
 # Floor of every module; an import goes down only, or stays inside one folder
 FLOORS = {

@@ -85,6 +85,11 @@ class DistillRecipe(Schedule):
         choices=("scratch", "pretrained"),
     )
 
+    @property
+    def replays(self) -> bool:
+        """Whether views come again with answers that the teacher gave before."""
+        return 0 < self.teacher_epochs < self.epochs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

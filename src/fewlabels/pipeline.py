@@ -126,6 +126,9 @@ def check(asked: Asked) -> dict[str, Any]:
         bad = (folder.path / "bad_images.csv").read_text(encoding="utf-8").splitlines()[1:]
     weights = 4e-6 * sum(p.numel() for p in build_encoder(prepared.recipe.encoder).parameters())
     disk = store + weights * 3 * 2 * len(seconds)  # weights and two slots of the optimizer, two checkpoints a stage
+    if "distill" in seconds and prepared.recipe.distill.replays:
+        rows = prepared.recipe.distill.teacher_epochs * prepared.images["distill"]
+        disk += 4e-6 * rows * prepared.dataset.num_classes  # while a stage runs, the teacher's answers
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     lines = [prepared.dataset.understood.line(), *prepared.dataset.understood.notes]
     lines += [f"unreadable: {line}" for line in bad[:20]] + found

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from fewlabels.config import Recipe, Schedule
+from fewlabels.config import DistillRecipe, Recipe, Schedule
 from fewlabels.errors import UsageError
 from fewlabels.model import optim
 from fewlabels.recipes import Facts
@@ -75,9 +75,9 @@ def equations(stage: str, schedule: Schedule, derived: Derived, ranks: int) -> l
         )
     elif ranks > 1:
         lines.append(f"{stage}: batch {derived.batch} = {ranks} processes x {derived.batch // ranks}")
-    asked = getattr(schedule, "teacher_epochs", 0)
-    if 0 < asked < schedule.epochs:
-        lines.append(f"{stage}: the teacher is asked in {asked} of {schedule.epochs:g} epochs, then views come again")
+    if isinstance(schedule, DistillRecipe) and schedule.replays:
+        asked = f"{schedule.teacher_epochs} of {schedule.epochs:g} epochs"
+        lines.append(f"{stage}: the teacher is asked in {asked}, then views come again")
     return [
         *lines,
         f"{stage}: steps {derived.total_steps:,} = {derived.images:,} images x {schedule.epochs:g} epochs "

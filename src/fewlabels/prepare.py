@@ -231,11 +231,13 @@ def open_images(asked: Asked) -> Source:
 def compile_views(device: torch.device) -> None:
     """Load the compiled views where they will run; rank 0 compiles them if need be and the others find the result."""
     if device.type == "cpu":
-        hint = threading.Timer(2.0, say, ["compiling the views, once on this machine (about 15 s) ..."])
+        hint = threading.Timer(3.0, say, ["loading the compiled views (the first time on a machine: about 15 s) ..."])
         hint.start()
-        with runtime.main_first():
-            views.compiled()
-        hint.cancel()
+        try:
+            with runtime.main_first():
+                views.compiled()
+        finally:
+            hint.cancel()
 
 
 def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.device) -> Prepared:

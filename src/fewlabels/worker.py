@@ -79,7 +79,7 @@ class Worker:
             )  # fmt: skip
         layout = torch.channels_last if self.prepared.precision.channels_last else torch.contiguous_format
 
-        again = recipe.distill.teacher_epochs if stage.startswith("distill") else 0
+        again = recipe.distill.teacher_epochs if stage.startswith("distill") and recipe.distill.replays else 0
 
         def view(batch: Batch, number: int) -> Tensor:
             epoch = batch.epoch % again if again else batch.epoch
@@ -223,7 +223,7 @@ class Worker:
                 label_weight=settings.label_weight,
             )  # fmt: skip
             job = self._job(name, stage)
-            if 0 < settings.teacher_epochs < settings.epochs:
+            if settings.replays:
                 folder, classes = self.prepared.folder.stage(name), self.dataset.num_classes
                 stage.answers = Answers(folder, job.order(), settings.teacher_epochs, classes)
             self._train(name, stage)

@@ -17,7 +17,7 @@ from fewlabels.errors import DataError, UsageError
 KINDS = ["photo", "gray", "glyph", "reference", "reference_tf1"]
 EXTENTS = torch.tensor([[40, 44], [17, 44], [40, 9], [23, 31], [5, 5], [40, 40], [12, 30], [1, 1]])
 SIZE = 24
-CLOSE = 5e-5  # between the compiled and the plain path
+CLOSE = 5e-5  # between the compiled and the plain path, on noise; the issue asks for 5e-4
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,11 @@ def inside() -> torch.Tensor:
     rows = torch.arange(40)[:, None] < EXTENTS[:, 0, None, None]
     columns = torch.arange(44)[None] < EXTENTS[:, 1, None, None]
     return (rows & columns)[:, None]
+
+
+def assert_is(made: torch.Tensor, plain: torch.Tensor, atol: float = 0.0) -> None:
+    """The plain path gives what its parts give, to atol; the compiled one is close to that."""
+    torch.testing.assert_close(made, plain, atol=atol if views.PLAIN else CLOSE, rtol=0)
 
 
 def make(function: str, pixels: torch.Tensor, extent: torch.Tensor, ids: torch.Tensor, **changes) -> torch.Tensor:
@@ -118,16 +123,9 @@ def test_every_part_of_the_key_makes_another_view(pixels: torch.Tensor, function
 
 # --- the compiled path ---------------------------------------------------------------------------------------------
 
-SHAPES = [
-    (32, 32, 32),
-    (96, 80, 96),
-    (120, 150, 112),
-    (40, 44, 24),
-    (300, 200, 32),
-    (2000, 9, 20),
-    (16, 16, 224),
-    (1, 1, 8),
-]
+# (height, width, size): as large, larger, smaller, much smaller, a thin strip, one pixel
+SHAPES = [(32, 32, 32), (96, 80, 96), (120, 150, 112), (40, 44, 24), (300, 200, 32), (2000, 9, 20), (16, 16, 224)]
+SHAPES += [(1, 1, 8)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,9 +134,8 @@ def test_the_compiled_views_are_the_plain_ones(
     kind: str, height: int, width: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = torch.Generator().manual_seed(height)
-    images = torch.randint(
-        0, 256, (12, 3, height, width), dtype=torch.uint8, generator=numbers
-    )  # noise is the worst case
+    # Noise is the worst case
+    images = torch.randint(0, 256, (12, 3, height, width), dtype=torch.uint8, generator=numbers)
     extent = torch.stack([torch.randint(1, side + 1, (12,), generator=numbers) for side in (height, width)], dim=1)
     for function in ("pretrain", "finetune", "evaluate"):
         made = make(function, images, extent, torch.arange(12), kind=kind, size=size)
@@ -155,12 +152,8 @@ def test_threads_and_memory_layout_change_nothing(pixels: torch.Tensor) -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            torch.testing.assert_close(
-                make("pretrain", spread, EXTENTS, torch.arange(8)),
-                expected,
-                atol=0 if not views.PLAIN else 1e-6,
-                rtol=0,
-            )
+            made = make("pretrain", spread, EXTENTS, torch.arange(8))
+            torch.testing.assert_close(made, expected, atol=1e-6 if views.PLAIN else 0, rtol=0)
     finally:
         torch.set_num_threads(before)
 
@@ -306,7 +299,7 @@ def test_the_official_chain_is_its_parts_in_order(pixels: torch.Tensor) -> None:
         image = image.clamp(0, 1)
         if paint.blur[i]:
             image = colour.blur(image, paint.sigma[i : i + 1], radius=2, dark_border=True)
-        torch.testing.assert_close(made[i : i + 1], image.clamp(0, 1), atol=CLOSE, rtol=0)
+        assert_is(made[i : i + 1], image.clamp(0, 1), atol=2e-6)
 
 
 def test_shared_blur_sigma_is_one_for_the_batch(pixels: torch.Tensor) -> None:
@@ -317,7 +310,7 @@ def test_shared_blur_sigma_is_one_for_the_batch(pixels: torch.Tensor) -> None:
     paint = views.draw_paint(ids, **key)
     paint = replace(paint, sigma=paint.sigma[0].repeat(16))
     placed = views.place(images, placement, size=40, kind="reference")
-    torch.testing.assert_close(made, views.paint(placed, paint, kind="reference"), atol=CLOSE, rtol=0)
+    assert_is(made, views.paint(placed, paint, kind="reference"))
     other = views.pretrain(images, extent, ids, size=40, kind="reference", **key)
     assert (made - other).abs().max() > 0.01
 
@@ -359,7 +352,7 @@ def test_finetune_is_the_placement_alone(pixels: torch.Tensor, kind: str) -> Non
     placement = views.draw_placement(EXTENTS, ids, kind=kind, amount=amount, **key)
     placed = views.place(pixels, placement, size=SIZE, kind=kind)
     made = views.finetune(pixels, EXTENTS, ids, size=SIZE, kind=kind, **key)
-    torch.testing.assert_close(made, placed.clamp(0, 1), atol=CLOSE, rtol=0)
+    assert_is(made, placed.clamp(0, 1))
 
 
 def test_blur_and_strength_can_be_turned_off(pixels: torch.Tensor) -> None:

@@ -86,6 +86,23 @@ def train(job: Job, state: TrainState, dataset: labels.Dataset, folder: Path, *,
     loop.train(state, batches, plan, listeners, FP32)
 
 
+def begin(dataset: labels.Dataset, folder: Path, until: int) -> None:
+    job = work(dataset)
+    job.stage.answers = answers(job, folder)
+    train(job, job.state(), dataset, folder, until=until)
+
+
+def go_on(dataset: labels.Dataset, folder: Path) -> TrainState:
+    job = work(dataset)
+    state = job.state()
+    saved, _ = checkpoint.latest(folder)
+    assert saved is not None
+    state.load(saved.step, saved.tensors)
+    job.stage.answers = answers(job, folder)
+    train(job, state, dataset, folder)
+    return state
+
+
 def test_it_is_the_teacher_asked_every_time(dataset: labels.Dataset, tmp_path: Path) -> None:
     assert dataset.train[-1] > len(dataset.train)
     online, replayed = work(dataset), work(dataset)
@@ -106,33 +123,18 @@ def test_broken_and_resumed_it_is_the_same_bit_for_bit(dataset: labels.Dataset, 
     whole.stage.answers = answers(whole, tmp_path / "whole")
     unbroken = whole.state()
     train(whole, unbroken, dataset, tmp_path / "whole")
-    first = work(dataset)
-    first.stage.answers = answers(first, tmp_path / "run")
-    train(first, first.state(), dataset, tmp_path / "run", until=broken_at)
-    second = work(dataset)
-    state = second.state()
-    saved, _ = checkpoint.latest(tmp_path / "run")
-    assert saved is not None
-    state.load(saved.step, saved.tensors)
-    second.stage.answers = answers(second, tmp_path / "run")
-    train(second, state, dataset, tmp_path / "run")
-    assert same(state.tensors(), unbroken.tensors())
+    begin(dataset, tmp_path / "run", broken_at)
+    assert same(go_on(dataset, tmp_path / "run").tensors(), unbroken.tensors())
 
 
 @pytest.mark.parametrize("broken_at", [1, 7])
 def test_a_lost_file_only_costs_time(dataset: labels.Dataset, tmp_path: Path, broken_at: int) -> None:
-    online, first, second = work(dataset), work(dataset), work(dataset)
+    online = work(dataset)
     expected = online.state()
     train(online, expected, dataset, tmp_path / "a")
-    first.stage.answers = answers(first, tmp_path / "b")
-    train(first, first.state(), dataset, tmp_path / "b", until=broken_at)
+    begin(dataset, tmp_path / "b", broken_at)
     (tmp_path / "b" / FILE).unlink()
-    state = second.state()
-    saved, _ = checkpoint.latest(tmp_path / "b")
-    assert saved is not None
-    state.load(saved.step, saved.tensors)
-    second.stage.answers = answers(second, tmp_path / "b")
-    train(second, state, dataset, tmp_path / "b")
+    state = go_on(dataset, tmp_path / "b")
     for name, tensor in expected.tensors().items():
         torch.testing.assert_close(state.tensors()[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 

@@ -31,16 +31,12 @@ UNIT = F(1 / 255)
 TINY = F(colour.TINY)
 LUMA = tuple(F(weight) for weight in colour.LUMA)
 RESIZE = {"antialias": 0, "tf2": 1, "tf1": 2}
-PIXELS = (
-    1024  # colour operations pass over so many at a time: three channels of them are 12 KiB of the first-level cache
-)
+PIXELS = 1024  # that colour operations pass over at a time: their channels take 12 KiB of the first-level cache
 FAINT = F(1e-6)  # blur weights below this share of the largest are left out: they move no view by more than 1e-5
 MARGIN = 4  # a blur takes four pairs of taps at a time, the last of them perhaps of no weight
 
-SLP_BEFORE = numba.config.SLP_VECTORIZE
-numba.config.SLP_VECTORIZE = (
-    1  # while this module compiles: without it LLVM does not use one instruction for three channels
-)
+# While this module compiles: without it LLVM does not use one instruction for three channels
+SLP_BEFORE, numba.config.SLP_VECTORIZE = numba.config.SLP_VECTORIZE, 1
 fast = numba.njit(nogil=True, cache=True, fastmath=True)
 
 

@@ -20,7 +20,10 @@ from fewlabels.stages.pretrain import View
 
 
 class Distill(Stage):
-    """forward(batch) -> (1 - label_weight) x distillation loss + label_weight x cross-entropy of the labeled images."""
+    """forward(batch) -> (1 - label_weight) x distillation loss + label_weight x cross-entropy of the labeled images.
+
+    answers: where the teacher is asked for some epochs of views only; those of `view` must then come again.
+    """
 
     frozen = ("teacher.",)
 
@@ -37,8 +40,8 @@ class Distill(Stage):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         view = self.view(batch, 0)
         with torch.no_grad():
-            ask = lambda rows: self.teacher(view[rows])  # noqa: E731
-            taught = self.answers(batch, ask) if self.answers else self.teacher(view)  # (B, K)
+            answers = self.answers or (lambda _, ask: ask(slice(None)))
+            taught = answers(batch, lambda rows: self.teacher(view[rows]))  # (B, K)
         logits = self.student(view)  # (B, K)
         distilled = distillation_loss(logits, taught, self.temperature)
         scalars = {"agreement": (logits.argmax(dim=1) == taught.argmax(dim=1)).float().mean()}
