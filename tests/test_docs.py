@@ -93,6 +93,6 @@ def test_inline_commands_and_options_exist(page: str, capsys: pytest.CaptureFixt
     for command in cli.COMMANDS:
         assert cli.main([command, "--help"]) == 0
         helps += capsys.readouterr().out
-    foreign = {"--nproc-per-node", "--seeds"}  # torchrun's, and the benchmark's
+    foreign = {"--nproc-per-node", "--max-restarts", "--seeds"}  # torchrun's, and the benchmark's
     for option in set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text)) - foreign:
         assert option in helps or option.replace("_", "-") in helps, option

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewlabels.errors import FewlabelsError, MainFailed, UsageError
+from fewlabels.errors import FewlabelsError, RankFailed, UsageError
 
 T = TypeVar("T")
 
@@ -204,6 +206,33 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+def from_all(value: T) -> list[T]:
+    """Every rank's value in rank order, on every rank; picklable and small, as in from_main. Alone: [value]."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_patient[0])
+    return values
+
+
+def board(timeout_seconds: float) -> Any:
+    """A connection of its own to the store that all ranks write to and read (torchrun holds it, or rank 0).
+
+    Its keys are those of this start of the job: torchrun keeps one store over restarts.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    connection = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds)
+    )
+    return dist.PrefixStore(from_main(secrets.token_hex(8)), connection)  # type: ignore[attr-defined]
+
+
+def of_a_collective(error: BaseException) -> bool:
+    """Whether error came out of a collective: another rank is gone, or did not come in time."""
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith("torch.distributed") for name in names)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
@@ -223,12 +252,11 @@ def main_first() -> Iterator[None]:
             yield
         except BaseException as error:
             failure = error
-    known = failure.exit_code if isinstance(failure, FewlabelsError) else None
-    problem = from_main(None if failure is None else (f"rank 0 failed: {type(failure).__name__}: {failure}", known))
+    code = failure.exit_code if isinstance(failure, FewlabelsError) else 1
+    problem = from_main(None if failure is None else (f"rank 0 failed: {type(failure).__name__}: {failure}", code))
     if failure is not None:
         raise failure
     if not is_main():
         if problem is not None:
-            words, code = problem
-            raise RuntimeError(words) if code is None else MainFailed(words, code)
+            raise RankFailed(*problem)
         yield
