@@ -19,7 +19,7 @@ from fewlabels import agreement
 TESTS = Path(__file__).parent
 PACKAGE = Path(fewlabels.__file__).parent
 
-# Case: exit codes of both ranks, who tells it (None: either), what is told, the state of the run folder (None: nothing was begun)
+# Case: exit codes of both ranks, who tells it (None: either), what, and the state of the run folder (None: any)
 EXPECTED: dict[str, tuple[list[int], int | None, str, str | None]] = {
     "option": ([2, 2], None, "overrides.pretrain.epochs: rank 0: not given; rank 1: 3.0", None),
     "budget": ([2, 2], None, "budget: rank 0: None; rank 1: 300.0", None),
