@@ -71,7 +71,7 @@ def test_every_block_runs(desk: Path, page: str) -> None:
     assert ran >= 4
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/method.md", "docs/results.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/method.md", "docs/results.md", "docs/scaling.md"])
 def test_names_and_links_are_true(page: str) -> None:
     """Files that a page links to or names are there, and so are the functions beside them."""
     text = (ROOT / page).read_text(encoding="utf-8")
