@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewlabels.errors import FewlabelsError, RankFailed, UsageError
+from fewlabels.errors import FewlabelsError, RankFailed, RunAgain, UsageError
 
 T = TypeVar("T")
 
@@ -31,9 +32,37 @@ def start(name: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group when torchrun started us (WORLD_SIZE > 1), and return this rank's device."""
     chosen = device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        store, number, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, rank=number, world_size=world,
+            store=dist.PrefixStore(_meet(store, number, world, timeout), store),  # type: ignore[attr-defined]
+        )  # fmt: skip
         _patient[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=30))]
     return chosen
+
+
+def _meet(store: Any, number: int, world: int, timeout: timedelta) -> str:
+    """A name that only the processes of this start of the job know.
+
+    torchrun keeps one store over its restarts, in which the addresses of dead processes stand: gloo called those and
+    failed ("connectFullMesh ... connection refused"). So every rank says a word that was never said before, and
+    rank 0 answers each of them, until all have heard the name.
+    """
+    mine, until = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    if number > 0:
+        store.set(f"hello {number}", mine)
+        name: str = store.get(f"welcome {mine}").decode()
+        store.add(f"heard {name}", 1)
+        return name
+    while store.add(f"heard {mine}", 0) < world - 1:
+        if time.monotonic() > until:
+            raise RunAgain(f"not all of {world} processes came", why="the others may have failed to start")
+        for hello in (f"hello {other}" for other in range(1, world)):
+            if store.check([hello]):
+                store.set(f"welcome {store.get(hello).decode()}", mine)
+        time.sleep(0.02)
+    return mine
 
 
 def device(name: str = "auto") -> torch.device:
