@@ -71,7 +71,7 @@ def test_every_block_runs(desk: Path, page: str) -> None:
     assert ran >= 4
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/method.md", "docs/results.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/method.md", "docs/results.md", "docs/scaling.md"])
 def test_names_and_links_are_true(page: str) -> None:
     """Files that a page links to or names are there, and so are the functions beside them."""
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -93,6 +93,6 @@ def test_inline_commands_and_options_exist(page: str, capsys: pytest.CaptureFixt
     for command in cli.COMMANDS:
         assert cli.main([command, "--help"]) == 0
         helps += capsys.readouterr().out
-    foreign = {"--nproc-per-node", "--seeds"}  # torchrun's, and the benchmark's
+    foreign = {"--nproc-per-node", "--max-restarts", "--seeds"}  # torchrun's, and the benchmark's
     for option in set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text)) - foreign:
         assert option in helps or option.replace("_", "-") in helps, option

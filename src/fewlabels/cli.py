@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 import fewlabels
 from fewlabels import config
-from fewlabels.errors import FewlabelsError, StorageError, UsageError, nearest
+from fewlabels.errors import FewlabelsError, RankFailed, StorageError, UsageError, nearest
 
 
 def _overrides(kind: type) -> type:
@@ -352,8 +352,10 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _complain(error: FewlabelsError) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"\nerror: {error.text()}", file=sys.stderr)
+    """Tell the error once: by the rank that met it first, or by rank 0 where the ranks had not met yet."""
+    notes = getattr(error, "__notes__", [])
+    if notes or (os.environ.get("RANK", "0") == "0" and not isinstance(error, RankFailed)):
+        print("\n".join([f"\nerror: {error.text()}", *notes]), file=sys.stderr)
     return error.exit_code
 
 

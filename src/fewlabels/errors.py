@@ -90,8 +90,8 @@ class Stopped(FewlabelsError):
         super().__init__(f"stopped by {name} {where}", fix=fix or "run the same command to go on")
 
 
-class MainFailed(FewlabelsError):
-    """Rank 0 met an error and tells it; this is what the other ranks raise, with its exit code."""
+class RankFailed(FewlabelsError):
+    """Another rank met an error before this one, and tells it; this rank ends with the same exit code."""
 
     def __init__(self, words: str, exit_code: int) -> None:
         self.exit_code = exit_code

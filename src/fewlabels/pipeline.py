@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewlabels import plan, runtime
+from fewlabels import agreement, plan, runtime, watch
 from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_wishes
-from fewlabels.errors import DataError, FewlabelsError, RunAgain, Stopped, UsageError
+from fewlabels.errors import DataError, FewlabelsError, RunAgain, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
 from fewlabels.prepare import (
@@ -87,19 +87,21 @@ def run(asked: Asked) -> Run:
     if asked.until not in plan.STAGES:
         raise UsageError(f'until "{asked.until}" is not a stage', fix=f"use one of {', '.join(plan.STAGES)}")
     device = runtime.start(asked.device)
-    source = open_images(asked)
-    folder = RunFolder(asked.out)
-    with Interrupts().watching() as interrupts, folder.locked():
-        asked = of_run(asked, folder)
-        try:
-            folder.status("running", "prepare")
-            _run_stages(asked, folder, prepare(asked, source, folder, device), interrupts)
-        except Stopped as stop:
-            folder.status("stopped", reason=stop.what)
-            raise
-        except FewlabelsError as error:
-            folder.status("failed", reason=error.what)
-            raise
+    with watch.ranks() as ranks, Interrupts().watching() as interrupts:
+        agreement.on_wishes(asked)
+        source = open_images(asked)
+        agreement.on_source(source)
+        folder = RunFolder(asked.out)
+
+        def record(error: FewlabelsError) -> None:
+            folder.status("stopped" if error.exit_code > 128 else "failed", reason=error.what)
+
+        with folder.locked():
+            agreement.on_folder(folder)
+            asked = of_run(asked, folder)
+            with ranks.recording(record):
+                folder.status("running", "prepare")
+                _run_stages(asked, folder, prepare(asked, source, folder, device), interrupts)
     return Run(asked.out)
 
 
@@ -141,6 +143,7 @@ def check(asked: Asked) -> dict[str, Any]:
 
 
 def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts: Interrupts) -> None:
+    agreement.on_plan(prepared)
     stages = stages_to_run(prepared)
     if asked.until == "pretrain" and prepared.recipe.pretrained is not None:
         raise UsageError("pretraining was asked for, and a model that takes its place", fix="leave out --pretrained")

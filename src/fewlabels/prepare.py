@@ -187,7 +187,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
     """
     known = {name: asdict(kind()) for name, kind in config.SECTIONS.items()}
     before = {name: known[name] | value if name in known else value for name, value in before.items()}
-    flat_before, flat_now = _flat(before), _flat(now)
+    flat_before, flat_now = flat(before), flat(now)
     differences = [
         f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"
         for name in sorted(flat_before.keys() | flat_now.keys())
@@ -206,11 +206,12 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
         )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their full names, such as pretrain.epochs."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = value
     return found

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import time
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewlabels.errors import FewlabelsError, MainFailed, UsageError
+from fewlabels.errors import FewlabelsError, RankFailed, RunAgain, UsageError
 
 T = TypeVar("T")
 
@@ -29,9 +32,37 @@ def start(name: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group when torchrun started us (WORLD_SIZE > 1), and return this rank's device."""
     chosen = device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        store, number, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, rank=number, world_size=world,
+            store=dist.PrefixStore(_meet(store, number, world, timeout), store),  # type: ignore[attr-defined]
+        )  # fmt: skip
         _patient[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=30))]
     return chosen
+
+
+def _meet(store: Any, number: int, world: int, timeout: timedelta) -> str:
+    """A name that only the processes of this start of the job know.
+
+    torchrun keeps one store over its restarts, in which the addresses of dead processes stand: gloo called those and
+    failed ("connectFullMesh ... connection refused"). So every rank says a word that was never said before, and
+    rank 0 answers each of them, until all have heard the name.
+    """
+    mine, until = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    if number > 0:
+        store.set(f"hello {number}", mine)
+        name: str = store.get(f"welcome {mine}").decode()
+        store.add(f"heard {name}", 1)
+        return name
+    while store.add(f"heard {mine}", 0) < world - 1:
+        if time.monotonic() > until:
+            raise RunAgain(f"not all of {world} processes came", why="the others may have failed to start")
+        for hello in (f"hello {other}" for other in range(1, world)):
+            if store.check([hello]):
+                store.set(f"welcome {store.get(hello).decode()}", mine)
+        time.sleep(0.02)
+    return mine
 
 
 def device(name: str = "auto") -> torch.device:
@@ -204,6 +235,33 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+def from_all(value: T) -> list[T]:
+    """Every rank's value in rank order, on every rank; picklable and small, as in from_main. Alone: [value]."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_patient[0])
+    return values
+
+
+def board(timeout_seconds: float) -> Any:
+    """A connection of its own to the store that all ranks write to and read (torchrun holds it, or rank 0).
+
+    Its keys are those of this start of the job: torchrun keeps one store over restarts.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    connection = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds)
+    )
+    return dist.PrefixStore(from_main(secrets.token_hex(8)), connection)  # type: ignore[attr-defined]
+
+
+def of_a_collective(error: BaseException) -> bool:
+    """Whether error came out of a collective: another rank is gone, or did not come in time."""
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith("torch.distributed") for name in names)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
@@ -223,12 +281,11 @@ def main_first() -> Iterator[None]:
             yield
         except BaseException as error:
             failure = error
-    known = failure.exit_code if isinstance(failure, FewlabelsError) else None
-    problem = from_main(None if failure is None else (f"rank 0 failed: {type(failure).__name__}: {failure}", known))
+    code = failure.exit_code if isinstance(failure, FewlabelsError) else 1
+    problem = from_main(None if failure is None else (f"rank 0 failed: {type(failure).__name__}: {failure}", code))
     if failure is not None:
         raise failure
     if not is_main():
         if problem is not None:
-            words, code = problem
-            raise RuntimeError(words) if code is None else MainFailed(words, code)
+            raise RankFailed(*problem)
         yield
