@@ -21,8 +21,9 @@ from fewlabels.errors import FewlabelsError, MainFailed, UsageError
 
 T = TypeVar("T")
 
-# The group in which others wait for rank 0, which may decode or compare for hours. One that dies is noticed at once.
-_patient: list[Any] = []
+# The group of the hosts, over gloo: what is said in it never makes a host wait for its device. In it others wait for
+# rank 0, which may decode or compare for hours; one that dies is noticed at once.
+_hosts: list[Any] = []
 
 
 def start(name: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
@@ -30,7 +31,7 @@ def start(name: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
     chosen = device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
-        _patient[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=30))]
+        _hosts[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=30))]
     return chosen
 
 
@@ -52,7 +53,7 @@ def device(name: str = "auto") -> torch.device:
 def finish() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
-        _patient.clear()
+        _hosts.clear()
         dist.destroy_process_group()
 
 
@@ -161,9 +162,9 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     """Mean of a CPU tensor over all ranks, for numbers that are told; not differentiable. Alone: x itself."""
     if world_size() == 1:
         return x
-    total = x.to(_collective_device())
-    dist.all_reduce(total)
-    return (total / world_size()).cpu()
+    total = x.clone()
+    dist.all_reduce(total, group=_hosts[0])
+    return total / world_size()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -179,20 +180,17 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         same = [g for g in gradients if g.dtype == dtype]
         flat = torch.cat([g.reshape(-1) for g in same])
         dist.all_reduce(flat)
-        flat /= world_size()
-        offset = 0
-        for g in same:
-            g.copy_(flat[offset : offset + g.numel()].view_as(g))
-            offset += g.numel()
+        parts = torch.split(flat / world_size(), [g.numel() for g in same])
+        torch._foreach_copy_(same, [part.view_as(g) for part, g in zip(parts, same, strict=True)])
 
 
 def any_rank(*, flag: bool) -> bool:
-    """Whether flag is true on at least one rank; every rank gets the same answer."""
+    """Whether flag is true on at least one rank; every rank gets the same answer. No device is waited for."""
     if world_size() == 1:
         return flag
-    vote = torch.tensor([1.0 if flag else 0.0], device=_collective_device())
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item() > 0)
+    vote = torch.tensor([int(flag)])
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=_hosts[0])
+    return bool(vote.item())
 
 
 def from_main(value: T) -> T:
@@ -200,7 +198,7 @@ def from_main(value: T) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_patient[0])
+    dist.broadcast_object_list(box, src=0, group=_hosts[0])
     return box[0]
 
 
@@ -208,10 +206,6 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
         dist.barrier()
-
-
-def _collective_device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 @contextlib.contextmanager
