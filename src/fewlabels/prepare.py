@@ -170,6 +170,8 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
         "precision": prepared.precision.name,
         "pretrain": asdict(recipe.pretrain),
     }
+    if recipe.pretrain.chunk:
+        facts["chunk_norm"] = recipe.chunk_norm
     if recipe.pretrained is not None:
         facts["pretrained"] = artefact.weights_digest(Path(recipe.pretrained))
     if stage != "pretrain":
@@ -318,9 +320,7 @@ def equations(prepared: Prepared) -> list[str]:
     return [
         line
         for stage in stages_to_run(prepared)
-        for line in plan.equations(
-            stage, getattr(prepared.recipe, stage), prepared.derived(stage), runtime.world_size()
-        )
+        for line in plan.equations(stage, prepared.recipe, prepared.derived(stage), runtime.world_size())
     ]
 
 

@@ -26,6 +26,7 @@ from fewlabels.prepare import Prepared, identity
 from fewlabels.runfolder import Interrupts
 from fewlabels.stages import runner
 from fewlabels.stages.answers import Answers
+from fewlabels.stages.chunks import Chunks
 from fewlabels.stages.distill import Distill
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
@@ -94,12 +95,13 @@ class Worker:
         def build() -> Pretrain:
             network = build_encoder(self.recipe.encoder)
             head = ProjectionHead(network.feature_dim, settings.head_out, settings.head_layers)
-            view = self._view("pretrain")
+            view, temperature = self._view("pretrain"), settings.temperature
+            chunks = Chunks(settings.chunk, self.recipe.chunk_norm) if settings.chunk else None
             if not settings.momentum:
-                return Pretrain(network, head, view=view, temperature=settings.temperature)
+                return Pretrain(network, head, view=view, temperature=temperature, chunks=chunks)
             return PretrainWithMomentum(
-                network, head, view=view, temperature=settings.temperature, momentum=settings.momentum,
-                queue=settings.queue,
+                network, head, view=view, temperature=temperature, momentum=settings.momentum, queue=settings.queue,
+                chunks=chunks,
             )  # fmt: skip
 
         return self._seeded("pretrain", build)
