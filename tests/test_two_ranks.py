@@ -29,7 +29,7 @@ from fewlabels.stages.loop import Stage
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
 from fewlabels.stages.runner import Job
 
-STAGES = ("pretrain", "momentum", "chunk", "batch", "finetune", "distill")
+STAGES = ("pretrain", "recompute", "momentum", "chunk", "batch", "finetune", "distill")
 STEPS = 3
 
 
@@ -48,7 +48,8 @@ def build(name: str) -> Stage:
     torch.manual_seed(0)
     body = encoder("resnet18_0.125x_small")
     head = ProjectionHead(body.feature_dim, 16)
-    if name == "pretrain":
+    if name in ("pretrain", "recompute"):
+        body.recompute(on=name == "recompute")
         return Pretrain(body, head, view=two_views, temperature=0.2)
     if name in ("chunk", "batch"):
         return Pretrain(body, head, view=two_views, temperature=0.2, chunks=Chunks(8, name))
@@ -120,6 +121,14 @@ def test_two_ranks_are_one_process(name: str, what: str, both: tuple[dict[str, A
             scale = max(1e-3, float(alone[key].abs().max()))
             difference = float((alone[key].double() - rank[key].double()).abs().max()) / scale
             assert difference <= 1e-5, f"{key}: {difference}"
+
+
+def test_recomputed_is_the_same(both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    alone, together = both
+    for found in (alone, *together):
+        for key in (key for key in alone if key.startswith("pretrain")):
+            again = found[key.replace("pretrain", "recompute", 1)]
+            torch.testing.assert_close(again, found[key], rtol=0, atol=1e-12, msg=key)
 
 
 def test_ranks_end_with_the_same_weights(both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:

@@ -65,6 +65,9 @@ class Worker:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.prepared.seed * 1000 + STREAMS[stage])
             module = build()
+        for part in module.modules() if self.recipe.recompute else ():
+            if isinstance(part, Encoder):
+                part.recompute(on=True)
         self.prepared.precision.layout(module.to(self.device))
         return module
 

@@ -7,18 +7,21 @@ Source: google-research/simclr at 383d414, `resnet.py`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fewlabels import runtime
 from fewlabels.errors import UsageError
 
 DECAY = 0.9  # of the running statistics (reference `BATCH_NORM_DECAY`)
 EPSILON = 1e-5
+
+_still = False  # while something is computed a second time: no running statistics move
 
 
 class BatchNorm(nn.Module):
@@ -64,17 +67,20 @@ class BatchNorm(nn.Module):
                 why="the variance of one value is 0, so every feature would become 0",
                 fix="train with at least 2 images in a batch",
             )
+        mean = self.running_mean.clone() if _still else self.running_mean
         variance = self.running_variance * (count / (count - 1))
-        y = F.batch_norm(x, self.running_mean, variance, self.weight, self.bias, True, 1 - DECAY, EPSILON)
-        self.running_variance.copy_(variance * ((count - 1) / count))
+        y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1 - DECAY, EPSILON)
+        if not _still:
+            self.running_variance.copy_(variance * ((count - 1) / count))
         return y
 
     def _together(self, x: Tensor) -> Tensor:
         y, mean, variance = _GlobalBatchNorm.apply(x, self.weight, self.bias, None, None)
         if self._use == "keep":
             self._kept = mean, variance
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), 1 - DECAY)
-        self.running_variance.lerp_(variance.to(self.running_variance.dtype), 1 - DECAY)
+        if not _still:
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), 1 - DECAY)
+            self.running_variance.lerp_(variance.to(self.running_variance.dtype), 1 - DECAY)
         return y  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
@@ -157,6 +163,24 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = (means * counts).sum(0) / total
     spread = (spreads + (means - mean).square() * counts).sum(0)
     return mean, spread / total, total
+
+
+def recomputed(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """part(x), of which only x is kept: backward computes the rest again. part draws no random numbers."""
+    kept: Tensor = checkpoint(
+        part, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (contextlib.nullcontext(), _stand())
+    )
+    return kept
+
+
+@contextlib.contextmanager
+def _stand() -> Iterator[None]:
+    global _still  # noqa: PLW0603 - backward computes in a thread of its own, while the one that asked for it waits
+    _still = True
+    try:
+        yield
+    finally:
+        _still = False
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
