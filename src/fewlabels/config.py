@@ -110,7 +110,7 @@ class Recipe:
         None, "longest side that images are stored at; none = by the images and size", least=4
     )
     pretrained: str | None = knob(None, "model folder (of `fewlabels import` or a run) that takes pretraining's place")
-    precision: str = knob("auto", "auto, bf16 or fp32", choices=("auto", "bf16", "fp32"))
+    precision: str = knob("auto", "bf16, fp32, or auto: measured", choices=("auto", "bf16", "fp32"))
     recompute: bool = knob(False, "compute activations again for the gradient: less memory, more time, the same result")
     chunk_norm: str = knob(
         "chunk", "with pretrain.chunk, batch norm's statistics: of a chunk, or of the batch", choices=("chunk", "batch")

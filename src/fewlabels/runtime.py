@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,8 @@ from torch import Tensor
 from fewlabels.errors import FewlabelsError, MainFailed, UsageError
 
 T = TypeVar("T")
+
+CLEARLY = 1.2  # times as fast: a measurement's noise must not decide
 
 # The group of the hosts, over gloo: what is said in it never makes a host wait for its device. In it others wait for
 # rank 0, which may decode or compare for hours; one that dies is noticed at once.
@@ -103,21 +106,57 @@ class Precision:
         return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
 
-def precision(device: torch.device, name: str = "auto") -> Precision:
-    """The number format for device. name: "auto" (bf16 where the hardware multiplies it fast), "bf16" or "fp32".
+def precision(device: torch.device, name: str = "auto", *, channels_last: bool = True) -> Precision:
+    """The number format for device. name: "bf16", "fp32", or "auto": rank 0's measurement decides, the layout too.
 
     float16 is never used: it needs loss scaling, and on CPUs it is 1,000 times slower (0.3-2.4 GFLOP/s measured).
     """
     if name not in ("auto", "bf16", "fp32"):
         raise UsageError(f'unknown precision "{name}"', fix='use "auto", "bf16" or "fp32"')
     if name == "auto":
+        return from_main(_fastest(device) if is_main() else Precision(None, channels_last=True))
+    return Precision(torch.bfloat16 if name == "bf16" else None, channels_last)
+
+
+def _fastest(device: torch.device) -> Precision:
+    """float32 in channels_last, unless another format is clearly faster here. Measured only where bf16 is to be had."""
+    best = Precision(None, channels_last=True)
+    if not _has_bf16(device):
+        return best
+    least = _seconds_per_convolution(best, device)
+    for dtype, channels_last in ((torch.bfloat16, True), (None, False), (torch.bfloat16, False)):
+        other = Precision(dtype, channels_last)
+        seconds = _seconds_per_convolution(other, device)
+        if CLEARLY * seconds < least:
+            best, least = other, seconds
+    return best
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the hardware says that it multiplies bfloat16. Some that do are slower than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))
+
+
+def _seconds_per_convolution(form: Precision, device: torch.device) -> float:
+    """Forward and backward of a 3x3 convolution with batch norm and ReLU, as in the first group of a ResNet."""
+    images = 64 if device.type == "cuda" else 8
+    block = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.BatchNorm2d(64), torch.nn.ReLU())
+    form.layout(block.to(device))
+    layout = torch.channels_last if form.channels_last else torch.contiguous_format
+    x = torch.ones(images, 64, 28, 28, device=device).contiguous(memory_format=layout).requires_grad_()
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with form.context(device):
+            y = block(x)
+        y.sum().backward()
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-            fast = bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))
-        name = "bf16" if fast else "fp32"
-    return Precision(torch.bfloat16 if name == "bf16" else None, channels_last=True)
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])  # the first one chooses kernels
 
 
 # --- what ranks say to each other --------------------------------------------------------------------------
