@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,7 @@ def test_check_changes_nothing(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert code == 0
     assert "32 images, 32 labeled in 4 classes, 16 held-out test images" in out
     assert "MB of disk" in out
+    assert re.search(r"pretrain: largest batch that fits: about \d+ \(asked 16\), about \d+ with --recompute", out)
     assert sorted(photos.rglob("*")) == before
     assert not (tmp_path / "out").exists()
 

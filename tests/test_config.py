@@ -34,6 +34,7 @@ FACTS = recipes.Facts(images=9469, labeled=95, classes=10, side=160, gray=False,
         ({"finetune": {"tap": 5}}, ["finetune.tap = 5", "3 layers"]),
         ({"pretrain": {"queue": 8}}, ["queue needs a momentum encoder"]),
         ({"size": None}, ["size = None"]),
+        ({"encoder": "timm:resnet18", "chunk_norm": "batch"}, ["batch norms of timm:resnet18 are its own"]),
     ],
 )
 def test_wrong_values_are_refused_in_words(overrides: dict[str, object], words: list[str]) -> None:
@@ -126,11 +127,24 @@ def test_all_architectures_of_the_papers_table_have_a_recipe() -> None:
 def test_equations_are_true() -> None:
     recipe = recipes.named("simclrv2", FACTS)
     derived = plan.derive(recipe.pretrain, 9469, 2)
-    lines = plan.equations("pretrain", recipe.pretrain, derived, 2)
+    lines = plan.equations("pretrain", recipe, derived, 2)
     sums = next(line for line in lines if "steps" in line)
     assert f"{derived.total_steps:,} = 9,469 images x {recipe.pretrain.epochs:g} epochs // {derived.batch} + 1" in sums
     assert derived.total_steps == int(9469 * recipe.pretrain.epochs) // derived.batch + 1
     assert derived.peak == pytest.approx(recipe.pretrain.learning_rate * math.sqrt(derived.batch))
+
+
+@pytest.mark.parametrize(
+    ("norm", "words"), [("chunk", "of each chunk"), ("batch", "the chunk's means for the batch's")]
+)
+def test_chunks_are_said_with_what_batch_norm_makes_of_them(norm: str, words: str) -> None:
+    recipe = config.override(Recipe(), {"pretrain": {"batch": 256, "chunk": 100}, "chunk_norm": norm})
+    lines = plan.equations("pretrain", recipe, plan.derive(recipe.pretrain, 9469, 2), 2)
+    assert any("3 chunks = 256 images // 100, rounded up" in line and words in line for line in lines)
+    whole = config.override(recipe, {"pretrain": {"chunk": 256}})
+    assert not any(
+        "chunks" in line for line in plan.equations("pretrain", whole, plan.derive(whole.pretrain, 999, 1), 1)
+    )
 
 
 @pytest.mark.parametrize("student", [None, "resnet18_0.125x"])

@@ -22,13 +22,14 @@ from fewlabels.data.loader import Batch, training_batches
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.stages import loop
+from fewlabels.stages.chunks import Chunks
 from fewlabels.stages.distill import Distill
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
 from fewlabels.stages.runner import Job
 
-STAGES = ("pretrain", "momentum", "finetune", "distill")
+STAGES = ("pretrain", "recompute", "momentum", "chunk", "batch", "finetune", "distill")
 STEPS = 3
 
 
@@ -47,8 +48,11 @@ def build(name: str) -> Stage:
     torch.manual_seed(0)
     body = encoder("resnet18_0.125x_small")
     head = ProjectionHead(body.feature_dim, 16)
-    if name == "pretrain":
+    if name in ("pretrain", "recompute"):
+        body.recompute(on=name == "recompute")
         return Pretrain(body, head, view=two_views, temperature=0.2)
+    if name in ("chunk", "batch"):
+        return Pretrain(body, head, view=two_views, temperature=0.2, chunks=Chunks(8, name))
     if name == "momentum":
         return PretrainWithMomentum(body, head, view=two_views, temperature=0.2, momentum=0.9, queue=24)
     teacher = Classifier(body, head, tap=1, num_classes=4)
@@ -58,6 +62,12 @@ def build(name: str) -> Stage:
     student = Classifier(encoder("resnet18_0.125x_small"), None, tap=0, num_classes=4)
     torch.nn.init.normal_(student.linear.weight)
     return Distill(teacher, student, view=crop, temperature=0.5, label_weight=0.3)
+
+
+def with_the_chunks_of_two_ranks(batch: Batch) -> Batch:
+    """16 images in such an order that the first 8 are the first 4 of either rank's 8."""
+    order = torch.arange(16).view(2, 2, 4).transpose(0, 1).flatten()
+    return Batch(batch.pixels[order], batch.extent[order], batch.ids[order], batch.labels[order], batch.epoch)
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -81,10 +91,12 @@ def run(folder: Path) -> dict[str, Any]:
         batches = training_batches(dataset, work.order(), first_step=0, last_step=STEPS, device=torch.device("cpu"))
         precision = runtime.precision(torch.device("cpu"), "fp32")
         for step, batch in enumerate(batches):
+            found[f"{name} ids {step}"] = runtime.gather(batch.ids)
+            if name in ("chunk", "batch") and runtime.world_size() == 1:
+                batch = with_the_chunks_of_two_ranks(batch)
             scalars = loop.step(state, batch, work.derived.learning_rate(step), precision)
             loss = torch.as_tensor(scalars["loss"]).clone()
             found[f"{name} loss {step}"] = runtime.sum_over_ranks(loss) / runtime.world_size()
-            found[f"{name} ids {step}"] = runtime.gather(batch.ids)
             for key, parameter in stage.named_parameters():
                 if parameter.grad is not None:
                     found[f"{name} gradient {step} {key}"] = parameter.grad.clone()
@@ -109,6 +121,14 @@ def test_two_ranks_are_one_process(name: str, what: str, both: tuple[dict[str, A
             scale = max(1e-3, float(alone[key].abs().max()))
             difference = float((alone[key].double() - rank[key].double()).abs().max()) / scale
             assert difference <= 1e-5, f"{key}: {difference}"
+
+
+def test_recomputed_is_the_same(both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    alone, together = both
+    for found in (alone, *together):
+        for key in (key for key in alone if key.startswith("pretrain")):
+            again = found[key.replace("pretrain", "recompute", 1)]
+            torch.testing.assert_close(again, found[key], rtol=0, atol=1e-12, msg=key)
 
 
 def test_ranks_end_with_the_same_weights(both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:

@@ -50,6 +50,9 @@ class PretrainRecipe(Schedule):
     blur: bool = knob(True, "Gaussian blur in half of the views")
     momentum: float = knob(0.0, "momentum encoder: decay of its moving average (paper 0.999); 0 = off", least=0, most=1)
     queue: int = knob(0, "memory of past keys for the momentum encoder (paper 65536); 0 = none", least=0)
+    chunk: int = knob(
+        0, "images that the network is shown at once, where a batch needs too much memory; 0 = all", least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,11 @@ class Recipe:
         None, "longest side that images are stored at; none = by the images and size", least=4
     )
     pretrained: str | None = knob(None, "model folder (of `fewlabels import` or a run) that takes pretraining's place")
-    precision: str = knob("auto", "auto, bf16 or fp32", choices=("auto", "bf16", "fp32"))
+    precision: str = knob("auto", "bf16, fp32, or auto: measured", choices=("auto", "bf16", "fp32"))
+    recompute: bool = knob(False, "compute activations again for the gradient: less memory, more time, the same result")
+    chunk_norm: str = knob(
+        "chunk", "with pretrain.chunk, batch norm's statistics: of a chunk, or of the batch", choices=("chunk", "batch")
+    )
     pretrain: PretrainRecipe = field(default_factory=PretrainRecipe)
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     distill: DistillRecipe = field(default_factory=DistillRecipe)
@@ -121,6 +128,8 @@ class Recipe:
             )
         if self.pretrain.queue and not self.pretrain.momentum:
             faults.append("pretrain.queue needs a momentum encoder: set pretrain.momentum, e.g. 0.999")
+        if self.chunk_norm == "batch" and self.encoder.startswith("timm:"):
+            faults.append(f'chunk_norm = "batch", but the batch norms of {self.encoder} are its own: use "chunk"')
         if faults:
             raise UsageError(f'recipe "{self.name}" cannot be used', details=faults, fix="change these values")
 

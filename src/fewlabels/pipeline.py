@@ -5,6 +5,7 @@ A finished stage is skipped, a broken one goes on from its last checkpoint; the 
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import tempfile
 from dataclasses import dataclass, replace
@@ -108,7 +109,8 @@ def run(asked: Asked) -> Run:
 def check(asked: Asked) -> dict[str, Any]:
     """What a run would understand, do and cost, found out in a temporary folder beside --out; changes nothing.
 
-    Returns lines (text), understood, seconds (for each stage, measured), disk_mb and memory_mb (of this process).
+    Returns lines (text), understood, seconds (for each stage, measured), disk_mb and memory_mb (of this process), and
+    largest_batch (for each stage: asked, fits, with_recompute; measured, where it can be).
     """
     device = runtime.start(asked.device)
     source = open_images(asked)
@@ -120,6 +122,7 @@ def check(asked: Asked) -> dict[str, Any]:
         folder = RunFolder(Path(temporary))
         prepared = prepare(asked, source, folder, device)
         Worker(prepared, interrupts).try_networks()
+        largest = _largest_batches(prepared, interrupts)
         prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
         per_step = Worker(prepared, interrupts).seconds_per_step()
         seconds = plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size())
@@ -133,13 +136,33 @@ def check(asked: Asked) -> dict[str, Any]:
         disk += 4e-6 * rows * prepared.dataset.num_classes  # while a stage runs, the teacher's answers
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     lines = [prepared.dataset.understood.line(), *prepared.dataset.understood.notes]
-    lines += [f"unreadable: {line}" for line in bad[:20]] + found
+    lines += [f"unreadable: {line}" for line in bad[:20]] + found + _told(largest)
     lines += [f"{name}: about {duration(value)} at the measured speed" for name, value in seconds.items()]
     lines += [f"about {duration(sum(seconds.values()))} in all, {memory:,.0f} MB of memory, {disk:,.0f} MB of disk"]
     return {
         "lines": lines, "understood": prepared.dataset.understood.as_dict(), "seconds": seconds, "disk_mb": disk,
-        "memory_mb": memory,
+        "memory_mb": memory, "largest_batch": largest,
     }  # fmt: skip
+
+
+def _largest_batches(prepared: Prepared, interrupts: Interrupts) -> dict[str, dict[str, int]]:
+    """For each stage the batch asked for, the largest that fits, and the largest with recompute where that may be."""
+    fits = Worker(prepared, interrupts).largest_batches()
+    found = {name: {"asked": prepared.derived(name.removesuffix("_self")).batch, "fits": n} for name, n in fits.items()}
+    if not prepared.recipe.recompute:
+        with contextlib.suppress(UsageError):  # a timm model that cannot
+            again = replace(prepared, recipe=replace(prepared.recipe, recompute=True))
+            for name, images in Worker(again, interrupts).largest_batches().items():
+                found[name]["with_recompute"] = images
+    return found
+
+
+def _told(largest: dict[str, dict[str, int]]) -> list[str]:
+    return [
+        f"{name}: largest batch that fits: about {batch['fits']:,} (asked {batch['asked']:,})"
+        + (f", about {batch['with_recompute']:,} with --recompute" if "with_recompute" in batch else "")
+        for name, batch in largest.items()
+    ]
 
 
 def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts: Interrupts) -> None:

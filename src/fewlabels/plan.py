@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from fewlabels.config import DistillRecipe, Recipe, Schedule
+from fewlabels.config import DistillRecipe, PretrainRecipe, Recipe, Schedule
 from fewlabels.errors import UsageError
 from fewlabels.model import optim
 from fewlabels.recipes import Facts
@@ -60,8 +60,9 @@ def derive(schedule: Schedule, images: int, ranks: int) -> Derived:
     )
 
 
-def equations(stage: str, schedule: Schedule, derived: Derived, ranks: int) -> list[str]:
+def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[str]:
     """The derived numbers, as a person would check them."""
+    schedule: Schedule = getattr(recipe, stage)
     scaled = {
         "sqrt": f"{schedule.learning_rate:g} x sqrt({derived.batch})",
         "linear": f"{schedule.learning_rate:g} x {derived.batch} / 256",
@@ -75,6 +76,16 @@ def equations(stage: str, schedule: Schedule, derived: Derived, ranks: int) -> l
         )
     elif ranks > 1:
         lines.append(f"{stage}: batch {derived.batch} = {ranks} processes x {derived.batch // ranks}")
+    if isinstance(schedule, PretrainRecipe) and 0 < schedule.chunk < derived.batch:
+        chunks = -(-(derived.batch // ranks) // max(1, schedule.chunk // ranks))
+        lines.append(
+            f"{stage}: {chunks} chunks = {derived.batch} images // {schedule.chunk}, rounded up; batch norm takes the "
+            + (
+                "statistics of each chunk"
+                if recipe.chunk_norm == "chunk"
+                else "whole batch's statistics, and in its gradient the chunk's means for the batch's"
+            )
+        )
     if isinstance(schedule, DistillRecipe) and schedule.replays:
         asked = f"{schedule.teacher_epochs} of {schedule.epochs:g} epochs"
         lines.append(f"{stage}: the teacher is asked in {asked}, then views come again")

@@ -170,6 +170,8 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
         "precision": prepared.precision.name,
         "pretrain": asdict(recipe.pretrain),
     }
+    if recipe.pretrain.chunk:
+        facts["chunk_norm"] = recipe.chunk_norm
     if recipe.pretrained is not None:
         facts["pretrained"] = artefact.weights_digest(Path(recipe.pretrained))
     if stage != "pretrain":
@@ -270,9 +272,16 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
         say(f"  note: {remark}")
     facts = replace(rough, images=len(dataset.train), labeled=len(dataset.labeled), classes=len(dataset.classes))
     recipe = resolve(asked, facts, stored, begun)
-    precision = runtime.precision(device, recipe.precision)
+    precision = number_format(recipe, device, stored)
     seconds = runtime.from_main(time.perf_counter() - began)
     return Prepared(folder, dataset, facts, recipe, device, precision, asked.seed, seconds)
+
+
+def number_format(recipe: Recipe, device: torch.device, stored: Mapping[str, Any] | None) -> runtime.Precision:
+    """As asked. What "auto" has measured once stays the run's: another answer would make it another run."""
+    if stored and recipe.precision == stored["recipe"]["precision"] == "auto":
+        return runtime.precision(device, stored["precision"], channels_last=stored.get("channels_last", True))
+    return runtime.precision(device, recipe.precision)
 
 
 def check_resumable(prepared: Prepared) -> None:
@@ -306,6 +315,7 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
             "versions": versions(),
             "device": device_name(prepared.device),
             "precision": prepared.precision.name,
+            "channels_last": prepared.precision.channels_last,
             "threads": torch.get_num_threads(),
             "ranks": runtime.world_size(),
             "seed": prepared.seed,
@@ -319,9 +329,7 @@ def equations(prepared: Prepared) -> list[str]:
     return [
         line
         for stage in stages_to_run(prepared)
-        for line in plan.equations(
-            stage, getattr(prepared.recipe, stage), prepared.derived(stage), runtime.world_size()
-        )
+        for line in plan.equations(stage, prepared.recipe, prepared.derived(stage), runtime.world_size())
     ]
 
 

@@ -24,8 +24,11 @@ from fewlabels.errors import FewlabelsError, RankFailed, RunAgain, UsageError
 
 T = TypeVar("T")
 
-# The group in which others wait for rank 0, which may decode or compare for hours. One that dies is noticed at once.
-_patient: list[Any] = []
+CLEARLY = 1.2  # times as fast: a measurement's noise must not decide
+
+# The group of the hosts, over gloo: what is said in it never makes a host wait for its device. In it others wait for
+# rank 0, which may decode or compare for hours; one that dies is noticed at once.
+_hosts: list[Any] = []
 
 
 def start(name: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
@@ -38,7 +41,7 @@ def start(name: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
             "nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, rank=number, world_size=world,
             store=dist.PrefixStore(_meet(store, number, world, timeout), store),  # type: ignore[attr-defined]
         )  # fmt: skip
-        _patient[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=30))]
+        _hosts[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=30))]
     return chosen
 
 
@@ -83,7 +86,7 @@ def device(name: str = "auto") -> torch.device:
 def finish() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
-        _patient.clear()
+        _hosts.clear()
         dist.destroy_process_group()
 
 
@@ -133,21 +136,57 @@ class Precision:
         return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
 
-def precision(device: torch.device, name: str = "auto") -> Precision:
-    """The number format for device. name: "auto" (bf16 where the hardware multiplies it fast), "bf16" or "fp32".
+def precision(device: torch.device, name: str = "auto", *, channels_last: bool = True) -> Precision:
+    """The number format for device. name: "bf16", "fp32", or "auto": rank 0's measurement decides, the layout too.
 
     float16 is never used: it needs loss scaling, and on CPUs it is 1,000 times slower (0.3-2.4 GFLOP/s measured).
     """
     if name not in ("auto", "bf16", "fp32"):
         raise UsageError(f'unknown precision "{name}"', fix='use "auto", "bf16" or "fp32"')
     if name == "auto":
+        return from_main(_fastest(device) if is_main() else Precision(None, channels_last=True))
+    return Precision(torch.bfloat16 if name == "bf16" else None, channels_last)
+
+
+def _fastest(device: torch.device) -> Precision:
+    """float32 in channels_last, unless another format is clearly faster here. Measured only where bf16 is to be had."""
+    best = Precision(None, channels_last=True)
+    if not _has_bf16(device):
+        return best
+    least = _seconds_per_convolution(best, device)
+    for dtype, channels_last in ((torch.bfloat16, True), (None, False), (torch.bfloat16, False)):
+        other = Precision(dtype, channels_last)
+        seconds = _seconds_per_convolution(other, device)
+        if CLEARLY * seconds < least:
+            best, least = other, seconds
+    return best
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the hardware says that it multiplies bfloat16. Some that do are slower than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))
+
+
+def _seconds_per_convolution(form: Precision, device: torch.device) -> float:
+    """Forward and backward of a 3x3 convolution with batch norm and ReLU, as in the first group of a ResNet."""
+    images = 64 if device.type == "cuda" else 8
+    block = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.BatchNorm2d(64), torch.nn.ReLU())
+    form.layout(block.to(device))
+    layout = torch.channels_last if form.channels_last else torch.contiguous_format
+    x = torch.ones(images, 64, 28, 28, device=device).contiguous(memory_format=layout).requires_grad_()
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with form.context(device):
+            y = block(x)
+        y.sum().backward()
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-            fast = bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))
-        name = "bf16" if fast else "fp32"
-    return Precision(torch.bfloat16 if name == "bf16" else None, channels_last=True)
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])  # the first one chooses kernels
 
 
 # --- what ranks say to each other --------------------------------------------------------------------------
@@ -192,9 +231,9 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     """Mean of a CPU tensor over all ranks, for numbers that are told; not differentiable. Alone: x itself."""
     if world_size() == 1:
         return x
-    total = x.to(_collective_device())
-    dist.all_reduce(total)
-    return (total / world_size()).cpu()
+    total = x.clone()
+    dist.all_reduce(total, group=_hosts[0])
+    return total / world_size()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -210,20 +249,17 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         same = [g for g in gradients if g.dtype == dtype]
         flat = torch.cat([g.reshape(-1) for g in same])
         dist.all_reduce(flat)
-        flat /= world_size()
-        offset = 0
-        for g in same:
-            g.copy_(flat[offset : offset + g.numel()].view_as(g))
-            offset += g.numel()
+        parts = torch.split(flat / world_size(), [g.numel() for g in same])
+        torch._foreach_copy_(same, [part.view_as(g) for part, g in zip(parts, same, strict=True)])
 
 
 def any_rank(*, flag: bool) -> bool:
-    """Whether flag is true on at least one rank; every rank gets the same answer."""
+    """Whether flag is true on at least one rank; every rank gets the same answer. No device is waited for."""
     if world_size() == 1:
         return flag
-    vote = torch.tensor([1.0 if flag else 0.0], device=_collective_device())
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item() > 0)
+    vote = torch.tensor([int(flag)])
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=_hosts[0])
+    return bool(vote.item())
 
 
 def from_main(value: T) -> T:
@@ -231,7 +267,7 @@ def from_main(value: T) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_patient[0])
+    dist.broadcast_object_list(box, src=0, group=_hosts[0])
     return box[0]
 
 
@@ -240,7 +276,7 @@ def from_all(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_patient[0])
+    dist.all_gather_object(values, value, group=_hosts[0])
     return values
 
 
@@ -266,10 +302,6 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
         dist.barrier()
-
-
-def _collective_device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 @contextlib.contextmanager

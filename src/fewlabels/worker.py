@@ -24,8 +24,9 @@ from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.prepare import Prepared, identity
 from fewlabels.runfolder import Interrupts
-from fewlabels.stages import runner
+from fewlabels.stages import memory, runner
 from fewlabels.stages.answers import Answers
+from fewlabels.stages.chunks import Chunks
 from fewlabels.stages.distill import Distill
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
@@ -64,6 +65,9 @@ class Worker:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.prepared.seed * 1000 + STREAMS[stage])
             module = build()
+        for part in module.modules() if self.recipe.recompute else ():
+            if isinstance(part, Encoder):
+                part.recompute(on=True)
         self.prepared.precision.layout(module.to(self.device))
         return module
 
@@ -94,12 +98,13 @@ class Worker:
         def build() -> Pretrain:
             network = build_encoder(self.recipe.encoder)
             head = ProjectionHead(network.feature_dim, settings.head_out, settings.head_layers)
-            view = self._view("pretrain")
+            view, temperature = self._view("pretrain"), settings.temperature
+            chunks = Chunks(settings.chunk, self.recipe.chunk_norm) if settings.chunk else None
             if not settings.momentum:
-                return Pretrain(network, head, view=view, temperature=settings.temperature)
+                return Pretrain(network, head, view=view, temperature=temperature, chunks=chunks)
             return PretrainWithMomentum(
-                network, head, view=view, temperature=settings.temperature, momentum=settings.momentum,
-                queue=settings.queue,
+                network, head, view=view, temperature=temperature, momentum=settings.momentum, queue=settings.queue,
+                chunks=chunks,
             )  # fmt: skip
 
         return self._seeded("pretrain", build)
@@ -270,19 +275,26 @@ class Worker:
         assert isinstance(stage, Pretrain)
         return compare.feature_scores(self.dataset, stage.encoder, self.prepared.setting)
 
-    def seconds_per_step(self) -> dict[str, float]:
-        """Measured seconds a step of every stage, on throwaway networks; rank 0's word counts."""
-        throwaways: dict[str, Stage] = {} if self.recipe.pretrained else {"pretrain": self._pretrain_stage()}
+    def _throwaways(self) -> dict[str, Stage]:
+        """Every stage that will run, on networks that may be spoiled."""
+        found: dict[str, Stage] = {} if self.recipe.pretrained else {"pretrain": self._pretrain_stage()}
         if self.dataset.num_classes:
             outline = self._outline()
             teacher = self._teacher("finetune", outline)
             if len(self.dataset.labeled) >= 2 * runtime.world_size():
-                throwaways["finetune"] = Finetune(self._teacher("finetune", outline), view=self._view("finetune"))
+                found["finetune"] = Finetune(self._teacher("finetune", outline), view=self._view("finetune"))
             for name, student in self._students():
                 network = self._student(name, student, outline)
-                throwaways[name] = Distill(teacher, network, view=self._view(name), temperature=1.0)
-        measured = {
-            name: runner.seconds_per_step(self._job(name, throwaway), self.workplace)
-            for name, throwaway in throwaways.items()
-        }
-        return runtime.from_main(measured)
+                found[name] = Distill(teacher, network, view=self._view(name), temperature=1.0)
+        return found
+
+    def seconds_per_step(self) -> dict[str, float]:
+        """Measured seconds a step of every stage; rank 0's word counts."""
+        jobs = [self._job(name, stage) for name, stage in self._throwaways().items()]
+        return runtime.from_main({job.name: runner.seconds_per_step(job, self.workplace) for job in jobs})
+
+    def largest_batches(self) -> dict[str, int]:
+        """About the largest batch of every stage that the memory holds, where that can be measured."""
+        jobs = [self._job(name, stage) for name, stage in self._throwaways().items()]
+        found = {job.name: memory.largest_batch(job, self.workplace) for job in jobs}
+        return {name: images for name, images in found.items() if images is not None}

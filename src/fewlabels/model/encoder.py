@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewlabels.errors import UsageError, nearest
-from fewlabels.model.layers import BatchNorm, ConvNorm, SelectiveKernel, ShortcutPool, conv, max_pool
+from fewlabels.model.layers import BatchNorm, ConvNorm, SelectiveKernel, ShortcutPool, conv, max_pool, recomputed
 
 BLOCKS = {  # depth: residual blocks in each of the four groups
     18: (2, 2, 2, 2),
@@ -99,6 +99,7 @@ class Encoder(nn.Module):
     feature_dim: int
     freezable: tuple[int, ...]  # what freeze accepts
     _frozen = -1
+    _recomputes = False
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -120,6 +121,12 @@ class Encoder(nn.Module):
         for number, part in enumerate(self.blocks):
             part.requires_grad_(number > block)
         self.train(self.training)
+
+    def recompute(self, *, on: bool) -> None:
+        """Whether training keeps only what enters each block, and computes the rest again for the gradient (Chen et
+        al. 2016, arXiv 1604.06174). Nothing else changes. Raises UsageError for a timm model that cannot.
+        """
+        self._recomputes = on
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
         super().train(mode)
@@ -160,8 +167,9 @@ class ResNet(Encoder):
         return [self.stem, self.group1, self.group2, self.group3, self.group4]
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
+        for part in (self.stem, *self.group1, *self.group2, *self.group3, *self.group4):
+            again = self._recomputes and part.training and torch.is_grad_enabled()
+            x = recomputed(part, x) if again else part(x)
         return _mean_over_pixels(x)
 
     def endpoints(self, x: Tensor) -> dict[str, Tensor]:
@@ -301,6 +309,18 @@ class TimmEncoder(Encoder):
     @property
     def blocks(self) -> list[nn.Module]:
         return [self.model]
+
+    def recompute(self, *, on: bool) -> None:
+        norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.model.modules())
+        try:
+            if norms and on:
+                raise AssertionError("its batch norms would count every batch twice")
+            self.model.set_grad_checkpointing(on)  # type: ignore[operator]
+        except (AssertionError, AttributeError) as error:
+            raise UsageError(
+                f"{type(self.model).__name__} of timm cannot compute its activations again: {error}",
+                fix="leave out recompute, or choose another network",
+            ) from error
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)  # type: ignore[no-any-return]

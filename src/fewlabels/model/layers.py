@@ -7,17 +7,21 @@ Source: google-research/simclr at 383d414, `resnet.py`.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fewlabels import runtime
 from fewlabels.errors import UsageError
 
 DECAY = 0.9  # of the running statistics (reference `BATCH_NORM_DECAY`)
 EPSILON = 1e-5
+
+_still = False  # while something is computed a second time: no running statistics move
 
 
 class BatchNorm(nn.Module):
@@ -32,6 +36,8 @@ class BatchNorm(nn.Module):
 
     running_mean: Tensor  # (C,)
     running_variance: Tensor  # (C,)
+    _use = "own"  # see `statistics`
+    _kept: tuple[Tensor, Tensor]  # mean and biased variance (C,) of the batch
 
     def __init__(self, channels: int, *, zero_scale: bool = False, bias: bool = True) -> None:
         super().__init__()
@@ -43,7 +49,9 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_variance, self.weight, self.bias, eps=EPSILON)
-        return self._alone(x) if runtime.world_size() == 1 else self._together(x)
+        if self._use == "given":
+            return _GlobalBatchNorm.apply(x, self.weight, self.bias, *self._kept)[0]  # type: ignore[no-any-return]
+        return self._alone(x) if runtime.world_size() == 1 and self._use == "own" else self._together(x)
 
     def _alone(self, x: Tensor) -> Tensor:
         """The fused kernel, made to keep the biased variance.
@@ -59,32 +67,59 @@ class BatchNorm(nn.Module):
                 why="the variance of one value is 0, so every feature would become 0",
                 fix="train with at least 2 images in a batch",
             )
+        mean = self.running_mean.clone() if _still else self.running_mean
         variance = self.running_variance * (count / (count - 1))
-        y = F.batch_norm(x, self.running_mean, variance, self.weight, self.bias, True, 1 - DECAY, EPSILON)
-        self.running_variance.copy_(variance * ((count - 1) / count))
+        y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1 - DECAY, EPSILON)
+        if not _still:
+            self.running_variance.copy_(variance * ((count - 1) / count))
         return y
 
     def _together(self, x: Tensor) -> Tensor:
-        y, mean, variance = _GlobalBatchNorm.apply(x, self.weight, self.bias)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), 1 - DECAY)
-        self.running_variance.lerp_(variance.to(self.running_variance.dtype), 1 - DECAY)
+        y, mean, variance = _GlobalBatchNorm.apply(x, self.weight, self.bias, None, None)
+        if self._use == "keep":
+            self._kept = mean, variance
+        if not _still:
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), 1 - DECAY)
+            self.running_variance.lerp_(variance.to(self.running_variance.dtype), 1 - DECAY)
         return y  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, bias={self.bias is not None}"
 
 
+@contextlib.contextmanager
+def statistics(module: nn.Module, use: str) -> Iterator[None]:
+    """In the block, how the training batch norms of module get their statistics: "own", of what they are shown; "keep",
+    the same, and they remember them; "given", the remembered ones, and no running statistics move.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, BatchNorm)]
+    for norm in norms:
+        norm._use = use
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm._use = "own"
+
+
 class _GlobalBatchNorm(torch.autograd.Function):
     """Batch norm with one collective forward and one backward.
 
-    forward(x, weight (C,), bias (C,) | None) -> y like x; mean and biased variance (C,) over all ranks.
-    The gradient of x is exact for the sum of all ranks' losses. Those of weight and bias are this rank's share of
-    it: runtime.average_gradients joins them, as it does for every other parameter.
+    forward(x, weight (C,), bias (C,) | None, mean, variance) -> y like x; mean and biased variance (C,), those given or
+    else those over all ranks.
+    The gradient of x is exact for the sum of all ranks' losses; where statistics are given, the two means in it are
+    over x on all ranks all the same. Those of weight and bias are this rank's share of it:
+    runtime.average_gradients joins them, as it does for every other parameter.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        mean, variance, total = _global_statistics(x)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if mean is None or variance is None:
+            mean, variance, total = _global_statistics(x)
+        else:
+            total = mean.new_full((), x.numel() // x.shape[1] * runtime.world_size())
         scale = torch.rsqrt(variance + EPSILON)  # (C,)
         ctx.save_for_backward(x, weight, mean, scale, total)
         ctx.has_bias = bias is not None
@@ -93,7 +128,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         return F.batch_norm(x, mean, variance, weight, bias, eps=EPSILON), mean, variance
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, total = ctx.saved_tensors
         axes, shape = _axes(x)
         dy = gradients[0].to(mean.dtype)
@@ -102,7 +137,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         d_bias, d_weight = sums.to(weight.dtype).clone()
         sums = runtime.sum_over_ranks(sums) / total
         dx = (dy - sums[0].view(shape) - normal * sums[1].view(shape)) * (scale * weight).view(shape)
-        return dx.to(x.dtype), d_weight, d_bias if ctx.has_bias else None
+        return dx.to(x.dtype), d_weight, d_bias if ctx.has_bias else None, None, None
 
 
 def _axes(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -120,7 +155,7 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = x.numel() // x.shape[1]
     mean = x.sum(axes) / max(count, 1)  # a rank may be out of images
     spread = (x - mean.view(shape)).square_().sum(axes)  # sum of squared deviations, (C,)
-    own = torch.cat([mean, spread, mean.new_tensor([count])])
+    own = torch.cat([mean, spread, mean.new_full((1,), count)])
     parts = runtime.gather(own[None])  # (R, 2C + 1)
     means, spreads = parts[:, :-1].chunk(2, dim=1)
     counts = parts[:, -1:]  # (R, 1)
@@ -128,6 +163,24 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = (means * counts).sum(0) / total
     spread = (spreads + (means - mean).square() * counts).sum(0)
     return mean, spread / total, total
+
+
+def recomputed(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """part(x), of which only x is kept: backward computes the rest again. part draws no random numbers."""
+    kept: Tensor = checkpoint(
+        part, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (contextlib.nullcontext(), _stand())
+    )
+    return kept
+
+
+@contextlib.contextmanager
+def _stand() -> Iterator[None]:
+    global _still  # noqa: PLW0603 - backward computes in a thread of its own, while the one that asked for it waits
+    _still = True
+    try:
+        yield
+    finally:
+        _still = False
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -1,7 +1,8 @@
 """The one training loop. It knows no recipe, no path and no stage by name.
 
 A stage is an nn.Module: forward(batch) returns {"loss": scalar, name: scalar...}. The loop asks for the gradient,
-averages it over ranks, steps, and calls three plain functions: on_log, on_eval, on_save.
+averages it over ranks, steps, and calls three plain functions: on_log, on_eval, on_save. On CUDA the host runs ahead
+of the device: nothing in a step waits for a number, and what is logged is told when it has arrived.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ class Stage(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": mean over this rank's share of the batch, other names: scalars to log}."""
         raise NotImplementedError
+
+    def backward(self, batch: Batch, precision: runtime.Precision) -> dict[str, Tensor]:
+        """Adds the gradient of the loss to every parameter's; returns what forward does."""
+        with precision.context(batch.pixels.device):
+            scalars = self(batch)
+        scalars["loss"].backward()
+        return scalars  # type: ignore[no-any-return]
 
     def after_step(self) -> None:
         """Called after each optimizer step, e.g. to move an average."""
@@ -98,7 +106,7 @@ class Plan:
 class Listeners:
     """What happens besides training. on_log gets the step's scalars; should_stop is polled every step."""
 
-    on_log: Callable[[int, dict[str, float]], None]
+    on_log: Callable[[int, dict[str, float]], None]  # on CUDA a log later, but before any evaluation, save or end
     on_eval: Callable[[TrainState], None]
     on_save: Callable[[TrainState], None]
     should_stop: Callable[[], bool]
@@ -113,23 +121,25 @@ def train(
     are seeded every step.
     """
     state.stage.train()
-    waited = 0.0  # seconds that the device waited for batches, since the last log
+    log = _Log(listeners.on_log)
+    waited = 0.0  # seconds that the host waited for batches, since the last log
     mark = asked = time.perf_counter()
     for batch in batches:
         waited += time.perf_counter() - asked
         torch.manual_seed((plan.seed << 24) + state.step & (1 << 63) - 1)  # so that a resumed run drops the same
         scalars = step(state, batch, plan.learning_rate(state.step), precision)
-        if state.step % plan.log_every == 0 or state.step == plan.total_steps:
-            now = time.perf_counter()
-            extra = {"seconds": now - mark, "wait_share": waited / max(now - mark, 1e-9)}
-            listeners.on_log(state.step, _over_ranks(scalars) | extra)
-            mark, waited = now, 0.0
         finished = state.step == plan.total_steps
+        if state.step % plan.log_every == 0 or finished:
+            now = time.perf_counter()
+            log.take(state.step, scalars, {"seconds": now - mark, "wait_share": waited / max(now - mark, 1e-9)})
+            mark, waited = now, 0.0
         if not finished and plan.eval_every and state.step % plan.eval_every == 0:
+            log.tell()
             listeners.on_eval(state)
             state.stage.train()
         stopping = runtime.any_rank(flag=listeners.should_stop())
         if finished or stopping or state.step % plan.save_every == 0:
+            log.tell()  # a run that goes on from this save logs what comes after it, and no more
             check_finite(state)
             listeners.on_save(state)
         if stopping and not finished:
@@ -138,23 +148,52 @@ def train(
     return True
 
 
-def _over_ranks(scalars: dict[str, Tensor | float]) -> dict[str, float]:
-    """Each rank computed its share's mean; the mean of those is what one process would have logged."""
-    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in scalars.values()])
-    means = runtime.mean_over_ranks(stacked)
-    return dict(zip(scalars, means.tolist(), strict=True))
+class _Log:
+    """One step's scalars between the device and on_log. They are copied at once, and told before the next are taken.
+
+    On a CPU they are told at once. On CUDA the copy joins the device's queue, and by the next log it is long there.
+    """
+
+    def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
+        self.on_log = on_log
+        self.untold: Callable[[], None] | None = None
+
+    def take(self, step: int, scalars: dict[str, Tensor | float], extra: dict[str, float]) -> None:
+        """The scalars of a step, and numbers that are known already."""
+        self.tell()
+        tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
+        on_device = torch.stack([value.to(torch.float64) for value in tensors.values()])
+        values = on_device.to("cpu", non_blocking=True)  # into pinned memory, which `to` takes for such a copy
+        copied = torch.cuda.Event() if on_device.is_cuda else None  # type: ignore[no-untyped-call]
+        if copied is not None:
+            copied.record()
+        known = {name: value for name, value in scalars.items() if not isinstance(value, Tensor)} | extra
+
+        def told() -> None:
+            if copied is not None:
+                copied.synchronize()
+            # Each rank computed its share's mean; the mean of those is what one process would have logged
+            means = runtime.mean_over_ranks(values).tolist()
+            self.on_log(step, dict(zip(tensors, means, strict=True)) | known)
+
+        self.untold = told
+        if copied is None:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell what was taken last, if it was not told yet. Ranks do so together."""
+        if self.untold is not None:
+            self.untold()
+            self.untold = None
 
 
 def step(
     state: TrainState, batch: Batch, learning_rate: float, precision: runtime.Precision
 ) -> dict[str, Tensor | float]:
     """One update in place; returns the stage's scalars and the learning rate."""
-    with precision.context(batch.pixels.device):
-        scalars = state.stage(batch)
-    loss = scalars["loss"]
-    _stop_if_not_finite(loss, state.step, batch)
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    scalars = state.stage.backward(batch, precision)
+    _stop_if_not_finite(scalars["loss"], state.step, batch)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     runtime.average_gradients(parameters)
     for group in state.optimizer.param_groups:

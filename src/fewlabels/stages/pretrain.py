@@ -3,6 +3,8 @@
 Two views of every image go through the encoder and a deep projection head in one forward pass, so that batch norm
 sees both; NT-Xent pulls the two views of an image together and pushes all others apart.
 
+A batch too large for the memory is taken in chunks (chunks.py).
+
 Shapes: B images of this rank, D projections, Q keys in the memory.
 """
 
@@ -19,6 +21,7 @@ from fewlabels.data.loader import Batch
 from fewlabels.model.encoder import Encoder
 from fewlabels.model.heads import ProjectionHead
 from fewlabels.model.losses import contrast_accuracy, nt_xent, nt_xent_with_queue
+from fewlabels.stages.chunks import Chunks
 from fewlabels.stages.loop import Stage
 
 View = Callable[[Batch, int], Tensor]  # (batch, number of the view) -> (B, 3, size, size) in [0, 1]
@@ -27,19 +30,38 @@ View = Callable[[Batch, int], Tensor]  # (batch, number of the view) -> (B, 3, s
 class Pretrain(Stage):
     """SimCLRv2 pretraining: forward(batch) -> NT-Xent of two views."""
 
-    def __init__(self, encoder: Encoder, head: ProjectionHead, *, view: View, temperature: float = 0.1) -> None:
+    def __init__(
+        self, encoder: Encoder, head: ProjectionHead, *, view: View, temperature: float = 0.1,
+        chunks: Chunks | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoder, self.head = encoder, head
-        self.view, self.temperature = view, temperature
-
-    def project(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Both views in one tensor (2B, 3, size, size), and their projections (B, D) each."""
-        views = torch.cat([self.view(batch, 0), self.view(batch, 1)])
-        first, second = self.head(self.encoder(views)).chunk(2)
-        return views, first, second
+        self.view, self.temperature, self.chunks = view, temperature, chunks
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        _, first, second = self.project(batch)
+        return self.compare(*self.look(batch))
+
+    def backward(self, batch: Batch, precision: runtime.Precision) -> dict[str, Tensor]:
+        if self.chunks is None or len(self.chunks.split(batch)) == 1:
+            return super().backward(batch, precision)
+        return self.chunks.backward(self, batch, precision)
+
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The projections (2B, D) of both views, first views before second ones; and keys, if the stage has any."""
+        return self.project(self.views(batch)), None
+
+    def views(self, batch: Batch) -> Tensor:
+        """Both views in one tensor (2B, 3, size, size)."""
+        return torch.cat([self.view(batch, 0), self.view(batch, 1)])
+
+    def project(self, views: Tensor) -> Tensor:
+        """(2B, D)"""
+        return self.head(self.encoder(views))  # type: ignore[no-any-return]
+
+    def compare(self, projections: Tensor, keys: Tensor | None) -> dict[str, Tensor]:
+        """The loss and what is logged, of what look gives."""
+        del keys
+        first, second = projections.chunk(2)
         return {
             "loss": nt_xent(first, second, self.temperature),  # the paper's mean over 2N anchors
             "contrast_accuracy": contrast_accuracy(first, second),
@@ -58,9 +80,10 @@ class PretrainWithMomentum(Pretrain):
     next_row: Tensor  # ()
 
     def __init__(
-        self, encoder: Encoder, head: ProjectionHead, *, view: View, temperature: float, momentum: float, queue: int
-    ) -> None:
-        super().__init__(encoder, head, view=view, temperature=temperature)
+        self, encoder: Encoder, head: ProjectionHead, *, view: View, temperature: float, momentum: float, queue: int,
+        chunks: Chunks | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(encoder, head, view=view, temperature=temperature, chunks=chunks)
         self.momentum = momentum
         self.average = copy.deepcopy(nn.ModuleDict({"encoder": encoder, "head": head})).requires_grad_(False)
         width = next(p.shape[0] for p in reversed(list(head.parameters())) if p.dim() == 2)
@@ -70,10 +93,16 @@ class PretrainWithMomentum(Pretrain):
         self.register_buffer("next_row", torch.zeros((), dtype=torch.long))
         self._keys = torch.empty(0)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        views, first, second = self.project(batch)
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        views = self.views(batch)
+        projections = self.project(views)
         with torch.no_grad():
             keys = nn.functional.normalize(self.average["head"](self.average["encoder"](views)).float(), dim=1)
+        return projections, keys
+
+    def compare(self, projections: Tensor, keys: Tensor | None) -> dict[str, Tensor]:
+        assert keys is not None
+        first, second = projections.chunk(2)
         first_key, second_key = keys.chunk(2)
         # View by view, so that the memory's order does not depend on the number of ranks
         self._keys = torch.cat([runtime.gather(first_key), runtime.gather(second_key)])[-len(self.queue) :]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from fewlabels.errors import Stopped, UsageError
 from fewlabels.model import optim
 from fewlabels.plan import Derived, derive
 from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
+from fewlabels.stages import memory
 from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState, step, train
 
 LOGS, EVALUATIONS, SAVES = 100, 8, 20  # of each, about so many a stage
@@ -104,13 +107,9 @@ def run(job: Job, at: Workplace) -> None:
     at.interrupts.patient = True
     try:
         rhythm = pace(job.derived, job.seed, evaluate=job.scores is not None)
-        with torch.random.fork_rng(devices=[at.device] if at.device.type == "cuda" else []):
+        spare_rng = torch.random.fork_rng(devices=[at.device] if at.device.type == "cuda" else [])
+        with spare_rng, _enough_memory(job, at):
             finished = train(state, batches, rhythm, _listeners(job, at, state, clock), at.precision)
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"the GPU has too little memory for {job.name} with batches of {job.derived.batch}",
-            fix=f"repeat the command with a smaller --{job.name.partition('_')[0]}.batch or --size and a new --out",
-        ) from error
     finally:
         at.interrupts.patient = False
         batches.close()
@@ -120,6 +119,23 @@ def run(job: Job, at: Workplace) -> None:
             from_signal(at.interrupts), f"at step {state.step:,} of {total:,} of {job.name}; everything is saved"
         )
     say(f"{job.name}: done in {duration(clock.seconds())}")
+
+
+@contextmanager
+def _enough_memory(job: Job, at: Workplace) -> Iterator[None]:
+    """If it is not, says what to do; on one process with the batch that fits. Finding that spoils job.stage."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        fits = memory.largest_batch(job, at) if runtime.world_size() == 1 else None
+        chunks = " or --pretrain.chunk" if job.name == "pretrain" else ""
+        raise UsageError(
+            f"the GPU has too little memory for {job.name} with batches of {job.derived.batch}",
+            why="" if fits is None else f"the largest batch that fits: about {fits:,}",
+            fix="repeat the command with --recompute; or, and with a new --out, with a smaller "
+            f"--{job.name.partition('_')[0]}.batch or --size{chunks}",
+        ) from error
 
 
 def from_signal(interrupts: Interrupts) -> int:
@@ -181,10 +197,11 @@ def seconds_per_step(job: Job, at: Workplace) -> float:
     times = []
     order = job.order()
     last = min(TIMED_STEPS + 1, order.steps_per_epoch * 4)
-    for batch in training_batches(at.dataset, order, first_step=0, last_step=last, device=at.device):
-        began = time.perf_counter()
-        step(state, batch, derived.peak * 1e-3, at.precision)
-        if at.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+    with _enough_memory(job, at):
+        for batch in training_batches(at.dataset, order, first_step=0, last_step=last, device=at.device):
+            began = time.perf_counter()
+            step(state, batch, derived.peak * 1e-3, at.precision)
+            if at.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
     return float(np.median(times[1:] or times))

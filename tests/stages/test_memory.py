@@ -1,0 +1,113 @@
+"""The largest batch: what small steps say about a large one, against the large one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import shapes_images
+from fewlabels import runtime
+from fewlabels.config import PretrainRecipe
+from fewlabels.data import labels, pixels, sources
+from fewlabels.data.loader import Batch
+from fewlabels.errors import UsageError
+from fewlabels.model.encoder import encoder
+from fewlabels.model.heads import ProjectionHead
+from fewlabels.runfolder import Interrupts, RunFolder
+from fewlabels.stages import memory, runner
+from fewlabels.stages.chunks import Chunks
+from fewlabels.stages.pretrain import Pretrain
+from fewlabels.stages.runner import Job, Workplace
+
+CPU = torch.device("cpu")
+IMAGES = 256
+
+pytestmark = pytest.mark.skipif(not memory._can_measure(CPU), reason="this system does not tell a process's peak")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    folder = tmp_path_factory.mktemp("run")
+    images, _ = shapes_images(IMAGES, size=32)
+    source = sources.open_source(images)
+    store, kept, bad = pixels.build(
+        source, folder / "data", working_size=None, max_bad_share=0.05, threads=1, bad_csv=folder / "bad.csv"
+    )
+    dataset = labels.assemble(source, store, kept, bad)
+    return Workplace(RunFolder(folder), dataset, CPU, runtime.precision(CPU, "fp32"), Interrupts())
+
+
+def view(batch: Batch, number: int) -> torch.Tensor:
+    return (batch.pixels.float() / 255 + 0.1 * number).contiguous(memory_format=torch.channels_last)
+
+
+def job(place: Workplace, batch: int, *, chunk: int = 0, recompute: bool = False) -> Job:
+    torch.manual_seed(0)
+    body = encoder("resnet18_0.25x_small").to(memory_format=torch.channels_last)
+    body.recompute(on=recompute)
+    stage = Pretrain(
+        body, ProjectionHead(body.feature_dim, 32), view=view, temperature=0.2, chunks=Chunks(chunk) if chunk else None
+    )
+    schedule = PretrainRecipe(epochs=9, batch=batch, chunk=chunk)
+    return Job(name="pretrain", stage=stage, schedule=schedule, ids=place.dataset.train, seed=0, identity={})
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_batch_four_times_as_large_needs_what_was_said(place: Workplace, recompute: bool) -> None:
+    needed = memory.need(job(place, 64, recompute=recompute), place)
+    assert needed is not None
+    large = job(place, IMAGES, recompute=recompute)
+    state = large.state()
+    state.stage.train()
+    with memory._exact_peaks():
+        memory._forget_peak(CPU)
+        resting = memory._peak(CPU)
+        peak = memory._peak_of_a_step(large, place, state, IMAGES)
+    print(f"said {needed.peak(IMAGES) / 1e6:.0f} MB, was {peak / 1e6:.0f} MB, {resting / 1e6:.0f} MB at rest")
+    assert needed.peak(IMAGES) == pytest.approx(peak, rel=0.25)
+    assert needed.peak(IMAGES) - resting == pytest.approx(peak - resting, rel=0.25)  # what grows, without what rests
+
+
+def test_chunks_and_recomputation_need_less_for_an_image(place: Workplace) -> None:
+    plain, chunked, again = (
+        memory.need(job(place, 128, **how), place) for how in ({}, {"chunk": 16}, {"recompute": True})
+    )
+    assert plain is not None
+    assert chunked is not None
+    assert again is not None
+    assert chunked.image < 0.3 * plain.image
+    assert again.image < 0.7 * plain.image
+
+
+def test_the_largest_batch_fills_the_room(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "need", lambda job, at: memory.Need(fixed=100.0, image=8.0))
+    for room, largest in ((1000.0, 100), (120.0, 1), (50.0, 0), (1e9, IMAGES)):
+        monkeypatch.setattr(memory, "_room", lambda device, room=room: room)
+        assert memory.largest_batch(job(place, 64), place) == largest
+    monkeypatch.undo()
+    few = replace(job(place, 64), ids=place.dataset.train[:6])
+    assert memory.largest_batch(few, place) is None
+    monkeypatch.setattr(memory, "_can_measure", lambda device: False)
+    assert memory.largest_batch(job(place, 64), place) is None
+
+
+def test_too_little_memory_says_what_fits(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("of 80 GiB")
+
+    monkeypatch.setattr(runner, "train", no_room)
+    monkeypatch.setattr(memory, "_room", lambda device: 1e12)
+    with pytest.raises(UsageError) as raised:
+        runner.run(job(place, 64), place)
+    assert raised.value.why == f"the largest batch that fits: about {IMAGES}"
+    assert "--recompute" in raised.value.fix
+    assert "smaller --pretrain.batch or --size or --pretrain.chunk" in raised.value.fix
+    monkeypatch.setattr(memory, "need", no_room)
+    assert memory.largest_batch(job(place, 64), place) == 0
+
+
+def test_room_is_within_the_machine() -> None:
+    assert 1e8 < memory._room(CPU) <= memory._kilobytes(Path("/proc/meminfo"), "MemTotal") * 1.1
