@@ -13,9 +13,9 @@ from fewlabels.data.shrink import shrink
 
 
 def by_pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Along rows, then down columns: in one call Pillow 13 would choose the order."""
-    narrow = Image.fromarray(image).resize((width, image.shape[0]), Image.Resampling.BICUBIC)
-    return np.asarray(narrow.resize((width, height), Image.Resampling.BICUBIC))
+    """Down columns, then along rows: in one call Pillow 13 would choose the order."""
+    low = Image.fromarray(image).resize((image.shape[1], height), Image.Resampling.BICUBIC)
+    return np.asarray(low.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def test_every_size_as_pillow() -> None:

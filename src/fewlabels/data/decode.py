@@ -254,11 +254,11 @@ def _plain_jpeg(image: ImageFile.ImageFile, stream: BinaryIO, canvas: int | None
 
 
 def _scaled(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Along rows, then down columns: in one call Pillow 13 chooses the order by the size, and pixels differ."""
+    """Down columns, then along rows: in one call the order, and with it the pixels, would be up to Pillow's version."""
     shrink = _compiled(image, height, width)
     if shrink is not None:
         return Image.fromarray(shrink.shrink(np.asarray(image), height, width))
-    image = image.resize((width, image.height), Image.Resampling.BICUBIC, reducing_gap=GAP)
+    image = image.resize((image.width, height), Image.Resampling.BICUBIC, reducing_gap=GAP)
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=GAP)
 
 
