@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,29 @@ def test_images_on_the_device_give_the_batches_of_the_store(
         assert mine.epoch == other.epoch
         for name in ("pixels", "extent", "ids", "labels"):
             assert torch.equal(getattr(mine, name), getattr(other, name)), name
+
+
+def test_a_copy_beside_the_step_is_waited_for_by_the_stream_and_kept_until_it_is_done(
+    dataset: labels.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls and their order, on stand-ins: what a GPU makes of them is torch's word."""
+    told: list[tuple[object, ...]] = []
+    copies = SimpleNamespace(record_event=lambda: told.append(("copied",)) or "event")
+    current = SimpleNamespace(wait_event=lambda event: told.append(("wait", event)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: copies)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(told.append(("on", stream is copies))))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda part, stream: told.append(("keep", len(part), stream)))
+    read, to = loader.read, loader.Batch.to
+    monkeypatch.setattr(loader, "read", lambda *asked, pinned: told.append(("read", pinned)) or read(*asked))
+    monkeypatch.setattr(loader.Batch, "to", lambda batch, device: told.append(("copy",)) or to(batch, device))
+    take = loader.uploading(dataset, CPU)(np.arange(5), 3)
+    before = [("on", True), ("read", True), ("copy",), ("copied",)]
+    assert told == before
+    batch = take()
+    assert told == [*before, ("wait", "event"), *[("keep", 5, current)] * 4]
+    assert batch.epoch == 3
+    assert torch.equal(batch.pixels, dataset.store.read(np.arange(5))[0])
 
 
 def test_which_images_go_onto_the_device() -> None:

@@ -120,7 +120,7 @@ def training_batches(
         reader = resident(dataset, order.ids, device)
     else:
         reader = uploading(dataset, device) if device.type == "cuda" else plain(dataset)
-    threads = 1 if device.type == "cpu" else min(READERS, runtime.threads())
+    threads = 1 if device.type == "cpu" else min(READERS, runtime.threads_while_training())
 
     def load() -> Iterator[Future[Callable[[], Batch]]]:
         epoch, permutation = -1, order.ids

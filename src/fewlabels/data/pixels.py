@@ -147,7 +147,7 @@ def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) 
             pictures = Paths(folder, count) if (folder / "ends.npy").is_file() else at
             if pictures is None:
                 raise ValueError("its images are arrays, which only the process that made it had")
-            pixels = OnDemand(folder, pictures, canvas=canvas, threads=runtime.threads())
+            pixels = OnDemand(folder, pictures, canvas=canvas, threads=runtime.threads_while_training())
         else:
             found, wanted = (folder / "pixels.u8").stat().st_size, count * 3 * canvas * canvas
             if found != wanted:

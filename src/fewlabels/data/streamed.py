@@ -7,8 +7,8 @@ or neither, where images are arrays, which their source still has. They are 80 b
 index's 112, and of both a process holds 8 bytes an image; the rest is mapped.
 
 What is read must be what was checked: its pixels are compared with their SHA-256. That finds every change, also one of
-a decoder, needs no column that is not there, and takes a tenth of the time that decoding does; sizes and times of files
-would cost nothing, and miss what keeps both, and stop a run over a copy that lost its times.
+a decoder, needs no column that is not there, and takes 0.07 ms where decoding and scaling take 1.0 (500 x 375 to 256);
+sizes and times of files would cost nothing, miss what keeps both, and stop a run over a copy that lost its times.
 
 Shapes: N images of the store, B of them, C the canvas side.
 """
