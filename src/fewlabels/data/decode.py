@@ -36,6 +36,7 @@ Pixels = npt.NDArray[np.uint8]
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "ICO", "AVIF")
 MAX_MEGAPIXELS = 64  # 12,000 x 12,000 in a PNG of a few KB took 707 MB resident; cameras stop at about 60
 MAX_BYTES = 512 << 20
+AT_ONCE = 4 << 20  # bytes of a file that is read whole: Pillow asks for headers in dozens of small reads
 GAP = 3.0  # a picture of twice this many times the target is first averaged in whole blocks (Pillow's reducing_gap)
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {
@@ -152,7 +153,7 @@ def _open(payload: Path | bytes) -> BinaryIO:
         raise BadPicture("empty (0 bytes)")
     if status.st_size > MAX_BYTES:
         raise BadPicture(f"{status.st_size >> 20:,} MB, more than the {MAX_BYTES >> 20} MB allowed")
-    return payload.open("rb")
+    return payload.open("rb") if status.st_size > AT_ONCE else io.BytesIO(payload.read_bytes())
 
 
 def _identified(stream: BinaryIO) -> ImageFile.ImageFile:

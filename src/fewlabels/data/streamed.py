@@ -43,7 +43,7 @@ class OnDemand:
 
     def __init__(self, folder: Path, at: Callable[[int], Payload | None], *, canvas: int, threads: int) -> None:
         self.at, self.canvas, self.threads = at, canvas, threads
-        self.hashes = np.load(folder / "hashes.npy", mmap_mode="r", allow_pickle=False)  # (N, 32)
+        self.hashes = np.asarray(np.load(folder / "hashes.npy", mmap_mode="r", allow_pickle=False))  # (N, 32)
 
     def fill(self, pixels: npt.NDArray[np.uint8], rows: Sequence[int]) -> None:
         """Write the images of these rows into pixels (B, 3, C, C), which are zeros. Raises DataError."""
@@ -95,7 +95,7 @@ class Paths:
     """Paths by row from the files of write_paths. Raises ValueError if these do not fit together or to `count`."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self._ends = np.load(folder / "ends.npy", mmap_mode="r", allow_pickle=False)  # (N,)
+        self._ends = np.asarray(np.load(folder / "ends.npy", mmap_mode="r", allow_pickle=False))  # (N,)
         self._file = os.open(folder / "paths.bin", os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
         if self._ends.shape != (count,) or os.fstat(self._file).st_size != self._ends[-1]:
