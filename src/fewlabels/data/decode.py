@@ -5,7 +5,7 @@ security faults of the last years were. Colour profiles are not applied; an anim
 first frame; what is transparent becomes white, the usual page behind a cut-out.
 
 Pillow opens every picture and judges it. A plain JPEG that it would read whole is decoded by torchvision (the same
-libjpeg-turbo, the same pixels, and 1.27 times as fast); where that finds a fault, Pillow says which.
+libjpeg-turbo, the same pixels, and 1.2 times as fast); where that finds a fault, Pillow says which.
 
 Shapes: H, W a picture's height and width.
 """
