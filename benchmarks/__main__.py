@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import harness
 
-SUITES = ("loss", "step", "views")
+SUITES = ("jpeg", "loss", "step", "views")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 import fewlabels as fl
 from conftest import same, shapes_images
 from fewlabels import checkpoint, plan
+from fewlabels.data import pixels
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.prepare import check_identity
 
@@ -57,6 +58,38 @@ def final_weights(run: Path) -> dict[str, object]:
         assert saved is not None, stage
         found |= {f"{stage}.{name}": tensor for name, tensor in saved.tensors.items()}
     return found
+
+
+def test_a_streamed_run_learns_the_same_and_stops_at_a_changed_picture(
+    photos: Path, run: fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, out = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, copy)
+    asked = {"out": out, "recipe": "smoke", "store": "streamed", "until": "finetune", **SMALL}
+    picture = copy / "train" / "unlabeled" / "050.png"
+    raw, read = picture.read_bytes(), pixels.OnDemand.fill
+
+    def fill(self: pixels.OnDemand, canvas: np.ndarray, rows: list[int]) -> None:
+        if any(out.glob("pretrain/step-*")):
+            picture.write_bytes(b"")
+        read(self, canvas, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pixels.OnDemand, "fill", fill)
+        with pytest.raises(DataError, match=r"050\.png cannot be read any more: empty"):
+            fl.fit(copy, **asked)
+    assert "decoded anew each time" in capsys.readouterr().err
+    assert json.loads((out / "status.json").read_text())["state"] == "failed"
+    stopped = checkpoint.glance(out / "pretrain")
+    assert stopped is not None and stopped["step"] > 0
+    picture.write_bytes(raw)
+    fl.fit(copy, **asked)
+    assert not (out / "data" / "pixels.u8").exists()
+    assert set(json.loads((out / "status.json").read_text())["waited"]) == {"pretrain", "finetune", "supervised"}
+    for stage in ("pretrain", "finetune"):
+        (ours, _), (theirs, _) = checkpoint.latest(out / stage), checkpoint.latest(run.path / stage)
+        assert ours is not None and theirs is not None
+        assert same(ours.tensors, theirs.tensors), stage
 
 
 def test_the_run_folder_holds_everything(run: fl.Run) -> None:

@@ -109,6 +109,11 @@ class Recipe:
     working_size: int | None = knob(
         None, "longest side that images are stored at; none = by the images and size", least=4
     )
+    store: str = knob(
+        "auto",
+        "pixels: decoded once, onto the disk; streamed: decoded anew each time; auto: pixels if the disk holds them",
+        choices=("auto", "pixels", "streamed"),
+    )
     pretrained: str | None = knob(None, "model folder (of `fewlabels import` or a run) that takes pretraining's place")
     precision: str = knob("auto", "bf16, fp32, or auto: measured", choices=("auto", "bf16", "fp32"))
     recompute: bool = knob(False, "compute activations again for the gradient: less memory, more time, the same result")

@@ -102,7 +102,9 @@ def run(asked: Asked) -> Run:
             asked = of_run(asked, folder)
             with ranks.recording(record):
                 folder.status("running", "prepare")
-                _run_stages(asked, folder, prepare(asked, source, folder, device), interrupts)
+                prepared = prepare(asked, source, folder, device)
+                del source  # the paths of ten million files are 1 GB
+                _run_stages(asked, folder, prepared, interrupts)
     return Run(asked.out)
 
 

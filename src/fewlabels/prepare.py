@@ -29,7 +29,7 @@ from fewlabels.data.labels import Dataset
 from fewlabels.data.sources import Source, open_source
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.recipes import Facts
-from fewlabels.runfolder import RunFolder, say
+from fewlabels.runfolder import RunFolder, duration, say
 from fewlabels.use import artefact, compare
 
 SURVEYED = 32  # images looked at to choose a recipe
@@ -92,21 +92,21 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def store_images(
-    source: Source, folder: RunFolder, working_size: int | None, max_bad: float, known: tuple[str, ...]
-) -> Dataset:
+def store_images(source: Source, folder: RunFolder, recipe: Recipe, max_bad: float, known: tuple[str, ...]) -> Dataset:
     """Decode once into RUN/data (or use what is there), and join pixels with labels; known: classes of a teacher."""
     note = folder.path / "data.json"
     with runtime.main_first():
         if runtime.is_main():
-            about = {"fingerprint": fingerprint(source), "working_size": working_size}
+            about = {"fingerprint": fingerprint(source), "working_size": recipe.working_size}
+            about |= {} if recipe.store == "auto" else {"store": recipe.store}
             if not _stored(folder, note, about):
                 say(f"reading {source.description} ...")
                 _decode(source, folder, note, about, max_bad)
     facts = _read_note(note)
-    store = pixels.open_store(folder.data)
+    kept = np.asarray(facts["kept"], dtype=np.int64)
+    store = pixels.open_store(folder.data, lambda row: source.at(int(kept[row])))
     bad = [pixels.BadImage(**b) for b in facts["unreadable"]]
-    return labels.assemble(source, store, np.asarray(facts["kept"], dtype=np.int64), bad, known)
+    return labels.assemble(source, store, kept, bad, known)
 
 
 def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any], max_bad: float) -> None:
@@ -120,10 +120,13 @@ def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any]
     else:
         data, bad_csv = folder.path / "data.new", folder.path / "bad_images.new.csv"
     try:
+        started = time.perf_counter()
         store, kept, bad = pixels.build(
             source, data, working_size=about["working_size"], max_bad_share=max_bad, threads=runtime.threads(),
-            bad_csv=bad_csv,
+            bad_csv=bad_csv, store=about.get("store", "auto"),
         )  # fmt: skip
+        if store.streamed:
+            _say_cost(store, time.perf_counter() - started)
         if begun is not None:
             now = images_digest(labels.assemble(source, store, kept, bad))
             check_identity(begun["identity"], begun["identity"] | {"images": now}, "pretrain", folder.path)
@@ -135,7 +138,17 @@ def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any]
         if begun is not None:
             shutil.rmtree(data, ignore_errors=True)
             bad_csv.unlink(missing_ok=True)
-    checkpoint.write_json(note, about | {"kept": kept.tolist(), "unreadable": [asdict(b) for b in bad]})
+    about |= {"store": "streamed" if store.streamed else "pixels", "kept": kept.tolist()}
+    checkpoint.write_json(note, about | {"unreadable": [asdict(b) for b in bad]})
+
+
+def _say_cost(store: pixels.PixelStore, seconds: float) -> None:
+    """What streaming costs and saves: seconds is what one pass over the images took."""
+    size, count = len(store) * 3 * store.canvas**2 / 1e9, len(store)
+    say(
+        f"  note: {count:,} images as pixels of {store.canvas} px would take {size:,.1f} GB of disk; they are decoded "
+        f"anew each time they are seen, {duration(seconds)} a pass at the speed of this first one"
+    )
 
 
 def images_digest(dataset: Dataset) -> str:
@@ -259,7 +272,7 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
     )
     first = resolve(asked, rough, stored, begun)
     known = artefact.read_card(Path(first.pretrained)).classes if first.pretrained is not None else ()
-    dataset = store_images(source, folder, first.working_size, asked.max_bad, known)
+    dataset = store_images(source, folder, first, asked.max_bad, known)
     if first.pretrained is not None and not known and not len(dataset.labeled):
         raise DataError(
             f"there is nothing to do: no labels, and {first.pretrained} has no classifier that could teach",

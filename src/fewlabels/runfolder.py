@@ -75,14 +75,18 @@ class RunFolder:
         """resolved.json of an earlier start, or None."""
         return read_json(self.resolved_file)
 
-    def status(self, state: str, stage: str = "", reason: str = "", seconds: dict[str, float] | None = None) -> None:
-        """Replace status.json. state: running, finished, stopped or failed."""
+    def status(
+        self, state: str, stage: str = "", reason: str = "", *,
+        seconds: dict[str, float] | None = None, waited: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Replace status.json. state: running, finished, stopped or failed. seconds: what stages took in all; waited:
+        how many of these they stood waiting for images, since their last start.
+        """
         if runtime.is_main() and self.path.is_dir():
-            before = (read_json(self.status_file) or {}).get("seconds", {})
-            checkpoint.write_json(
-                self.status_file,
-                {"state": state, "stage": stage, "reason": reason, "seconds": before | (seconds or {})},
-            )
+            before = read_json(self.status_file) or {}
+            clocks = {"seconds": seconds or {}, "waited": waited or {}}
+            kept = {name: before.get(name, {}) | values for name, values in clocks.items()}
+            checkpoint.write_json(self.status_file, {"state": state, "stage": stage, "reason": reason, **kept})
 
     def log(self, stage: str, step: int, total: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl."""

@@ -110,6 +110,16 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_while_training() -> int:
+    """This process's share of threads(): torchrun starts several on one machine, and all of them decode."""
+    return max(1, threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that nobody uses; 0 on a CPU, where images need no second place."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 # --- number format ----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,11 +89,72 @@ def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> Non
         loader.Order(np.arange(50), batch=7, seed=0)
 
 
+def test_images_on_the_device_give_the_batches_of_the_store(
+    dataset: labels.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = loader.Order(np.random.default_rng(0).permutation(dataset.train)[:40], batch=12, seed=1)
+    read = list(loader.training_batches(dataset, order, first_step=2, last_step=9, device=CPU))
+    reads = []
+    monkeypatch.setattr(loader, "read", lambda *asked, real=loader.read: reads.append(asked) or real(*asked))
+    monkeypatch.setattr(runtime, "free_memory", lambda _: 40 * 3 * 16 * 16 * 4)
+    monkeypatch.setattr(loader, "CHUNK", 15)
+    picked = list(loader.training_batches(dataset, order, first_step=2, last_step=9, device=CPU))
+    assert len(reads) == 3  # 40 images in chunks, and nothing while training
+    for mine, other in zip(picked, read, strict=True):
+        assert mine.epoch == other.epoch
+        for name in ("pixels", "extent", "ids", "labels"):
+            assert torch.equal(getattr(mine, name), getattr(other, name)), name
+
+
+def test_a_copy_beside_the_step_is_waited_for_by_the_stream_and_kept_until_it_is_done(
+    dataset: labels.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls and their order, on stand-ins: what a GPU makes of them is torch's word."""
+    told: list[tuple[object, ...]] = []
+    copies = SimpleNamespace(record_event=lambda: told.append(("copied",)) or "event")
+    current = SimpleNamespace(wait_event=lambda event: told.append(("wait", event)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: copies)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(told.append(("on", stream is copies))))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda part, stream: told.append(("keep", len(part), stream)))
+    read, to = loader.read, loader.Batch.to
+    monkeypatch.setattr(loader, "read", lambda *asked, pinned: told.append(("read", pinned)) or read(*asked))
+    monkeypatch.setattr(loader.Batch, "to", lambda batch, device: told.append(("copy",)) or to(batch, device))
+    take = loader.uploading(dataset, CPU)(np.arange(5), 3)
+    before = [("on", True), ("read", True), ("copy",), ("copied",)]
+    assert told == before
+    batch = take()
+    assert told == [*before, ("wait", "event"), *[("keep", 5, current)] * 4]
+    assert batch.epoch == 3
+    assert torch.equal(batch.pixels, dataset.store.read(np.arange(5))[0])
+
+
+def test_which_images_go_onto_the_device() -> None:
+    dataset = SimpleNamespace(store=SimpleNamespace(canvas=10))
+    ids, size = np.arange(100), 100 * 300
+    assert loader.fits(dataset, ids, passes=1.0, free=int(size / 0.3) + 1)
+    assert not loader.fits(dataset, ids, passes=1.0, free=int(size / 0.3) - 1)
+    assert not loader.fits(dataset, ids, passes=0.9, free=10 * size)  # it would read more than it saves
+    assert runtime.free_memory(CPU) == 0
+
+
+def test_waiting_is_counted_and_the_step_is_not() -> None:
+    def slow() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.05)
+            yield number
+
+    waiting = loader.Waiting(slow())  # type: ignore[arg-type]
+    for _ in waiting:
+        time.sleep(0.1)
+    assert 0.15 <= waiting.seconds < 0.3
+
+
 def test_a_fault_while_reading_reaches_the_loop() -> None:
-    def broken(ids: np.ndarray) -> None:
+    def broken(ids: np.ndarray, *, pinned: bool) -> None:
         raise OSError("the disk is gone")
 
-    dataset = SimpleNamespace(store=SimpleNamespace(read=broken), labels=np.zeros(50, dtype=np.int64))
+    dataset = SimpleNamespace(store=SimpleNamespace(read=broken, canvas=8), labels=np.zeros(50, dtype=np.int64))
     order = loader.Order(np.arange(50), batch=10, seed=0)
     with pytest.raises(OSError, match="the disk is gone"):
         next(iter(loader.training_batches(dataset, order, first_step=0, last_step=3, device=CPU)))

@@ -90,6 +90,7 @@ def test_the_corpus_as_a_folder_passes_clutter_over(awful: Path, tmp_path: Path)
 def test_the_corpus_needs_little_memory(awful: Path) -> None:
     program = (
         "import resource, sys; from pathlib import Path; from fewlabels.data import decode\n"
+        "decode.decode(Path(sys.argv[1]) / 'generated/plain.jpg', 64)  # what the decoders' libraries take\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for path in sorted(Path(sys.argv[1]).rglob('*')):\n"
         "    try: decode.decode(path, 256)\n"
@@ -203,6 +204,56 @@ def test_strictness_does_not_depend_on_other_libraries(monkeypatch: pytest.Monke
         decode.decode(raw[: len(raw) // 2])
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True  # put back
     assert Image.MAX_IMAGE_PIXELS is None
+
+
+def by_pillow(payload: Path | bytes, canvas: int | None) -> np.ndarray | str:
+    """The picture or the reason, decoded and scaled by Pillow alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "_plain_jpeg", lambda *_: None)
+        patch.setattr(decode, "_shrink", lambda: None)
+        return outcome(payload, canvas)
+
+
+def outcome(payload: Path | bytes, canvas: int | None) -> np.ndarray | str:
+    try:
+        return decode.decode(payload, canvas)
+    except decode.BadPicture as bad:
+        return str(bad)
+
+
+def test_the_awful_corpus_comes_out_as_by_pillow_alone(awful: Path) -> None:
+    for path in sorted(path for path in awful.rglob("*") if path.is_file()):
+        ours, theirs = outcome(path, 256), by_pillow(path, 256)
+        assert np.array_equal(ours, theirs), path.name
+
+
+def test_photos_are_decoded_by_the_fast_path_to_the_same_pixels(shared_data: Path) -> None:
+    fast = decode._plain_jpeg
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "_plain_jpeg", lambda *asked: calls.append(fast(*asked)) or calls[-1])
+        for path in sorted((shared_data / "imagenette160/val").rglob("*.jpg"))[::40]:
+            for canvas in (None, 100):
+                assert np.array_equal(decode.decode(path, canvas), by_pillow(path, canvas)), path.name
+    assert sum(pixels is not None for pixels in calls) > 0.8 * len(calls) > 0
+
+
+def test_broken_jpegs_have_the_outcome_that_pillow_gives_them() -> None:
+    rng = np.random.default_rng(5)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((91, 70))
+    accepted = 0
+    for options in ({"quality": 90}, {"progressive": True}, {"subsampling": 0, "quality": 60}, {"optimize": True}):
+        raw = encoded(coarse, "JPEG", **options)
+        broken = [raw[:cut] for cut in (*rng.integers(2, len(raw), 12), len(raw) - 1, len(raw) - 2)]
+        for _ in range(30):
+            noisy = np.frombuffer(raw, np.uint8).copy()
+            noisy[rng.integers(2, len(raw), 2)] = rng.integers(0, 256, 2)
+            broken.append(noisy.tobytes())
+        for damaged in (raw, raw + b"tail" * 99, raw[:-2] + b"tail", *broken):
+            ours, theirs = outcome(damaged, None), by_pillow(damaged, None)
+            accepted += not isinstance(ours, str)
+            assert np.array_equal(ours, theirs)
+    assert 20 < accepted < 160
 
 
 def test_reasons_for_what_is_no_file(tmp_path: Path) -> None:

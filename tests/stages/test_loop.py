@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from fewlabels.model import optim
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.model.losses import distillation_loss, nt_xent
-from fewlabels.stages import loop
+from fewlabels.stages import loop, runner
 from fewlabels.stages.distill import Distill
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Listeners, Stage, TrainState
@@ -227,6 +228,14 @@ def test_momentum_moves_the_average_and_fills_the_memory(dataset: labels.Dataset
     assert torch.allclose(average, 0.9 * before[name] + 0.1 * live, atol=1e-6)
     assert int(stage.next_row) == 0  # two batches of 32 keys, of which the last 24 fill the memory
     assert torch.allclose(stage.queue.norm(dim=1), torch.ones(24), atol=1e-5)
+
+
+def test_a_stage_says_that_it_waited_for_images() -> None:
+    streamed, stored = (SimpleNamespace(store=SimpleNamespace(streamed=kind)) for kind in (True, False))
+    assert runner._waited(4.9, 100.0, streamed) == ""  # type: ignore[arg-type]
+    assert runner._waited(0.9, 1.0, streamed) == ""  # type: ignore[arg-type] - less than a second is not worth a word
+    assert "waited 12% of it for images: decoding" in runner._waited(12.0, 100.0, streamed)  # type: ignore[arg-type]
+    assert "disk" in runner._waited(12.0, 100.0, stored)  # type: ignore[arg-type]
 
 
 def test_training_learns_what_can_be_seen(dataset: labels.Dataset) -> None:

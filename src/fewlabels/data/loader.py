@@ -5,13 +5,17 @@ seen. Each epoch is one permutation cut into whole batches (the remainder waits 
 the reference drops it); rank r takes the r-th equal share of every batch, so the global batch does not depend on
 the number of ranks.
 
+Images that fit are put onto the GPU once and never leave it. Others are read ahead by threads, into memory that the
+GPU copies from by itself while it computes the step before.
+
 Shapes: B images of this rank, C canvas side.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -24,6 +28,9 @@ from fewlabels.data.labels import Dataset
 from fewlabels.errors import UsageError
 
 AHEAD = 2  # batches read before they are asked for: one being copied, one ready
+READERS = 4  # threads beside a GPU; on a CPU one is enough and the others belong to the step
+RESIDENT_SHARE = 0.3  # of the GPU's free memory, that a stage's images may take
+CHUNK = 256  # images put onto the GPU at once
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,10 @@ class Batch:
             ids=self.ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
         )
+
+    def pick(self, rows: Tensor, epoch: int) -> Batch:
+        """The images in these places, on the device where all are."""
+        return Batch(self.pixels[rows], self.extent[rows], self.ids[rows], self.labels[rows], epoch)
 
 
 @dataclass(frozen=True)
@@ -91,33 +102,120 @@ class Order:
         return mine
 
 
-def read(dataset: Dataset, ids: np.ndarray, epoch: int) -> Batch:
-    """One batch of dataset by rows of its store, on the CPU."""
-    pixels, extent = dataset.store.read(ids)
+def read(dataset: Dataset, ids: np.ndarray, epoch: int, *, pinned: bool = False) -> Batch:
+    """One batch of dataset by rows of its store, on the CPU; pinned: in memory that a GPU copies from by itself."""
+    pixels, extent = dataset.store.read(ids, pinned=pinned)
     return Batch(pixels, extent, torch.from_numpy(ids), torch.from_numpy(dataset.labels[ids]), epoch)
+
+
+Reader = Callable[[np.ndarray, int], Callable[[], Batch]]  # (ids, epoch) -> what the loop calls to get the batch
 
 
 def training_batches(
     dataset: Dataset, order: Order, *, first_step: int, last_step: int, device: torch.device
 ) -> Generator[Batch, None, None]:
-    """This rank's batches of steps first_step .. last_step - 1, read ahead by one thread."""
+    """This rank's batches of steps first_step .. last_step - 1, read ahead by threads."""
+    passes = (last_step - first_step) * order.batch / len(order.ids)
+    if fits(dataset, order.ids, passes, runtime.free_memory(device)):
+        reader = resident(dataset, order.ids, device)
+    else:
+        reader = uploading(dataset, device) if device.type == "cuda" else plain(dataset)
+    threads = 1 if device.type == "cpu" else min(READERS, runtime.threads_while_training())
 
-    def load() -> Iterator[Future[Batch]]:
+    def load() -> Iterator[Future[Callable[[], Batch]]]:
         epoch, permutation = -1, order.ids
         for step in range(first_step, last_step):
             if order.epoch(step) != epoch:
                 epoch = order.epoch(step)
                 permutation = order.permutation(epoch)
-            yield pool.submit(read, dataset, order.share(step, permutation), epoch)
+            yield pool.submit(reader, order.share(step, permutation), epoch)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        waiting: deque[Future[Batch]] = deque()
-        for future in load():
-            waiting.append(future)
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result().to(device)
-        while waiting:
-            yield waiting.popleft().result().to(device)
+    with ThreadPoolExecutor(threads, thread_name_prefix="batches") as pool:
+        waiting: deque[Future[Callable[[], Batch]]] = deque()
+        try:
+            for future in load():
+                waiting.append(future)
+                if len(waiting) > AHEAD + threads - 1:
+                    yield waiting.popleft().result()()
+            while waiting:
+                yield waiting.popleft().result()()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def fits(dataset: Dataset, ids: np.ndarray, passes: float, free: int) -> bool:
+    """Whether to put images ids onto a device with free bytes: they are few enough, and each is seen at least once."""
+    return passes >= 1 and len(ids) * 3 * dataset.store.canvas**2 <= RESIDENT_SHARE * free
+
+
+def plain(dataset: Dataset) -> Reader:
+    """Batches in ordinary memory."""
+
+    def start(ids: np.ndarray, epoch: int) -> Callable[[], Batch]:
+        batch = read(dataset, ids, epoch)
+        return lambda: batch
+
+    return start
+
+
+def resident(dataset: Dataset, ids: np.ndarray, device: torch.device) -> Reader:
+    """Batches picked on the device from a copy of all images ids."""
+    ids = np.sort(ids)  # the place of an image in the copy is that of its row in here
+    everything = Batch(
+        torch.empty(len(ids), 3, dataset.store.canvas, dataset.store.canvas, dtype=torch.uint8, device=device),
+        torch.empty(len(ids), 2, dtype=torch.int64, device=device),
+        torch.from_numpy(ids).to(device), torch.from_numpy(dataset.labels[ids]).to(device), 0,
+    )  # fmt: skip
+    for first in range(0, len(ids), CHUNK):
+        part = read(dataset, ids[first : first + CHUNK], 0)
+        everything.pixels[first : first + CHUNK] = part.pixels.to(device)
+        everything.extent[first : first + CHUNK] = part.extent.to(device)
+
+    def start(chosen: np.ndarray, epoch: int) -> Callable[[], Batch]:
+        places = torch.from_numpy(np.searchsorted(ids, chosen))
+        # Picked when the loop asks, on its own stream
+        return lambda: everything.pick(places.to(device, non_blocking=True), epoch)
+
+    return start
+
+
+def uploading(dataset: Dataset, device: torch.device) -> Reader:
+    """Batches copied to a GPU on a stream of their own, which the loop's stream waits for, not the host.
+
+    torch gives a pinned block to the next batch only when its copy is done, and memory of the GPU only when the loop's
+    stream, too, is done with it (record_stream).
+    """
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def start(ids: np.ndarray, epoch: int) -> Callable[[], Batch]:
+        with torch.cuda.stream(copies):
+            batch = read(dataset, ids, epoch, pinned=True).to(device)
+            done = copies.record_event()
+
+        def take() -> Batch:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(done)
+            for part in (batch.pixels, batch.extent, batch.ids, batch.labels):
+                part.record_stream(stream)
+            return batch
+
+        return take
+
+    return start
+
+
+class Waiting:
+    """Batches as they come, and the seconds that the loop stood waiting for them."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches, asked = iter(self.batches), time.perf_counter()
+        for batch in batches:
+            self.seconds += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
 
 def in_order(dataset: Dataset, ids: np.ndarray, *, batch: int, device: torch.device) -> Iterator[Batch]:

@@ -41,6 +41,9 @@ class Part(Protocol):
     def sample(self, count: int) -> Iterator[Payload]:
         """At most count images, from all over the part where that is cheap."""
 
+    def at(self, row: int) -> Payload | None:
+        """One image, from several threads at once; None where images come as a stream only."""
+
     def stamps(self) -> Iterator[bytes]:
         """What changes when the images do: sizes and times of files, the bytes of arrays."""
 
@@ -61,6 +64,10 @@ class Files:
     def sample(self, count: int) -> Iterator[Payload]:
         """Evenly spaced paths."""
         return (Path(self.paths[i]) for i in spread(len(self.paths), count))
+
+    def at(self, row: int) -> Payload:
+        """The path."""
+        return Path(self.paths[row])
 
     def stamps(self) -> Iterator[bytes]:
         """Of every file."""
@@ -86,6 +93,11 @@ class Array:
     def sample(self, count: int) -> Iterator[Payload]:
         """Evenly spaced images."""
         return (self.images[i] for i in spread(len(self.images), count))
+
+    def at(self, row: int) -> Payload:
+        """A view."""
+        image: npt.NDArray[np.uint8] = self.images[row]
+        return image
 
     def stamps(self) -> Iterator[bytes]:
         """The pixels themselves."""
@@ -124,6 +136,19 @@ class ArrayFile:
         for _, image in zip(range(min(count, 1)), self.payloads(), strict=False):
             yield image
 
+    def at(self, row: int) -> Payload | None:
+        """One image of an .npy file; the members of an .npz file may be compressed."""
+        if self.member is not None:
+            return None
+        size = prod(self.shape[1:])
+        try:
+            with self.path.open("rb") as stream:
+                _header(stream)
+                stream.seek(row * size, 1)
+                return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
+        except (OSError, ValueError) as error:
+            raise _damaged(self.path, error) from error
+
     def stamps(self) -> Iterator[bytes]:
         """Of the file."""
         yield _stamp(self.path)
@@ -151,6 +176,9 @@ class Parquet:
         for group in groups:
             for _, image in zip(range(max(1, count // len(groups))), self._read([group]), strict=False):
                 yield image
+
+    def at(self, row: int) -> Payload | None:
+        """None: a row group would be read for one image."""
 
     def stamps(self) -> Iterator[bytes]:
         """Of the file."""

@@ -5,7 +5,8 @@ A store is a folder:
     extents.npy  (N, 2) int32, the image's (h, w) on its canvas
     hashes.npy   (N, 32) uint8, SHA-256 of each image's size and pixels
     thumbs.npy   (N, 8, 9) uint8, grey thumbnails to find near-duplicates (N = 0 on canvases below 24)
-    index.json   version, number, canvas, digest, source
+    index.json   version, number, canvas, digest, source, streamed
+Where the disk cannot hold the pixels, streamed.py decodes them anew for each read, to the same bits.
 It is complete or not there: written beside its place, flushed to disk, then renamed.
 
 Departure: training crops from the stored canvas and not from the original photo, so a crop of a large photo is less
@@ -16,15 +17,15 @@ Shapes: N images, B of them, C the canvas side, h, w an image's size on it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
 import shutil
-import struct
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewlabels import checkpoint
+from fewlabels import checkpoint, runtime
 from fewlabels.data.decode import BadPicture, Payload, decode, header_size, strict_pillow
+from fewlabels.data.parts import Files
 from fewlabels.data.sources import Source
+from fewlabels.data.streamed import OnDemand, Paths, pixel_hash, write_paths
 from fewlabels.data.tables import cell
-from fewlabels.errors import DataError, MissingInput, StorageError
+from fewlabels.errors import DataError, MissingInput, StorageError, UsageError
 
 VERSION = 1
 LARGEST_CANVAS = 256  # unless asked for: 196 KB an image; training at 224 crops from it
@@ -50,6 +53,8 @@ CHUNK_BYTES = 8 << 20  # decoded, and encoded, in the hands of one thread
 CHUNK_IMAGES = 64
 THUMB = (8, 9)  # rows, columns: 8 differences a row make the 64-bit hash
 SMALLEST_THUMBED = 24  # below it different images have equal thumbnails by chance
+COLUMNS = {"extents": ((2,), np.int32), "hashes": ((32,), np.uint8), "thumbs": (THUMB, np.uint8)}  # 112 bytes an image
+DISK_SHARE = 0.8  # of what is free, for pixels; checkpoints and a teacher's answers come after them
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,38 @@ class BadImage:
     reason: str
 
 
-class PixelStore:
-    """A complete store, open for reading from any number of threads and forked processes. See `open_store`.
+class PixelFile:
+    """Pixels by row from pixels.u8.
 
     Reads with pread and not through a mapping: 256 random images of 160 pixels come at 0.8 to 1.0 of the mapping's
     speed, and nothing stays resident, where 256 MB read through a mapping made 1,000 MB of it (large pages).
     """
 
-    def __init__(self, path: Path, *, canvas: int, digest: str, extents: npt.NDArray[np.int32]) -> None:
-        self.path, self.canvas, self.digest = path, canvas, digest
-        self._extents = torch.from_numpy(extents.astype(np.int64))  # (N, 2)
-        self._file = os.open(path / "pixels.u8", os.O_RDONLY)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
+
+    def fill(self, pixels: npt.NDArray[np.uint8], rows: Sequence[int]) -> None:
+        """Read the images of these rows into pixels (B, 3, C, C)."""
+        for image, row in zip(pixels, rows, strict=True):
+            try:
+                count = os.preadv(self._file, [image.data], row * image.nbytes)
+            except OSError as error:
+                raise StorageError(f"reading {self.path} failed: {error.strerror}") from error
+            if count != image.nbytes:
+                raise StorageError(f"{self.path} ends early", fix="delete its folder and run the same command again")
+
+
+class PixelStore:
+    """A complete store, open for reading from any number of threads and forked processes. See `open_store`."""
+
+    def __init__(
+        self, path: Path, pixels: PixelFile | OnDemand, *, canvas: int, digest: str, extents: npt.NDArray[np.int32]
+    ) -> None:
+        self.path, self.canvas, self.digest = path, canvas, digest
+        self.streamed = isinstance(pixels, OnDemand)
+        self._pixels, self._extents = pixels, torch.from_numpy(extents)  # (N, 2)
 
     def __len__(self) -> int:
         return len(self._extents)
@@ -86,34 +111,26 @@ class PixelStore:
         """(N, 8, 9) grey thumbnails, or (0, 8, 9) on small canvases."""
         return np.asarray(np.load(self.path / "thumbs.npy", allow_pickle=False))
 
-    def read(self, ids: npt.NDArray[np.int64] | Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, ids: npt.NDArray[np.int64] | Tensor, *, pinned: bool = False) -> tuple[Tensor, Tensor]:
         """Images by row: uint8 (B, 3, C, C), and int64 (B, 2) = the valid top-left (h, w).
 
-        ids: int (B,), each from 0 to N - 1, else IndexError. A disk that fails is a StorageError.
+        ids: int (B,), each from 0 to N - 1, else IndexError. pinned: pixels in memory that a GPU copies from by itself.
+        A disk that fails is a StorageError; a streamed picture that changed, a DataError.
         """
         rows = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
             raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of a store of {len(self)} images")
-        pixels = torch.empty(len(rows), 3, self.canvas, self.canvas, dtype=torch.uint8)
-        size = 3 * self.canvas * self.canvas
-        view = pixels.numpy().data.cast("B") if len(rows) else memoryview(b"")
-        for i, row in enumerate(rows.tolist()):
-            self._read_at(view[i * size : (i + 1) * size], row * size)
-        return pixels, self._extents[rows]
-
-    def _read_at(self, view: memoryview, offset: int) -> None:
-        try:
-            count = os.preadv(self._file, [view], offset)
-        except OSError as error:
-            raise StorageError(f"reading {self.path / 'pixels.u8'} failed: {error.strerror}") from error
-        if count != len(view):
-            raise StorageError(
-                f"{self.path / 'pixels.u8'} ends early", fix="delete its folder and run the same command again"
-            )
+        make = torch.zeros if self.streamed else torch.empty
+        pixels = make(len(rows), 3, self.canvas, self.canvas, dtype=torch.uint8, pin_memory=pinned)
+        self._pixels.fill(pixels.numpy(), rows.tolist())
+        return pixels, self._extents[rows].long()
 
 
-def open_store(folder: Path) -> PixelStore:
-    """The store in folder; its index, sizes and digest are checked. Raises MissingInput or StorageError."""
+def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) -> PixelStore:
+    """The store in folder; its index, sizes and digest are checked. Raises MissingInput or StorageError.
+
+    at: the picture of a row, for a streamed store of arrays; those of files know their paths.
+    """
     if not (folder / "index.json").is_file():
         raise MissingInput(f"{folder} holds no pixel store", fix="run the command that made it again")
     try:
@@ -123,12 +140,20 @@ def open_store(folder: Path) -> PixelStore:
         count, canvas = int(index["images"]), int(index["canvas"])
         extents = np.load(folder / "extents.npy", allow_pickle=False)
         hashes = np.load(folder / "hashes.npy", allow_pickle=False)
-        found, wanted = (folder / "pixels.u8").stat().st_size, count * 3 * canvas * canvas
-        if found != wanted:
-            raise ValueError(f"pixels.u8 has {found:,} bytes instead of {wanted:,}")
         if extents.shape != (count, 2) or _digest(hashes, extents) != index["digest"]:
             raise ValueError("hashes and extents are not those of its index")
-        return PixelStore(folder, canvas=canvas, digest=index["digest"], extents=extents)
+        pixels: PixelFile | OnDemand
+        if index.get("streamed"):
+            pictures = Paths(folder, count) if (folder / "ends.npy").is_file() else at
+            if pictures is None:
+                raise ValueError("its images are arrays, which only the process that made it had")
+            pixels = OnDemand(folder, pictures, canvas=canvas, threads=runtime.threads_while_training())
+        else:
+            found, wanted = (folder / "pixels.u8").stat().st_size, count * 3 * canvas * canvas
+            if found != wanted:
+                raise ValueError(f"pixels.u8 has {found:,} bytes instead of {wanted:,}")
+            pixels = PixelFile(folder / "pixels.u8")
+        return PixelStore(folder, pixels, canvas=canvas, digest=index["digest"], extents=extents)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise StorageError(
             f"the pixel store {folder} is damaged: {error}",
@@ -145,18 +170,21 @@ def build(
     bad_csv: Path,
     max_bad_share: float = 0.05,
     threads: int,
+    store: str = "auto",
 ) -> tuple[PixelStore, npt.NDArray[np.int64], list[BadImage]]:
     """Decode all images of source into a store at folder (replaced if it is there).
 
     working_size: the canvas side; None = the longest side in a sample of headers, at most 256. bad_csv: the file
-    that lists unreadable images, always written. Returns the store, kept (the source's indices of its rows, in
-    order) and the unreadable images. Raises DataError when more than max_bad_share of them are, or none is left;
-    StorageError when the disk is full. Holds some tens of megabytes whatever the number of images.
+    that lists unreadable images, always written. store: "pixels", "streamed" or, where the disk cannot hold pixels,
+    "auto". Returns the store, kept (the source's indices of its rows, in order) and the unreadable images. Raises
+    DataError when more than max_bad_share of them are, or none is left; StorageError when the disk is full; UsageError
+    for a source that cannot be streamed. Holds some tens of megabytes and 112 bytes an image.
     """
     canvas = working_size or _canvas(source)
-    _check_space(folder, len(source), canvas)
+    streamed = _is_streamed(store, source, folder, canvas)
     with checkpoint.storage_errors(folder), checkpoint.replacing(folder) as draft:
-        reasons, columns = _write(source, draft, canvas, threads)
+        reasons, columns = _write(source, None if streamed else draft / "pixels.u8", canvas, threads)
+        kept = np.flatnonzero([not reason for reason in reasons]).astype(np.int64)
         bad = [BadImage(source.names[i], reason) for i, reason in enumerate(reasons) if reason]
         _write_bad(bad_csv, bad)
         _check_share(source, bad, max_bad_share, bad_csv)
@@ -164,9 +192,11 @@ def build(
             np.save(draft / f"{name}.npy", array)
         digest = _digest(columns["hashes"], columns["extents"])
         index = {"version": VERSION, "images": len(columns["extents"]), "canvas": canvas, "digest": digest}
-        index["source"] = source.description
+        index |= {"source": source.description, "streamed": streamed}
+        if streamed and all(isinstance(part, Files) for part in source.parts):
+            write_paths(draft, (str(source.at(i)) for i in kept.tolist()))
         (draft / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return open_store(folder), np.flatnonzero([not reason for reason in reasons]).astype(np.int64), bad
+    return open_store(folder, lambda row: source.at(int(kept[row]))), kept, bad
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------
@@ -186,23 +216,30 @@ def _canvas(source: Source) -> int:
     return min(max(longest, SMALLEST_CANVAS), LARGEST_CANVAS)
 
 
-def _write(source: Source, draft: Path, canvas: int, threads: int) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
-    """Stream the images through threads into pixels.u8, in order. Returns reasons and columns as of one chunk."""
+def _write(
+    source: Source, pixels: Path | None, canvas: int, threads: int
+) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
+    """Stream the images through threads into the file of pixels, in order. Returns reasons and columns of a chunk."""
     reasons: list[str] = []
-    parts: dict[str, list[npt.NDArray[Any]]] = {}
-    with (draft / "pixels.u8").open("wb") as file:
+    columns = {name: np.empty((len(source), *shape), kind) for name, (shape, kind) in COLUMNS.items()}
+    rows = dict.fromkeys(columns, 0)
+    with pixels.open("wb") if pixels else contextlib.nullcontext() as file:
         for chunk in _decoded(source.payloads(), canvas, threads):
-            file.write(chunk.pixels.data)
             reasons += chunk.reasons
+            if len(reasons) > len(source):
+                break
+            if file:
+                file.write(chunk.pixels.data)
             for name, column in chunk.columns.items():
-                parts.setdefault(name, []).append(column)
+                columns[name][rows[name] : rows[name] + len(column)] = column
+                rows[name] += len(column)
     if len(reasons) != len(source):
         raise DataError(
             f"{source.description} gave {len(reasons):,} images instead of {len(source):,}",
             why="it changed while it was read",
             fix="run the command again",
         )
-    return reasons, {name: np.concatenate(columns) for name, columns in parts.items()}
+    return reasons, {name: column[: rows[name]] for name, column in columns.items()}
 
 
 def _decoded(payloads: Iterable[Payload], canvas: int, threads: int) -> Iterator[_Chunk]:
@@ -253,9 +290,7 @@ def _decode_chunk(payloads: list[Payload], canvas: int) -> _Chunk:
         height, width = image.shape[:2]
         pixels[row, :, :height, :width] = image.transpose(2, 0, 1)
         extents[row] = height, width
-        digest = hashlib.sha256(struct.pack("<II", height, width))
-        digest.update(np.ascontiguousarray(image).data)
-        hashes[row] = np.frombuffer(digest.digest(), np.uint8)
+        hashes[row] = np.frombuffer(pixel_hash(image), np.uint8)
         if thumbed:
             small = Image.fromarray(image).convert("L").resize(THUMB[::-1], Image.Resampling.BOX)
             thumbs[row] = np.asarray(small)
@@ -294,13 +329,30 @@ def _write_bad(path: Path, bad: list[BadImage]) -> None:
         writer.writerows([cell(image.name), cell(image.reason)] for image in bad)
 
 
-def _check_space(folder: Path, count: int, canvas: int) -> None:
-    needed = count * (3 * canvas * canvas + 128)
+def _is_streamed(store: str, source: Source, folder: Path, canvas: int) -> bool:
+    """Whether pixels are not kept. Raises StorageError where they should be and the disk is too small, or its index."""
+    index = len(source) * 192  # with the paths
+    needed = index + len(source) * 3 * canvas * canvas
     place = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
-    if needed > free:
-        raise StorageError(
-            f"the disk is full: the pixels need {needed / 1e6:,.0f} MB at {folder}, {free / 1e6:,.0f} MB are free",
-            why="images are decoded once and kept as plain pixels",
-            fix="free some space, put the run on another disk, or use a smaller working_size",
+    wanted = store == "streamed" or (store == "auto" and needed > DISK_SHARE * free)
+    if wanted and source.seekable and index <= free:
+        return True
+    if store != "streamed" and needed <= free:
+        return False
+    if store == "streamed" and index <= free:
+        raise UsageError(
+            f"{source.description} cannot be streamed",
+            why="images of parquet and npz files come one after the other, and training asks for them in any order",
+            fix="unpack them into a folder of pictures or an .npy file, or use --store pixels",
         )
+    fix = "free some space, put the run on another disk, or use a smaller working_size"
+    if not source.seekable:
+        fix += "; pictures in a folder, in place of parquet or npz, are decoded anew each time instead"
+    elif store == "pixels":
+        fix += "; --store streamed decodes them anew each time instead"
+    raise StorageError(
+        f"the disk is full: the pixels need {needed / 1e6:,.0f} MB at {folder}, {free / 1e6:,.0f} MB are free",
+        why="images are decoded once and kept as plain pixels",
+        fix=fix,
+    )

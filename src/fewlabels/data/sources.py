@@ -54,6 +54,19 @@ class Source:
         share = max(1, count // len(self.parts))
         return chain.from_iterable(part.sample(share) for part in self.parts)
 
+    @property
+    def seekable(self) -> bool:
+        """Whether `at` gives every image."""
+        return all(part.at(0) is not None for part in self.parts if len(part))
+
+    def at(self, index: int) -> Payload | None:
+        """One image by its place; None where its part is a stream only."""
+        for part in self.parts:
+            if index < len(part):
+                return part.at(index)
+            index -= len(part)
+        raise IndexError(index)
+
 
 def open_source(images: Any, labels: Any = None, *, test: Any = None) -> Source:
     """The Source of images.

@@ -15,18 +15,19 @@ import torch
 from fewlabels import checkpoint, runtime
 from fewlabels.config import Schedule
 from fewlabels.data.labels import Dataset
-from fewlabels.data.loader import Order, training_batches
-from fewlabels.errors import Stopped, UsageError
+from fewlabels.data.loader import Order, Waiting, training_batches
+from fewlabels.errors import DataError, Stopped, UsageError
 from fewlabels.model import optim
 from fewlabels.plan import Derived, derive
 from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
 from fewlabels.stages import memory
-from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState, step, train
+from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState, check_finite, step, train
 
 LOGS, EVALUATIONS, SAVES = 100, 8, 20  # of each, about so many a stage
 MOST_STEPS_SILENT = 50
 MOST_STEPS_UNSAVED = 500
 TIMED_STEPS = 4
+MOST_WAITING = 0.05  # share of a stage that may pass in waiting for images without a word
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,27 @@ def run(job: Job, at: Workplace) -> None:
     say(f"{job.name}: " + (f"going on from step {state.step:,} of {total:,}" if state.step else f"{total:,} steps"))
     clock = _Clock(spent)
     batches = training_batches(at.dataset, job.order(), first_step=state.step, last_step=total, device=at.device)
+    waiting, listeners = Waiting(batches), _listeners(job, at, state, clock)
     at.interrupts.patient = True
     try:
         rhythm = pace(job.derived, job.seed, evaluate=job.scores is not None)
         spare_rng = torch.random.fork_rng(devices=[at.device] if at.device.type == "cuda" else [])
         with spare_rng, _enough_memory(job, at):
-            finished = train(state, batches, rhythm, _listeners(job, at, state, clock), at.precision)
+            finished = train(state, waiting, rhythm, listeners, at.precision)
+    except DataError:
+        if runtime.world_size() == 1:  # several processes save together, and only this one knows
+            check_finite(state)
+            listeners.on_save(state)
+        raise
     finally:
         at.interrupts.patient = False
         batches.close()
-    at.folder.status("running", job.name, seconds={job.name: clock.seconds()})
+    at.folder.status("running", job.name, seconds={job.name: clock.seconds()}, waited={job.name: waiting.seconds})
     if not finished:
         raise Stopped(
             from_signal(at.interrupts), f"at step {state.step:,} of {total:,} of {job.name}; everything is saved"
         )
-    say(f"{job.name}: done in {duration(clock.seconds())}")
+    say(f"{job.name}: done in {duration(clock.seconds())}{_waited(waiting.seconds, clock.here(), at.dataset)}")
 
 
 @contextmanager
@@ -143,14 +150,25 @@ def from_signal(interrupts: Interrupts) -> int:
     return interrupts.received or 15
 
 
+def _waited(seconds: float, of: float, dataset: Dataset) -> str:
+    """A remark where much of a stage passed in waiting for images."""
+    if seconds <= MOST_WAITING * of or seconds < 1:
+        return ""
+    slow = "decoding on more cores, or --store pixels, would help" if dataset.store.streamed else "the disk is slow"
+    return f"; waited {seconds / of:.0%} of it for images: {slow}"
+
+
 class _Clock:
     """Seconds spent on a stage over all its starts."""
 
     def __init__(self, before: float) -> None:
         self.before, self.began = before, time.perf_counter()
 
+    def here(self) -> float:
+        return time.perf_counter() - self.began
+
     def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.began
+        return self.before + self.here()
 
 
 def _resume(job: Job, at: Workplace, state: TrainState) -> float:

@@ -246,6 +246,9 @@ class Pictures:
         """The first count images."""
         return itertools.islice(self.payloads(), count)
 
+    def at(self, row: int) -> decode.Payload | None:
+        """None: predictions take each image once."""
+
     def stamps(self) -> Iterator[bytes]:
         """None: predictions are not resumed."""
         return iter(())
