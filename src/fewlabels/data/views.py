@@ -3,7 +3,8 @@
 A view is drawn and then made. draw_placement() and draw_paint() turn (seed, epoch, image id, view) into numbers;
 place() cuts and resizes, paint() colours and blurs. Nothing else is random, so a view depends neither on the batch that
 it is made in nor on workers, ranks or restarts. On a GPU all shapes are fixed and the host is never waited for.
-On a CPU data/fused.py makes the same views image by image, compiled by numba, where numba can be used.
+Where numba can be used, data/fused.py makes the same views on a CPU image by image; where Triton can be used,
+data/views_triton.py makes them on CUDA tile by tile.
 
 Four kinds of images:
 

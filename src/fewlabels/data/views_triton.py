@@ -295,8 +295,7 @@ def _taps(pixel, centre, scale, length, RESIZE: tl.constexpr):
     distance = tl.abs(pixel - centre) / scale
     outer, inner = tl.maximum(2 - distance, 0.0), tl.maximum(1 - distance, 0.0)
     weights = 0.5 * outer * outer * (outer - 1) + inner * inner * (1 - 2 * inner)
-    # A wide kernel's weights add up to its scale: too much for float16, were it not taken out again
-    return tl.where((pixel >= 0) & (pixel < length), weights / scale, 0.0)
+    return tl.where((pixel >= 0) & (pixel < length), weights, 0.0)
 
 
 # --- blur ---------------------------------------------------------------------------------------------------------
