@@ -40,7 +40,8 @@ def matrices(
         taps, weights = _legacy(length, flip, out_size=out_size)
         pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) - start[:, None]
         return sum((pixel[:, None] == taps[..., t : t + 1]) * weights[..., t : t + 1] for t in range(4))  # type: ignore
-    centre, scale = _centres(length, flip, out_size=out_size, antialias=resize == "antialias")
+    centre = centres(length, flip, out_size=out_size, resize=resize)[..., None]
+    scale = _scale(length, out_size=out_size, resize=resize)
     pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) - start[:, None]  # (B, I)
     return _weights(pixel[:, None], centre, scale, length)
 
@@ -57,7 +58,8 @@ def sparse_matrices(
     else:
         widest = max(1.0, in_size / out_size) if resize == "antialias" else 1.0
         taps = 2 * math.ceil(2 * widest) + 1
-        centre, scale = _centres(length, flip, out_size=out_size, antialias=resize == "antialias")
+        centre = centres(length, flip, out_size=out_size, resize=resize)[..., None]
+        scale = _scale(length, out_size=out_size, resize=resize)
         pixel = torch.floor(centre - 2 * scale) + torch.arange(taps, device=start.device)  # (B, O, T)
         weights = _weights(pixel, centre, scale, length)
     dense = weights.new_zeros(len(start), out_size, in_size)
@@ -65,17 +67,25 @@ def sparse_matrices(
     return dense.scatter_add_(2, (pixel + start[:, None, None]).clamp(0, in_size - 1).long(), weights)
 
 
-def _centres(length: Tensor, flip: Tensor | None, *, out_size: int, antialias: bool) -> tuple[Tensor, Tensor]:
-    """Where each output pixel's centre falls in the crop (B, O, 1), and the kernel's width factor (B, 1, 1)."""
+def centres(length: Tensor, flip: Tensor | None, *, out_size: int, resize: str) -> Tensor:
+    """Where the centre of each output pixel falls in the crop, (B, O), counted from the centre of its first pixel."""
     index = torch.arange(out_size, device=length.device, dtype=torch.float32)[None]  # (1, O)
     if flip is not None:
         index = torch.where(flip[:, None], out_size - 1 - index, index)
     step = (length / out_size)[:, None]
-    centre = (index + 0.5) * step - 0.5
-    if not antialias:
-        centre = torch.round(centre * 1024) / 1024
-        step = torch.ones_like(step)
-    return centre[..., None], step.clamp(min=1.0)[..., None]
+    if resize == "antialias":
+        return (index + 0.5) * step - 0.5
+    if resize == "tf2":
+        return torch.round(((index + 0.5) * step - 0.5) * 1024) / 1024
+    place = index * step
+    first = torch.floor(place)
+    return first + torch.round((place - first) * 1024) / 1024
+
+
+def _scale(length: Tensor, *, out_size: int, resize: str) -> Tensor:
+    """How much wider than a pixel the kernel is, (B, 1, 1)."""
+    step = length / out_size if resize == "antialias" else torch.ones_like(length)
+    return step.clamp(min=1.0)[:, None, None]
 
 
 def _weights(pixel: Tensor, centre: Tensor, scale: Tensor, length: Tensor) -> Tensor:
@@ -90,17 +100,12 @@ def _weights(pixel: Tensor, centre: Tensor, scale: Tensor, length: Tensor) -> Te
 
 def _legacy(length: Tensor, flip: Tensor | None, *, out_size: int) -> tuple[Tensor, Tensor]:
     """TensorFlow 1: which four pixels of the crop an output pixel looks at, and their weights; both (B, O, 4)."""
-    index = torch.arange(out_size, device=length.device, dtype=torch.float32)[None]
-    if flip is not None:
-        index = torch.where(flip[:, None], out_size - 1 - index, index)
-    place = index * (length / out_size)[:, None]
-    first = torch.floor(place)
-    near = (torch.round((place - first) * 1024) / 1024)[..., None]  # (B, O, 1)
-    tap = torch.arange(-1, 3, device=length.device, dtype=torch.float32)  # (4,)
-    x, a = (tap - near).abs(), -0.75
+    centre = centres(length, flip, out_size=out_size, resize="tf1")[..., None]  # (B, O, 1)
+    pixel = torch.floor(centre) + torch.arange(-1, 3, device=length.device, dtype=torch.float32)  # (B, O, 4)
+    x, a = (pixel - centre).abs(), -0.75
     weights = torch.where(x <= 1, ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a)
     last = length[:, None, None] - 1
-    return (first[..., None] + tap).clamp(min=0).minimum(last), weights
+    return pixel.clamp(min=0).minimum(last), weights
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A view is drawn and then made. draw_placement() and draw_paint() turn (seed, epoch, image id, view) into numbers;
 place() cuts and resizes, paint() colours and blurs. Nothing else is random, so a view depends neither on the batch that
 it is made in nor on workers, ranks or restarts. On a GPU all shapes are fixed and the host is never waited for.
-On a CPU data/fused.py makes the same views image by image, compiled by numba, where numba can be used.
+Where numba can be used, data/fused.py makes the same views on a CPU image by image; where Triton can be used,
+data/views_triton.py makes them on CUDA tile by tile.
 
 Four kinds of images:
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import subprocess
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -315,15 +317,21 @@ def _make(
 
 def _fused(device: torch.device) -> types.ModuleType | None:
     """The compiled twin of this module, None where it is not to run."""
-    return compiled() if device.type == "cpu" and not PLAIN else None
+    return None if PLAIN else compiled(device.type)
 
 
 @functools.cache
-def compiled() -> types.ModuleType | None:
-    """data/fused.py, compiled now if it never was on this machine (12 s); None where numba cannot be used."""
+def compiled(device: str = "cpu") -> types.ModuleType | None:
+    """What makes views on a device: data/fused.py on "cpu", compiled now if it never was on this machine (12 s), and
+    data/views_triton.py on "cuda". None where numba, or Triton with the C compiler that it needs, cannot be used.
+    """
+    name = {"cpu": "fused", "cuda": "views_triton"}.get(device)
     try:
-        return importlib.import_module("fewlabels.data.fused")
-    except (ImportError, RuntimeError):  # no numba, one that does not fit numpy, or no folder for what it compiles
+        found = importlib.import_module(f"fewlabels.data.{name}")
+        found.uniforms(0, 0, torch.zeros(1, dtype=torch.int64, device=device), 0, 1)
+        return found
+    # No such module; numba that does not fit numpy or has no folder for what it compiles; no compiler for Triton
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError):
         return None
 
 
