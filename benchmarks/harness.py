@@ -107,16 +107,20 @@ def peak_megabytes(module: str, call: str) -> float:
 
 def tell_peak(work: Callable[[], Callable[[], Any]]) -> None:
     """Print the MB that work()() adds to the peak of this process; work() itself makes the inputs."""
-    ready = work()
+    print(added_peak(work()) / 1e6)
+
+
+def added_peak(work: Callable[[], Any]) -> float:
+    """Bytes that work() adds to the peak of this process. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far counts no more
     before = _peak()
-    ready()
-    print(_peak() - before)
+    work()
+    return _peak() - before
 
 
 def _peak() -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1e3
+    return int(line.split()[1]) * 1e3
 
 
 def machine() -> dict[str, Any]:

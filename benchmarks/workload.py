@@ -90,7 +90,7 @@ def brief(steps: int, on_log: Callable[[int, dict[str, float]], None], *, log_ev
     def nothing(_: TrainState) -> None:
         pass
 
-    plan = Plan(steps, learning_rate=lambda _: 0.1, log_every=log_every, eval_every=0, save_every=FOREVER)
+    plan = Plan(steps, learning_rate=lambda _: 1e-3, log_every=log_every, eval_every=0, save_every=FOREVER)
     return plan, Listeners(on_log=on_log, on_eval=nothing, on_save=nothing, should_stop=lambda: False)
 
 
