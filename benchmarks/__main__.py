@@ -1,4 +1,6 @@
-"""`python -m benchmarks SUITE [--peers lightly ...] [--threads N] [--rounds R]`: side by side in one run; see harness.py.
+"""`python -m benchmarks SUITE [--peers lightly ...] [--threads N] [--rounds R]`: side by side in one run.
+
+harness.py says how contenders are compared, each suite what it compares.
 
 `python -m benchmarks plot` draws docs/performance.svg of what the suites left in benchmarks/results/.
 """

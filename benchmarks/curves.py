@@ -55,7 +55,8 @@ class WholeMatrix(Pretrain):
     """Pretraining with all similarities at once."""
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        _, first, second = self.project(batch)
+        views_of_both = torch.cat([self.view(batch, 0), self.view(batch, 1)])
+        first, second = self.head(self.encoder(views_of_both)).chunk(2)
         return {"loss": workload.whole_matrix(first.float(), second.float(), self.temperature)}
 
 
@@ -81,7 +82,7 @@ def opened(data: Path | None, folder: Path) -> tuple[Dataset, Recipe]:
 
 def pretrained(way: str, dataset: Dataset, recipe: Recipe, seed: int) -> tuple[Pretrain, list[float]]:
     """The stage after STEPS steps, and the loss of each."""
-    settings, precision = recipe.pretrain, runtime.precision(CPU) if way == "fast" else SLOW
+    settings, precision = recipe.pretrain, workload.precision(CPU) if way == "fast" else SLOW
     torch.manual_seed(seed)
     body = encoder(recipe.encoder)
     head = ProjectionHead(body.feature_dim, settings.head_out, settings.head_layers)
@@ -115,7 +116,7 @@ def _trained(
 
 def scored(stage: Pretrain, way: str, dataset: Dataset, recipe: Recipe, seed: int) -> dict[str, float]:
     """% right of held-out images: logistic regression on the frozen features, and after fine-tuning."""
-    precision = runtime.precision(CPU) if way == "fast" else SLOW
+    precision = workload.precision(CPU) if way == "fast" else SLOW
     setting = compare.Setting(recipe.size, recipe.kind, CPU, precision)
     few = labels.keep_labels(dataset, LABELS, seed)
     truth = dataset.labels[dataset.held_out]
@@ -186,7 +187,7 @@ def run(*, data: Path | None, seeds: int) -> dict[str, Any]:
     found: dict[str, Any] = {way: {key: [] for key in ("losses", "seconds", *WORDS)} for way in WAYS}
     with tempfile.TemporaryDirectory() as temporary:
         dataset, recipe = opened(data, Path(temporary) / "run")
-        fast = f"{runtime.precision(CPU).name}, channels_last, compiled views, loss by tiles"
+        fast = f"{workload.precision(CPU).name}, channels_last, compiled views, loss by tiles"
         for seed in range(seeds):
             for way in WAYS if seed % 2 else WAYS[::-1]:
                 began = time.perf_counter()

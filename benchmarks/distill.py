@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness, workload
-from fewlabels import runtime
 from fewlabels.data import views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch, Order
@@ -49,7 +48,7 @@ class Contest:
         self, names: tuple[str, str], dataset: Dataset, batch: int, folder: Path, device: torch.device, *, size: int
     ) -> None:
         self.names, self.dataset, self.batch, self.folder, self.device = names, dataset, batch, folder, device
-        self.precision = runtime.precision(device)
+        self.precision = workload.precision(device)
         self.view = workload.viewer(views.finetune, self.precision, again=1, size=size, seed=0)
         self.teacher = self._network(names[0], seed=1)
 
@@ -137,4 +136,4 @@ def run(*, peers: list[str]) -> dict[str, Any]:  # noqa: ARG001 - no peer keeps 
             for contender, row in found[title]["rows"].items():
                 row["images_per_second"] = 1000 * batch / row["ms"]
                 print(f"  {contender:<28} {row['images_per_second']:10,.0f} images/s")
-    return {"precision": runtime.precision(device).name, **found}
+    return {"precision": workload.precision(device).name, **found}

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import gpu_sections, harness
+from benchmarks import gpu_sections
 
 Row = dict[str, Any]  # name, value, unit, note
 
@@ -79,9 +79,10 @@ def run_section(name: str, seconds: float, *, toy: bool) -> list[Row]:
     else:
         rows.append({"name": f"{name}: ended", "value": None, "unit": "", "note": f"its {seconds:.0f} s were over"})
         print(told(rows[-1]), flush=True)
-    if process.is_alive() and left <= 0:
+    process.join(max(0.0, min(left, 10.0)))
+    if process.is_alive():
         os.killpg(process.pid or 0, signal.SIGKILL)  # with what a compiler has started
-    process.join()
+        process.join()
     return rows
 
 
@@ -144,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         told_of = {"toy": asked.toy, "torch": torch.__version__, "load": os.getloadavg(), "rows": rows, "goals": table}
         (asked.out / "gpu.json").write_text(json.dumps(told_of, indent=1) + "\n")
     print("\n" + "\n".join(map(told, rows)))
-    print("\n" + "\n".join(table))
+    print("\n" + ("toy sizes on a CPU: the numbers mean nothing\n" if asked.toy else "") + "\n".join(table))
 
 
 if __name__ == "__main__":

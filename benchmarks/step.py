@@ -56,7 +56,7 @@ class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def ours(name: str, dataset: Dataset, batch: int) -> Callable[[], Any]:
     """The loop's own step on the loader's own batches."""
-    state, precision = workload.pretraining(name, CPU, **VIEWS), runtime.precision(CPU)
+    state, precision = workload.pretraining(name, CPU, **VIEWS), workload.precision(CPU)
     batches = workload.batches(dataset, batch, CPU)
 
     def work() -> None:
@@ -68,7 +68,7 @@ def ours(name: str, dataset: Dataset, batch: int) -> Callable[[], Any]:
 
 def network_alone(name: str, pixels: torch.Tensor, batch: int) -> Callable[[], Any]:
     """Forward and backward of ours on views that are there already."""
-    precision = runtime.precision(CPU)
+    precision = workload.precision(CPU)
     body = precision.layout(encoder(name))
     made = (pixels[:batch].repeat(2, 1, 1, 1) / 255).contiguous(memory_format=workload.layout(precision))
 
@@ -114,9 +114,7 @@ def lightly(
         for made in loader:
             with precision.context(CPU):
                 # its example calls the model once a view
-                first, second = [
-                    model(view.contiguous(memory_format=workload.layout(precision))) for view in made[:2]
-                ]
+                first, second = [model(view.contiguous(memory_format=workload.layout(precision))) for view in made[:2]]
             value = loss(first.float(), second.float())
             value.backward()
             optimizer.step()
@@ -131,7 +129,7 @@ def contenders(
     """By name, all for one network."""
     calls = {"ours": ours(name, dataset, batch), "network alone": network_alone(name, pixels, batch)}
     if "lightly" in peers:
-        documented, tuned = runtime.Precision(None, channels_last=False), runtime.precision(CPU)
+        documented, tuned = runtime.Precision(None, channels_last=False), workload.precision(CPU)
         calls |= {
             "lightly, as documented": lightly(name, pixels, batch, precision=documented, workers=0),
             "lightly, tuned": lightly(name, pixels, batch, precision=tuned, workers=0),
@@ -147,14 +145,14 @@ def taken_apart(name: str, dataset: Dataset, batch: int, folder: Path) -> dict[s
     batches = workload.batches(dataset, batch, CPU, steps=WATCHED)
     with (folder / f"{name}.log").open("w") as log:
         plan, listeners = workload.brief(WATCHED, lambda step, values: print(step, values, file=log, flush=True))
-        loop.train(state, parts.watched(batches), plan, listeners, runtime.precision(CPU))
+        loop.train(state, parts.watched(batches), plan, listeners, workload.precision(CPU))
     return parts.told(f"a step of {batch} images of 32 px, {name}, taken apart", skip=SKIPPED)
 
 
 def run(*, peers: list[str]) -> dict[str, Any]:
     """The suite."""
     found = {}
-    precision = runtime.precision(CPU)
+    precision = workload.precision(CPU)
     print(f"ours computes in {precision.name}")
     with tempfile.TemporaryDirectory() as temporary:
         for name, (batch, rounds) in CASES.items():

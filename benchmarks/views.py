@@ -10,7 +10,8 @@ only shape and range are checked. Where there is a GPU, its rows follow: what is
 lightly: its SimCLRTransform, on PIL images. pillow: what MoCo's, SwAV's and solo-learn's code does, torchvision on PIL
 images. torchvision: its v2 on tensors, one by one. torchvision_batched: v2 on the whole batch, which gives all images
 the same crop, flip and colours: less work than is wanted. kornia: a batch with its own numbers for every image, but one
-order of colour operations, not antialiased. Ours resizes bicubically, as the paper; all others bilinearly, their default.
+order of colour operations, not antialiased. Ours resizes bicubically, as the paper, all others bilinearly, which is
+their default and less work.
 """
 
 from __future__ import annotations
@@ -151,7 +152,9 @@ def differences(pixels: Tensor, size: int, strength: float, *, blur: bool) -> di
     placed = views.finetune(pixels, extent, ids, size=size, **key)
     placement = views.draw_placement(extent, ids, **key)
     bicubic, worst = importlib.import_module("torchvision.transforms").InterpolationMode.BICUBIC, 0.0
-    for image, box, flip, view in zip(pixels, placement.box.int().tolist(), placement.flip.tolist(), placed, strict=True):
+    for image, box, flip, view in zip(
+        pixels, placement.box.int().tolist(), placement.flip.tolist(), placed, strict=True
+    ):
         twin = functional.resized_crop(image.float() / 255, *box, [size, size], bicubic, antialias=True).clamp(0, 1)
         worst = max(worst, float(((twin.flip(-1) if flip else twin) - view).abs().max()))
     return found | {"placement": worst}
@@ -164,7 +167,7 @@ def check(pixels: Tensor, size: int, strength: float, calls: dict[str, Callable[
     for name, call in calls.items():
         for view in call():
             assert view.shape == (len(pixels), 3, size, size), (name, view.shape)
-            assert view.dtype == torch.float32 and -1e-3 <= view.min() and view.max() <= 1 + 1e-3, name
+            assert view.dtype == torch.float32 and view.min() >= -1e-3 and view.max() <= 1 + 1e-3, name
 
 
 def measured(size: int, names: list[str], device: torch.device) -> dict[str, Any]:

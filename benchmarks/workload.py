@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewlabels import prepare, runtime
-from fewlabels.data import views
+from fewlabels import runtime
+from fewlabels.data import labels, pixels, views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.data.sources import open_source
 from fewlabels.model import optim
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import ProjectionHead
-from fewlabels.runfolder import RunFolder
 from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState
 from fewlabels.stages.pretrain import Pretrain, View
 
@@ -37,13 +37,21 @@ def smooth_pictures(count: int, side: int, seed: int = 0) -> Tensor:
 def stored(images: Any, folder: Path, *, working_size: int | None = None) -> Dataset:
     """The dataset that `fewlabels fit` makes of images (an array (N, H, W, 3), a path or a source's name) in folder."""
     if isinstance(images, np.ndarray):
-        labels = [str(number % CLASSES) for number in range(len(images))]
-        source = open_source(images, labels)
+        source = open_source(images, [str(number % CLASSES) for number in range(len(images))])
     else:
         source = open_source(images)
-    run = RunFolder(folder)
-    run.path.mkdir(parents=True, exist_ok=True)
-    return prepare.store_images(source, run, working_size, 0.0, ())
+    folder.mkdir(parents=True, exist_ok=True)
+    store, kept, bad = pixels.build(
+        source, folder / "data", working_size=working_size, max_bad_share=0.0, threads=runtime.threads(),
+        bad_csv=folder / "bad.csv",
+    )  # fmt: skip
+    return labels.assemble(source, store, kept, bad)
+
+
+@functools.cache
+def precision(device: torch.device) -> runtime.Precision:
+    """What `fewlabels fit` computes in there; the same for all contenders of this process."""
+    return runtime.precision(device)
 
 
 def batches(dataset: Dataset, batch: int, device: torch.device, *, steps: int = FOREVER) -> Iterator[Batch]:
@@ -51,18 +59,18 @@ def batches(dataset: Dataset, batch: int, device: torch.device, *, steps: int = 
     return training_batches(dataset, Order(dataset.train, batch, 0), first_step=0, last_step=steps, device=device)
 
 
-def layout(precision: runtime.Precision) -> torch.memory_format:
+def layout(form: runtime.Precision) -> torch.memory_format:
     """The memory layout of views."""
-    return torch.channels_last if precision.channels_last else torch.contiguous_format
+    return torch.channels_last if form.channels_last else torch.contiguous_format
 
 
-def viewer(make: Callable[..., Tensor], precision: runtime.Precision, *, again: int = 0, **settings: Any) -> View:
+def viewer(make: Callable[..., Tensor], form: runtime.Precision, *, again: int = 0, **settings: Any) -> View:
     """make (of fewlabels.data.views) as a stage wants it. again: as many epochs of views, then the same ones."""
 
     def view(batch: Batch, number: int) -> Tensor:
         epoch = batch.epoch % again if again else batch.epoch
         made = make(batch.pixels, batch.extent, batch.ids, epoch=epoch, view=number, **settings)
-        return made.contiguous(memory_format=layout(precision))
+        return made.contiguous(memory_format=layout(form))
 
     return view
 
@@ -70,17 +78,17 @@ def viewer(make: Callable[..., Tensor], precision: runtime.Precision, *, again: 
 def pretraining(name: str, device: torch.device, *, size: int, strength: float, blur: bool) -> TrainState:
     """A pretraining stage of encoder `name` and LARS, on device as `fewlabels fit` puts it there."""
     torch.manual_seed(0)
-    precision = runtime.precision(device)
+    form = precision(device)
     with device:  # 800 million weights are drawn in seconds there
         body = encoder(name)
         head = ProjectionHead(body.feature_dim)
-    view = viewer(views.pretrain, precision, size=size, seed=0, strength=strength, blur=blur)
-    return started(Pretrain(body, head, view=view, temperature=0.5), precision, device)
+    view = viewer(views.pretrain, form, size=size, seed=0, strength=strength, blur=blur)
+    return started(Pretrain(body, head, view=view, temperature=0.5), form, device)
 
 
-def started(stage: Stage, precision: runtime.Precision, device: torch.device) -> TrainState:
+def started(stage: Stage, form: runtime.Precision, device: torch.device) -> TrainState:
     """Step 0 of a stage with LARS."""
-    precision.layout(stage.to(device)).train()
+    form.layout(stage.to(device)).train()
     return TrainState(stage, optim.optimizer("lars", stage, lr=0.1, weight_decay=1e-4))
 
 
