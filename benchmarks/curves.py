@@ -187,7 +187,9 @@ def run(*, data: Path | None, seeds: int) -> dict[str, Any]:
     found: dict[str, Any] = {way: {key: [] for key in ("losses", "seconds", *WORDS)} for way in WAYS}
     with tempfile.TemporaryDirectory() as temporary:
         dataset, recipe = opened(data, Path(temporary) / "run")
-        fast = f"{workload.precision(CPU).name}, channels_last, compiled views, loss by tiles"
+        form = workload.precision(CPU)
+        layout = "channels_last" if form.channels_last else "NCHW"
+        fast = f"{form.name}, {layout}, compiled views, loss by tiles"
         for seed in range(seeds):
             for way in WAYS if seed % 2 else WAYS[::-1]:
                 began = time.perf_counter()
