@@ -1,6 +1,6 @@
 # make demo   the whole method on embedded data: creates .venv, installs, ends with the path of the report
 # make test   the tests;  make faults  100 kills at random moments;  make check  format, lint, types, floors, knobs, sizes;
-# make bench  side-by-side measurements
+# make bench  side-by-side measurements with other libraries, which it installs; about half an hour on 2 quiet cores
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -15,6 +15,10 @@ BIN := .venv/bin
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@ .venv/demo.stamp
+
+.venv/bench.stamp: .venv/demo.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	touch $@
 
 demo: .venv/demo.stamp
 	$(BIN)/fewlabels demo
@@ -31,10 +35,15 @@ check: .venv/dev.stamp
 faults: .venv/dev.stamp
 	$(BIN)/python tests/faults/kills.py --kills 100
 
-bench: .venv/demo.stamp
+bench: .venv/bench.stamp
+	$(BIN)/python -m benchmarks views --peers lightly pillow torchvision torchvision_batched kornia --threads 1
+	$(BIN)/python -m benchmarks loss --peers lightly --threads 1
+	$(BIN)/python -m benchmarks loss --peers lightly --threads 2
+	$(BIN)/python -m benchmarks step --peers lightly --threads 2
+	$(BIN)/python -m benchmarks distill --threads 2
+	$(BIN)/python -m benchmarks curves --threads 2
+	$(BIN)/python -m benchmarks plot
 	$(BIN)/python benchmarks/digits.py
-	$(BIN)/python -m benchmarks loss
-	$(BIN)/python -m benchmarks views --peers torchvision
 
 clean:
 	rm -rf .venv build dist

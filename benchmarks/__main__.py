@@ -1,27 +1,45 @@
-"""`python -m benchmarks SUITE [--peers lightly ...] [--threads N]`: side by side, in one run; see harness.py."""
+"""`python -m benchmarks SUITE [--peers lightly ...] [--threads N] [--rounds R]`: side by side in one run.
+
+harness.py says how contenders are compared, each suite what it compares.
+
+`python -m benchmarks plot` draws docs/performance.svg of what the suites left in benchmarks/results/.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import curves, harness, plot
 
-SUITES = ("jpeg", "loss", "step", "views")
+SUITES = ("distill", "jpeg", "loss", "step", "views")
 
 
 def main() -> None:
-    """Run the suites that were asked for and keep their results."""
+    """Run what was asked for and keep its results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=(*SUITES, "curves", "plot"))
     parser.add_argument("--peers", nargs="*", default=[], help="other libraries to compare with, if installed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, help="in place of each suite's own number")
+    parser.add_argument("--data", type=Path, help="curves: a folder or file of images with labels; digits without")
+    parser.add_argument("--seeds", type=int, default=3, help="curves: runs of either kind")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    found = importlib.import_module(f"benchmarks.{asked.suite}").run(peers=asked.peers)
-    harness.keep(f"{asked.suite}-{asked.threads}-threads", found)
+    harness.asked_rounds = asked.rounds
+    if asked.suite == "plot":
+        print(plot.draw(harness.RESULTS))
+        return
+    if asked.suite == "curves":
+        name, found = "curves", curves.run(data=asked.data, seeds=asked.seeds)
+    else:
+        found = importlib.import_module(f"benchmarks.{asked.suite}").run(peers=asked.peers)
+        name = f"{asked.suite}-{asked.threads}-threads"
+    harness.keep(name, found)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 A suite gives contenders (name -> function without arguments) that all do the same work. Each round calls every one of
 them once, beginning with another one each time, and ours twice under two names: if these two differ by more than 5 %
-the machine is too noisy and no verdict is printed.
+the machine is too noisy and no verdict is printed. On a GPU the clock is that of the device's events.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 AGAIN = "ours again"
 LEAST_SECONDS = 0.1
 QUIET = (0.95, 1.05)  # the A/A ratio must lie in here
+DRAWS = 2000  # of the bootstrap
+asked_rounds: int | None = None  # of --rounds: in place of every suite's own number
 
 
 def side_by_side(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, np.ndarray]:
@@ -33,31 +35,48 @@ def side_by_side(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) ->
     One round before is not counted. What is done within LEAST_SECONDS is done several times a round.
     """
     called = {**contenders, AGAIN: contenders["ours"]}
+    rounds = asked_rounds or rounds
     names, seconds, times = list(called), {name: [] for name in called}, dict.fromkeys(called, 1)
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            took = _seconds(called[name], times[name])
+            took = seconds_of(called[name], times[name])
             if number:
                 seconds[name].append(took)
             else:
-                times[name] = max(1, round(LEAST_SECONDS / _seconds(called[name], 1)))
+                times[name] = max(1, round(LEAST_SECONDS / seconds_of(called[name])))
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def _seconds(work: Callable[[], Any], times: int) -> float:
-    began = time.perf_counter()
+def seconds_of(work: Callable[[], Any], times: int = 1) -> float:
+    """Mean seconds of a call. On a GPU between two events, which count what the host does in between as well."""
+    began = moment()
     for _ in range(times):
         work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / times
+    return elapsed(began, moment()) / times
+
+
+def moment() -> Any:
+    """Now, in the order of the device's work: an event on a GPU, which is not waited for, else the clock."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed(first: Any, last: Any) -> float:
+    """Seconds between two moments; waits until the later has come."""
+    if isinstance(first, float):
+        return float(last - first)
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000
 
 
 def ratio(slower: np.ndarray, faster: np.ndarray) -> tuple[float, float, float]:
     """Ratio of medians with its 95 % interval, by bootstrap over rounds."""
     rng = np.random.default_rng(0)
-    drawn = rng.integers(0, len(slower), (2000, len(slower)))
+    drawn = rng.integers(0, len(slower), (DRAWS, len(slower)))
     ratios = np.median(slower[drawn], axis=1) / np.median(faster[drawn], axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(np.median(slower) / np.median(faster)), float(low), float(high)
@@ -88,16 +107,20 @@ def peak_megabytes(module: str, call: str) -> float:
 
 def tell_peak(work: Callable[[], Callable[[], Any]]) -> None:
     """Print the MB that work()() adds to the peak of this process; work() itself makes the inputs."""
-    ready = work()
+    print(added_peak(work()) / 1e6)
+
+
+def added_peak(work: Callable[[], Any]) -> float:
+    """Bytes that work() adds to the peak of this process. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far counts no more
     before = _peak()
-    ready()
-    print(_peak() - before)
+    work()
+    return _peak() - before
 
 
 def _peak() -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1e3
+    return int(line.split()[1]) * 1e3
 
 
 def machine() -> dict[str, Any]:
