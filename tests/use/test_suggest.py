@@ -86,7 +86,7 @@ def test_unsure_images_lie_between_the_classes() -> None:
     angle = np.linspace(0, np.pi / 2, 200)
     features = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
     labels = np.full(200, -1)
-    labels[:15], labels[-15:] = 0, 1
+    labels[:50], labels[-50:] = 0, 1
     found = suggest.choose(features, labels, 4)
     assert (np.abs(angle[found] - np.pi / 4) < 0.35).all()
     assert np.ptp(angle[found]) > 0.1  # the four least sure ones lie within 0.024
