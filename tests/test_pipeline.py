@@ -24,6 +24,7 @@ from fewlabels import checkpoint, plan
 from fewlabels.data import pixels
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.prepare import check_identity
+from fewlabels.use import propagate
 
 SMALL = {
     "pretrain": {"epochs": 4, "optimizer": "adamw", "learning_rate": 0.002, "scaling": "none"},
@@ -252,8 +253,9 @@ def test_labels_may_come_after_pretraining(photos: Path, tmp_path: Path) -> None
     assert rows["tap1_logistic"]["cross_validated"]
 
 
-def test_fine_tuning_from_the_probe(photos: Path, tmp_path: Path) -> None:
+def test_fine_tuning_from_the_probe(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen network that does not learn any more must classify as the logistic regression on its features."""
+    monkeypatch.setattr(propagate, "FEW_LABELS", 0)  # on the labels alone
     stays = {"start": "probe", "tap": 0, "freeze_below": 4, "epochs": 1, "learning_rate": 1e-9}
     probed = fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **{**SMALL, "finetune": stays})
     rows = {row["key"]: row for row in probed.metrics["rows"]}

@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 import fewlabels
 from fewlabels import config
-from fewlabels.errors import FewlabelsError, RankFailed, StorageError, UsageError, nearest
+from fewlabels.errors import CannotCreate, FewlabelsError, RankFailed, StorageError, UsageError, nearest
 
 
 def _overrides(kind: type) -> type:
@@ -141,6 +141,22 @@ class Report:
 
     run: Positional[str]
     """Run folder."""
+
+
+@dataclass(kw_only=True)
+class Suggest:
+    """Say which images to label next, as a labels CSV to fill in."""
+
+    run: Positional[str]
+    """Run folder; its pretraining must be done."""
+    count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 20
+    """How many."""
+    out: str | None = None
+    """The CSV to write; one that is there is kept. Left out: stdout."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: bool = False
+    """Print the names as JSON."""
 
 
 @dataclass(kw_only=True)
@@ -264,6 +280,26 @@ def _report(command: Report) -> None:
     print(report.write(Path(command.run)))
 
 
+def _suggest(command: Suggest) -> None:
+    from pathlib import Path
+
+    from fewlabels import checkpoint
+    from fewlabels.use import suggest
+
+    out = Path(command.out) if command.out else None
+    if out and out.exists():
+        raise CannotCreate(f"{out} is there already", why="it may hold labels", fix="give another --out")
+    found = suggest.suggest(Path(command.run), command.count, device=command.device)
+    if out:
+        checkpoint.write_text(out, found.table())
+    if command.json:
+        print(json.dumps({"images": found.images, "out": command.out}))
+    elif out:
+        print(f"{len(found.rows):,} images to label: fill in the empty labels of {out}, then give it to fit --labels")
+    else:
+        print(found.table(), end="")
+
+
 def _import(command: Import) -> None:
     from fewlabels.use import imported
 
@@ -282,6 +318,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "distill": (Fit, lambda c: _fit(c, "distill"), "up to stage 3: into itself or a small student"),
     "evaluate": (Evaluate, _evaluate, "accuracy with interval, per class, confusion, calibration"),
     "predict": (Predict, _predict, "class and probabilities of new images, as CSV"),
+    "suggest": (Suggest, _suggest, "which images to label next, as a labels CSV to fill in"),
     "export": (Export, _export, "an ONNX or torch.export program"),
     "import": (Import, _import, "a published TensorFlow checkpoint as a model folder"),
     "report": (Report, _report, "write report.html again"),

@@ -27,7 +27,7 @@ from fewlabels.prepare import (
     write_resolved,
 )
 from fewlabels.runfolder import Interrupts, RunFolder, duration, read_json, say
-from fewlabels.use import artefact, compare, report
+from fewlabels.use import artefact, compare, report, suggest
 from fewlabels.use.artefact import Card
 from fewlabels.use.predict import Model, load
 from fewlabels.worker import Worker
@@ -55,6 +55,10 @@ class Run:
     def report(self) -> Path:
         """Write report.html anew and return its path."""
         return report.write(self.path)
+
+    def suggest(self, count: int = 20) -> list[str]:
+        """Names of the images to label next, best first."""
+        return suggest.suggest(self.path, count).images
 
 
 def fit(

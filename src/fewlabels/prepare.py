@@ -306,12 +306,13 @@ def check_resumable(prepared: Prepared) -> None:
 
 
 def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
-    """recipe.toml and resolved.json: what was asked and what will be run."""
+    """images.csv, recipe.toml and resolved.json: what is there, what was asked and what will be run."""
     if not runtime.is_main():
         return
     recipe, understood = prepared.recipe, prepared.dataset.understood
     for line in explain(prepared, sums):
         say(f"  {line}")
+    labels.write_images(prepared.dataset, prepared.folder.images_file)
     checkpoint.write_text(prepared.folder.path / "recipe.toml", config.to_toml(recipe))
     checkpoint.write_json(
         prepared.folder.resolved_file,

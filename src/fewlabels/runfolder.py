@@ -34,6 +34,7 @@ class RunFolder:
         self.data, self.model, self.report = path / "data", path / "model", path / "report.html"
         self.resolved_file, self.status_file = path / "resolved.json", path / "status.json"
         self.metrics_file, self.results_file = path / "metrics.jsonl", path / "results.json"
+        self.images_file = path / "images.csv"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

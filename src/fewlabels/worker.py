@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum, View
 from fewlabels.stages.runner import Job, Workplace
-from fewlabels.use import artefact, compare, evaluate
+from fewlabels.use import artefact, compare, evaluate, propagate
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -199,13 +200,29 @@ class Worker:
     def _start_from_probe(self, network: Classifier) -> None:
         """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""
         network.eval()
-        ids = self.dataset.labeled
+        ids, known, strength = self.dataset.labeled, self.dataset.labels[self.dataset.labeled], 0.1
+        # a given model may have lost the upper layers of its head
+        if self.recipe.pretrained is None and len(ids) <= propagate.FEW_LABELS * self.dataset.num_classes:
+            ids, known, strength = *self._propagated(), propagate.STRENGTH
         (features,) = compare.outputs(self.dataset, ids, self.prepared.setting, lambda view: [network.features(view)])
-        fitted = evaluate.logistic_regression(features, self.dataset.labels[ids], num_classes=self.dataset.num_classes)
+        classes = self.dataset.num_classes
+        fitted = evaluate.logistic_regression(features, known, num_classes=classes, strength=strength)
         weight, bias = runtime.from_main(fitted.linear())
         with torch.no_grad():
             network.linear.weight.copy_(torch.from_numpy(weight))
             network.linear.bias.copy_(torch.from_numpy(bias))
+
+    def _propagated(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training images, labeled and others, with the classes that labels give them over the projections' graph."""
+        labeled, train = self.dataset.labeled, self.dataset.train
+        others = evaluate.spread(np.setdiff1d(train, labeled), propagate.MOST_IMAGES)
+        ids = np.concatenate([labeled, others])
+        see = compare.tapped(*self.pretrain())
+        (projections,) = compare.outputs(self.dataset, ids, self.prepared.setting, lambda view: see(view)[-1:])
+        given = propagate.propagate(projections, self.dataset.labels[ids], self.dataset.num_classes)
+        told = np.flatnonzero(given[len(labeled) :] >= 0) + len(labeled)
+        some = np.concatenate([np.arange(len(labeled)), evaluate.spread(told, propagate.FITTED_IMAGES)])
+        return ids[some], given[some]
 
     def distill(self) -> Classifier:
         """Stage 3 on all training images: into the same network, and from there into a smaller one if asked."""

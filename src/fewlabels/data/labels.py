@@ -8,14 +8,18 @@ Shapes: N images in the store, K classes.
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fewlabels import checkpoint
 from fewlabels.data.pixels import BadImage, PixelStore
 from fewlabels.data.sources import Source
 from fewlabels.errors import DataError, UsageError, nearest
@@ -23,6 +27,7 @@ from fewlabels.errors import DataError, UsageError, nearest
 Ints = npt.NDArray[np.int64]
 TRAIN, VAL, TEST, LEAKED = 0, 1, 2, 3  # LEAKED: a training image that is also held out; nobody sees it
 SPLIT_NUMBERS = {"train": TRAIN, "val": VAL, "test": TEST}
+SPLIT_WORDS = {number: word for word, number in SPLIT_NUMBERS.items()} | {LEAKED: "leaked"}
 NAMED = 3  # examples in a note
 FLAT = 10.0  # standard deviation of a thumbnail below which all pictures look alike
 CLOSE = 3.0  # mean grey levels between the thumbnails of one photo saved twice
@@ -172,6 +177,40 @@ def keep_labels(dataset: Dataset, amount: str | int, seed: int) -> Dataset:
         notes=(*dataset.understood.notes, note) if note else dataset.understood.notes,
     )
     return replace(dataset, labels=labels, understood=understood)
+
+
+def write_images(dataset: Dataset, path: Path) -> None:
+    """RUN/images.csv: image,label,split of every row of the store, in order, as the run knows them."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "label", "split"])
+    words = ("", *dataset.classes)
+    for name, label, split in zip(dataset.names, dataset.labels.tolist(), dataset.splits.tolist(), strict=True):
+        writer.writerow([name, words[label + 1], SPLIT_WORDS[split]])
+    checkpoint.write_text(path, text.getvalue())
+
+
+def read_images(path: Path, store: PixelStore, understood: Mapping[str, Any]) -> Dataset:
+    """What `write_images` wrote; understood: Understood.as_dict(). Raises DataError where it does not fit."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    facts = {name: understood[name] for name in Understood.__dataclass_fields__}
+    number = {name: k for k, name in enumerate(facts["classes"])} | {"": -1}
+    if len(rows) != len(store) or not {row[1] for row in rows} <= number.keys():
+        raise DataError(
+            f"{path} does not fit its run: {len(rows):,} rows for {len(store):,} images",
+            why="names and pixels would be confused",
+            fix="run the command that made the run again; it writes this file anew",
+        )
+    numbers = {word: split for split, word in SPLIT_WORDS.items()}
+    return Dataset(
+        store=store,
+        names=tuple(row[0] for row in rows),
+        labels=np.array([number[row[1]] for row in rows], dtype=np.int64),
+        splits=np.array([numbers[row[2]] for row in rows], dtype=np.int8),
+        classes=tuple(facts["classes"]),
+        understood=Understood(**facts | {"notes": tuple(facts["notes"])}),
+    )
 
 
 def _known(known: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:

@@ -1,0 +1,69 @@
+"""Labels spread over the neighbour graph of all training images' features, for where labels are very few.
+
+Iscen et al. 2019 (arXiv 1904.04717), section 3.2: every image is tied to its nearest by their cosine similarity, and
+labels flow along these ties, (I - alpha S) Z = Y. Shapes: N images, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+FEW_LABELS = 4  # a class, up to which the graph knows more than the labels alone (docs/LOG.md); at 25 it does not
+MOST_IMAGES = 20_000  # in the graph, evenly spaced
+FITTED_IMAGES = 5_000  # of these that the probe is fitted on
+STRENGTH = 1.0  # of the probe's penalty then
+NEIGHBOURS = 20
+SHARPNESS = 3  # power of the similarity, as in the paper
+ALPHA = 0.99  # how far labels flow, as in the paper
+STEPS = 30  # of conjugate gradients; the paper takes 20
+CHUNK = 1024
+
+
+def propagate(features: Floats, labels: Ints, num_classes: int) -> Ints:
+    """(N,) a class for every row of features (N, D), from labels (N,), -1 = none; -1 where no label reaches.
+
+    Labeled rows keep theirs.
+    Every class that has a label flows out equally much, so that what is typical of one does not drown the others.
+    """
+    source = np.zeros((len(labels), num_classes), dtype=np.float32)  # Y
+    known = np.flatnonzero(labels >= 0)
+    source[known, labels[known]] = 1 / np.bincount(labels[known], minlength=num_classes)[labels[known]]
+    flow = solve(graph(features), source)
+    classes = (flow / np.maximum(flow.sum(axis=0), 1e-20)).argmax(axis=1)
+    return np.where(labels >= 0, labels, np.where(flow.max(axis=1) > 0, classes, -1))
+
+
+def graph(features: Floats) -> sparse.csr_matrix:
+    """S (N, N): cosine similarities to the NEIGHBOURS nearest, symmetric and normalised by D^-1/2 W D^-1/2."""
+    count, near = len(features), min(NEIGHBOURS, len(features) - 1)
+    rows = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    nearest, weights = [], []
+    for start in range(0, count, CHUNK):
+        similarity = rows[start : start + CHUNK] @ rows.T
+        similarity[np.arange(len(similarity)), np.arange(start, start + len(similarity))] = -2
+        nearest.append(np.argpartition(similarity, -near, axis=1)[:, -near:])
+        weights.append(np.maximum(np.take_along_axis(similarity, nearest[-1], axis=1), 0) ** SHARPNESS)
+    place = np.repeat(np.arange(count), near), np.concatenate(nearest).reshape(-1)
+    ties = sparse.csr_matrix((np.concatenate(weights).reshape(-1), place), shape=(count, count))
+    ties = ties.maximum(ties.T)
+    scale = sparse.diags(1 / np.sqrt(np.maximum(np.asarray(ties.sum(axis=1)).reshape(-1), 1e-12)))
+    return sparse.csr_matrix(scale @ ties @ scale).astype(np.float32)
+
+
+def solve(ties: sparse.csr_matrix, source: Floats) -> Floats:
+    """Z (N, K) of (I - ALPHA S) Z = Y by conjugate gradients, each column by itself."""
+    found, rest = np.zeros_like(source), source.copy()
+    step, size = rest.copy(), (rest**2).sum(axis=0)
+    for _ in range(STEPS):
+        moved = step - ALPHA * (ties @ step)
+        length = size / np.maximum((step * moved).sum(axis=0), 1e-30)
+        found, rest = found + length * step, rest - length * moved
+        before, size = size, (rest**2).sum(axis=0)
+        step = rest + size / np.maximum(before, 1e-30) * step
+    positive: Floats = np.maximum(found, 0)
+    return positive
