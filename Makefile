@@ -1,5 +1,6 @@
 # make demo   the whole method on embedded data: creates .venv, installs, ends with the path of the report
-# make test   the tests;  make faults  100 kills at random moments;  make check  format, lint, types, floors, knobs, sizes;
+# make test   the tests;  make check  format, lint, types, floors, knobs, sizes
+# make faults kills, failing disks, damaged files and more, injected one after another; the tally in build/faults.json
 # make bench  side-by-side measurements
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,7 +30,8 @@ check: .venv/dev.stamp
 	$(BIN)/python -m pytest tests/test_house.py
 
 faults: .venv/dev.stamp
-	$(BIN)/python tests/faults/kills.py --kills 100
+	mkdir -p build
+	$(BIN)/python tests/faults --kills 100 --json build/faults.json
 
 bench: .venv/demo.stamp
 	$(BIN)/python benchmarks/digits.py
