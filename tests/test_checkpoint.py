@@ -149,10 +149,12 @@ def test_folders_change_places_in_one_step_where_the_system_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader finds the old folder or the new one at every moment, never neither."""
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
     if not checkpoint._exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this system cannot swap two names in one step")
-    (tmp_path / "a").rmdir(), (tmp_path / "b").rmdir()
+    for name in ("a", "b"):
+        (tmp_path / name).rmdir()
     for step in (1, 2):
         with checkpoint.publish(tmp_path / "model") as draft:
             (draft / "text").write_text(str(step))

@@ -180,6 +180,8 @@ def verify(folder: Path, needed: Collection[str] = ()) -> None:
             raise ValueError("it differs from its own SHA-256")
         version = int(manifest["format_version"])
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        if version <= FORMAT_VERSION and manifest.keys() != {"format_version", "files"}:
+            raise ValueError("it has keys that this format has not")  # its SHA-256 under a damaged name
     except UNREADABLE as error:
         raise Damaged(f"{folder} has no readable manifest.json ({error})", why="it was not written whole") from error
     if version > FORMAT_VERSION:
