@@ -1,5 +1,6 @@
 # make demo   the whole method on embedded data: creates .venv, installs, ends with the path of the report
-# make test   the tests;  make faults  100 kills at random moments;  make check  format, lint, types, floors, knobs, sizes;
+# make test   the tests;  make check  format, lint, types, floors, knobs, sizes
+# make faults kills, failing disks, damaged files and more, injected one after another; the tally in build/faults.json
 # make bench  side-by-side measurements with other libraries, which it installs; about half an hour on 2 quiet cores
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,12 +34,14 @@ check: .venv/dev.stamp
 	$(BIN)/python -m pytest tests/test_house.py
 
 faults: .venv/dev.stamp
-	$(BIN)/python tests/faults/kills.py --kills 100
+	mkdir -p build
+	$(BIN)/python tests/faults --kills 100 --json build/faults.json
 
 bench: .venv/bench.stamp
 	$(BIN)/python -m benchmarks views --peers lightly pillow torchvision torchvision_batched kornia --threads 1
 	$(BIN)/python -m benchmarks loss --peers lightly --threads 1
 	$(BIN)/python -m benchmarks loss --peers lightly --threads 2
+	$(BIN)/python -m benchmarks jpeg --peers lightly torchvision --threads 1
 	$(BIN)/python -m benchmarks step --peers lightly --threads 2
 	$(BIN)/python -m benchmarks distill --threads 2
 	$(BIN)/python -m benchmarks curves --threads 2

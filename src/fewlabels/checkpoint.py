@@ -7,12 +7,13 @@ loaded silently wrong), so every file is checked against the manifest before it 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from fewlabels.errors import DataError, FewlabelsError, StorageError
 
 FORMAT_VERSION = 1
 KEEP = 2  # the newest, and the one before it to fall back to
+TENSORS, VALUES = "tensors.safetensors", "values.json"
+
+# What reading JSON that anybody may have written can raise, if the answer is then used as what it should be
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,15 @@ def storage_errors(path: Path) -> Iterator[None]:
         if isinstance(error, FewlabelsError):  # some are OSErrors too
             raise
         place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-        free = shutil.disk_usage(place).free / 1e6
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        try:
+            free = f"{shutil.disk_usage(place).free / 1e6:,.0f} MB are free there; "
+        except OSError:  # a disk that fails may not even say that
+            free = ""
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or any(words in str(error) for words in ("No space left", "quota exceeded"))  # safetensors has none
         raise StorageError(
             f"{'the disk is full' if full else 'writing failed'}: {path} ({error})",
-            why=f"{free:,.0f} MB are free there; what was saved before is unharmed",
+            why=f"{free}what was saved before is unharmed",
             fix="free some space (or mend the disk) and run the same command again: it goes on from the last save",
         ) from error
 
@@ -75,9 +84,12 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file by one rename."""
     with storage_errors(path):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.replace(path)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
         sync(path.parent)
 
 
@@ -107,16 +119,24 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield draft
         for path in [*(p for p in draft.rglob("*") if p.is_file()), draft]:
             sync(path)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        draft.rename(folder)
+        if not (folder.exists() and _exchange(draft, folder)):
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            draft.rename(folder)
         sync(folder.parent)
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap the names of two folders in one step. False where the system cannot; between two steps there is neither."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return call is not None and call(here, os.fsencode(first), here, os.fsencode(second), swap) == 0
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -126,13 +146,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """folder/manifest.json: size and SHA-256 of every file in it."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1), encoding="utf-8")
+    """folder/manifest.json: size and SHA-256 of every file in it, and a SHA-256 of that."""
+    files = {name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for name, p in sorted(_inside(folder).items())}
+    contents = {"format_version": FORMAT_VERSION, "files": files}
+    text = json.dumps({**contents, "sha256": _seal(contents)}, indent=1)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def file_digest(path: Path) -> str:
@@ -141,25 +159,46 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify(folder: Path) -> None:
-    """Check every file of folder against its manifest; Damaged names what differs."""
+def _seal(contents: Mapping[str, Any]) -> str:
+    """What a manifest says of itself: else one flipped bit in its version would pass for a newer format."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _inside(folder: Path) -> dict[str, Path]:
+    """The files of folder by name, without links that lead out of it."""
+    home = folder.resolve()
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path for name, path in found.items() if path.resolve().is_relative_to(home)}
+
+
+def verify(folder: Path, needed: Collection[str] = ()) -> None:
+    """Check folder against its manifest, which must list the files needed; Damaged names all that differs."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        version, files = manifest["format_version"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        seal = manifest.pop("sha256", None)  # older manifests have none
+        if seal not in (None, _seal(manifest)):
+            raise ValueError("it differs from its own SHA-256")
+        version = int(manifest["format_version"])
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        if version <= FORMAT_VERSION and manifest.keys() != {"format_version", "files"}:
+            raise ValueError("it has keys that this format has not")  # its SHA-256 under a damaged name
+    except UNREADABLE as error:
         raise Damaged(f"{folder} has no readable manifest.json ({error})", why="it was not written whole") from error
     if version > FORMAT_VERSION:
         raise DataError(
             f"{folder} was written in file format {version}; this version reads up to {FORMAT_VERSION}",
             fix="install a newer fewlabels",
         )
-    faults = []
+    present = _inside(folder)
+    faults = [f"the manifest does not vouch for {name}" for name in needed if name not in files]
     for name, facts in files.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != facts["bytes"] or file_digest(path) != facts["sha256"]:
-            faults.append(f"{name} differs from its SHA-256 in the manifest")
+        try:
+            if name not in present:
+                faults.append(f"{name} is missing")
+            elif (present[name].stat().st_size, file_digest(present[name])) != facts:
+                faults.append(f"{name} differs from its SHA-256 in the manifest")
+        except OSError as error:
+            faults.append(f"{name} cannot be read ({error.strerror})")
     if faults:
         raise Damaged(f"{folder} is damaged", details=faults, why="its files are not what was written")
 
@@ -174,10 +213,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
         folder.mkdir(parents=True, exist_ok=True)
         _check_space(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
     with publish(target) as temporary:
-        write_tensors(temporary / "tensors.safetensors", tensors)
-        (temporary / "values.json").write_text(json.dumps({**values, "step": step}, indent=1), encoding="utf-8")
-    for old in _checkpoints(folder)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
+        write_tensors(temporary / TENSORS, tensors)
+        (temporary / VALUES).write_text(json.dumps({**values, "step": step}, indent=1), encoding="utf-8")
+    for rest in (*_checkpoints(folder)[KEEP:], *folder.glob(".step-*")):  # and the drafts of killed processes
+        shutil.rmtree(rest, ignore_errors=True)
     return target
 
 
@@ -196,9 +235,12 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def read(path: Path) -> Saved:
     """Read one checkpoint folder after verifying it."""
-    verify(path)
-    values = json.loads((path / "values.json").read_text(encoding="utf-8"))
-    return Saved(int(values["step"]), load_file(path / "tensors.safetensors"), values)
+    verify(path, (TENSORS, VALUES))
+    try:
+        values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+        return Saved(int(values["step"]), load_file(path / TENSORS), values)
+    except (*UNREADABLE, SafetensorError) as error:
+        raise Damaged(f"{path} is no checkpoint ({error})", why="its files are not what this program writes") from error
 
 
 def latest(folder: Path) -> tuple[Saved | None, list[str]]:
@@ -216,8 +258,8 @@ def glance(folder: Path) -> dict[str, Any] | None:
     """The plain values of the newest checkpoint that has readable ones, without its tensors and unverified."""
     for path in _checkpoints(folder):
         try:
-            values: dict[str, Any] = json.loads((path / "values.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+            return {**values}
+        except UNREADABLE:
             continue
-        return values
     return None

@@ -7,6 +7,7 @@ Anything that is not a FewlabelsError is our bug and ends with exit code 1.
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Sequence
 
 SHOWN_DETAILS = 12  # a file with 5,000 faults still fits on a screen; the count is always given
@@ -82,11 +83,15 @@ class RunAgain(FewlabelsError):
 
 
 class Stopped(FewlabelsError):
-    """Ctrl-C or SIGTERM: everything was saved, the same command goes on. exit_code is 128 + signal."""
+    """Ctrl-C, SIGTERM or SIGUSR1: everything was saved, the same command goes on.
+
+    exit_code is 128 + signal, but that of RunAgain for SIGUSR1: a scheduler's word that it wants the machine back soon
+    (Slurm's --signal=USR1@60), whose job script asks by the exit code whether to queue the job again.
+    """
 
     def __init__(self, signal_number: int, where: str, *, fix: str = "") -> None:
-        self.exit_code = 128 + signal_number
-        name = "Ctrl-C" if signal_number == 2 else f"signal {signal_number}"
+        self.exit_code = RunAgain.exit_code if signal_number == signal.SIGUSR1 else 128 + signal_number
+        name = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
         super().__init__(f"stopped by {name} {where}", fix=fix or "run the same command to go on")
 
 

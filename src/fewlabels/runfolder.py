@@ -130,9 +130,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and SIGUSR1: while a stage trains they only raise a flag, elsewhere they stop at once.
+    """Ctrl-C, SIGTERM and SIGUSR1: while a stage trains they only raise a flag, elsewhere they stop rank 0 at once.
 
-    Outside training nothing is lost by stopping anywhere: every file is published by one rename.
+    Outside training nothing is lost by stopping anywhere: every file is published by one rename. Other ranks wait for
+    rank 0 there; if they left first, it would meet a broken connection instead of its own end.
     """
 
     def __init__(self) -> None:
@@ -148,13 +149,17 @@ class Interrupts:
         before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield self
+        except RuntimeError as error:  # rank 0 has gone, and with it the connection
+            if self.received is None or runtime.is_main():
+                raise
+            raise Stopped(self.received, "together with rank 0") from error
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or number
-        if not self.patient:
+        if not self.patient and runtime.is_main():
             raise Stopped(number, "outside of training; finished stages are saved")
 
     def pending(self) -> bool:

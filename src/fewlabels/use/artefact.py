@@ -156,8 +156,7 @@ def read_whole(folder: Path) -> tuple[Classifier, ProjectionHead | None, Card]:
             fix="give the folder model/ of a finished run, or copy it again with all its files",
         )
     try:
-        checkpoint.verify(folder)
-        _check_listed(folder)
+        checkpoint.verify(folder, (WEIGHTS, DESCRIPTION))
     except DataError as error:
         raise DataError(
             error.what,
@@ -177,13 +176,6 @@ def read_whole(folder: Path) -> tuple[Classifier, ProjectionHead | None, Card]:
     return network, head, card
 
 
-def _check_listed(folder: Path) -> None:
-    listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    unlisted = [name for name in (WEIGHTS, DESCRIPTION) if name not in listed]
-    if unlisted:
-        raise DataError(f"{folder / MANIFEST} does not vouch for {', '.join(unlisted)}")
-
-
 def _unusable(path: Path, reason: str) -> DataError:
     return DataError(
         f"{path} cannot be used: {reason}",
@@ -196,7 +188,7 @@ def _card(path: Path) -> Card:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         version = int(found.pop("format_version"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except checkpoint.UNREADABLE as error:
         raise _unusable(path, f"it is not the description of a model ({error})") from error
     if version > FORMAT_VERSION:
         raise DataError(
