@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks import curves, distill, gpu, gpu_sections, harness, loss, plot, step, views, workload
+from benchmarks import curves, distill, gpu, gpu_sections, harness, jpeg, loss, plot, step, views, workload
 from benchmarks.parts import Parts
 
 from fewlabels.data.loader import Batch
@@ -157,6 +157,13 @@ def test_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     found = loss.run(peers=installed("lightly"))
     assert {"ours", *installed("lightly")} <= rows_of(found["8"])
     assert set(found["memory_mb"].values()) == {1.0}
+
+
+def test_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jpeg, "PHOTOS", 2)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)  # of the whole test run
+    found = jpeg.run(peers=[*installed("lightly"), "torchvision"])
+    assert {"ours", "torchvision", *installed("lightly")} <= rows_of(next(iter(found.values())))
 
 
 def test_views(monkeypatch: pytest.MonkeyPatch) -> None:

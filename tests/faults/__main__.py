@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults.tally import parser
 
-CLASSES = ("storage", "damage", "signals", "nonfinite")
+CLASSES = ("storage", "damage", "signals", "nonfinite", "ranks")
 
 
 def main() -> int:

@@ -25,7 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from faults import kills, runs
+from faults.tally import Tally, conclude, parser
 
 RANKS, FAULTS_A_RUN = 2, 4
 PATIENCE = 180.0  # seconds in which a harmed run must train again
@@ -74,10 +76,8 @@ def training(folder: Path, job: subprocess.Popen[bytes], gone: set[int]) -> list
 
 def harmed_run(images: Path, folder: Path, rng: random.Random, most: int) -> tuple[collections.Counter[str], float]:
     """One run with up to `most` faults; where they landed, and the longest time until it trained again."""
-    import kills
-
     folder.mkdir()
-    job = torchrun(folder, kills.command(images, folder / "run"))
+    job = torchrun(folder, runs.command(images, folder / "run", *kills.OPTIONS))
     landed: collections.Counter[str] = collections.Counter()
     gone: set[int] = set()
     longest, began = 0.0, time.monotonic()
@@ -104,48 +104,33 @@ def harmed_run(images: Path, folder: Path, rng: random.Random, most: int) -> tup
 
 def main() -> int:
     """Harm runs until enough faults have landed; prints the tally, returns 1 if any run did not survive."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--faults", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--rank-part", nargs=argparse.REMAINDER)
-    asked = parser.parse_args()
+    asker = parser(__doc__)
+    asker.add_argument("--faults", type=int, default=8)
+    asker.add_argument("--rank-part", nargs=argparse.REMAINDER)
+    asked = asker.parse_args()
     if asked.rank_part:
         return one_rank(Path(asked.rank_part[0]), asked.rank_part[1:])
-    import kills
-    import numpy as np
-
-    from conftest import shapes_images
-
-    rng, landed, failures, runs, longest = random.Random(asked.seed), collections.Counter[str](), [], 0, 0.0
+    rng, landed, longest, number = random.Random(asked.seed), collections.Counter[str](), 0.0, 0
+    tally = Tally("a rank killed or stopped under torchrun")
     with tempfile.TemporaryDirectory(prefix="fewlabels-ranks-") as name:
         place = Path(name)
-        pixels, labels = shapes_images(96, size=16, seed=1)
-        labels[32:] = -1
-        test, truth = shapes_images(40, size=16, seed=2)
-        np.savez(place / "images.npz", images=pixels, labels=labels, test_images=test, test_labels=truth)
-        harmed_run(place / "images.npz", place / "unharmed", rng, 0)
-        wanted = kills.outcome(place / "unharmed" / "run")
+        images = runs.make_images(place)
+        harmed_run(images, place / "unharmed", rng, 0)
+        wanted = runs.outcome(place / "unharmed" / "run")
         print(f"the unharmed run is there; seed {asked.seed}", flush=True)
-        while sum(landed.values()) < asked.faults and len(failures) < 3:
-            folder = place / f"run-{runs}"
-            runs += 1
-            try:
-                here, slowest = harmed_run(
-                    place / "images.npz", folder, rng, min(FAULTS_A_RUN, asked.faults - sum(landed.values()))
-                )
+        while tally.injected < asked.faults and len(tally.failures) < 3:
+            folder, number = place / f"run-{number}", number + 1
+            with tally.fault(f"run {number}"):
+                tally.missed()  # the run; its faults count
+                here, slowest = harmed_run(images, folder, rng, min(FAULTS_A_RUN, asked.faults - tally.injected))
                 landed, longest = landed + here, max(longest, slowest)
-                found = kills.outcome(folder / "run")
-                differ = [key for key in wanted if found[key] != wanted[key]]
-                assert not differ, f"not the unharmed run's: {', '.join(differ)}"
-            except AssertionError as error:
-                failures.append(f"run {runs}: {error}")
-                print(failures[-1], folder.with_suffix(".log").read_text()[-3000:], flush=True)
-    total = sum(landed.values())
-    print(", ".join(f"{where} {count}" for where, count in sorted(landed.items())))
+                tally.injected += here.total()
+                runs.same_outcome(folder / "run", wanted)
+            if tally.failures:
+                print(folder.with_suffix(".log").read_text()[-3000:], flush=True)
+    print(", ".join(f"{where} {count}" for where, count in sorted(landed.items())) + f", in {number} runs")
     print(f"the longest time until all ranks trained again: {longest:.1f} s")
-    survived = total if not failures else f"{len(failures)} runs not"
-    print(f"ranks: {total} faults injected in {runs} runs, {survived} survived")
-    return 1 if failures else 0
+    return conclude([tally], asked)
 
 
 if __name__ == "__main__":
