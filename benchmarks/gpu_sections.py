@@ -241,15 +241,6 @@ def speed(state: loop.TrainState, batches: Iterable[Batch], *, steps: int, warm:
     return harness.elapsed(moments[warm], moments[-1]) / (len(moments) - 1 - warm), waits[-1]
 
 
-def by_blocks(encoder: nn.Module) -> None:
-    """Compile every residual block of encoder in place."""
-    # Blocks share the code of their class, and what was compiled of it: a ResNet has 9 kinds, a limit of 8 is torch's
-    torch._dynamo.config.recompile_limit = 64
-    for group in encoder.blocks:  # type: ignore[union-attr]
-        for block in group if isinstance(group, nn.Sequential) else [group]:
-            block.compile(dynamic=False)
-
-
 def _shares(at: Place, title: str, state: loop.TrainState, dataset: Any, batch: int, steps: int) -> Rows:
     """The step taken apart, rows "TITLE: part"."""
     parts = Parts(state)

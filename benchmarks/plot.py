@@ -21,7 +21,7 @@ CASES = {  # what the suites call their cases: what a reader calls them
     "loss": "{} pairs",
 }
 OURS, NOISY, LINE = "#2b52c8", "#b8c4ea", "#555555"
-NOT_A_RIVAL = {"ours", "network alone", "teacher's forward alone"}
+NOT_A_RIVAL = {"ours", "ours, bf16", "network alone", "teacher's forward alone"}
 WORDS = {"plain": "ours without numba", "torchvision_batched": "torchvision, one draw a batch"}
 TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 BAR = 0.28  # inches

@@ -16,7 +16,9 @@ from fewlabels import config
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "fewlabels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION, MOST_KNOBS = 450, 60, 60
-MOST_LINES = 11_560  # the agreement is about 8,000; TensorFlow checkpoints and compiled views take 1,900
+# About 9,500 of them are code; the agreement is about 8,000. Beyond it are TensorFlow's checkpoints (700), four twins that
+# are compiled (fused, shrink, views and loss by Triton: 1,300), ranks that watch each other, and streamed stores
+MOST_LINES = 14_100
 
 # Floor of every module; an import goes down only, or stays inside one folder
 FLOORS = {
@@ -121,7 +123,8 @@ def test_knobs_are_counted() -> None:
     # 45, 46: pretrain.chunk and chunk_norm, for batches beyond the memory and what that costs batch norm
     # 47: recompute, for networks whose activations are beyond the memory
     # 48: store, for sets whose pixels no disk holds, and for disks that are wanted for something else
-    assert len(names) == 48, sorted(names)
+    # 49: compile, which costs minutes and no longer gives the same bits
+    assert len(names) == 49, sorted(names)
     assert len(names) <= MOST_KNOBS
     for section in config.SECTIONS:
         assert sum(name.startswith(f"{section}.") for name in names) <= 15

@@ -85,7 +85,7 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     if stored and begun:
         before = config.from_dict(stored["recipe"])
         kept = {stage: getattr(before, stage) for stage in begun if stage in config.SECTIONS}
-        names = ("encoder", "size", "kind", "working_size", "precision", "chunk_norm")
+        names = ("encoder", "size", "kind", "working_size", "precision", "compile", "chunk_norm")
         top = {name: getattr(before, name) for name in names}
         recipe = replace(recipe, **kept, **top)
     if asked.student is not None:

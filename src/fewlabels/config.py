@@ -117,6 +117,7 @@ class Recipe:
     pretrained: str | None = knob(None, "model folder (of `fewlabels import` or a run) that takes pretraining's place")
     precision: str = knob("auto", "bf16, fp32, or auto: measured", choices=("auto", "bf16", "fp32"))
     recompute: bool = knob(False, "compute activations again for the gradient: less memory, more time, the same result")
+    compile: bool = knob(False, "compile the encoder's blocks with torch.compile: for long runs on a GPU")
     chunk_norm: str = knob(
         "chunk", "with pretrain.chunk, batch norm's statistics: of a chunk, or of the batch", choices=("chunk", "batch")
     )

@@ -66,10 +66,12 @@ class Worker:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.prepared.seed * 1000 + STREAMS[stage])
             module = build()
-        for part in module.modules() if self.recipe.recompute else ():
-            if isinstance(part, Encoder):
-                part.recompute(on=True)
+        encoders = [part for part in module.modules() if isinstance(part, Encoder)]
+        for network in encoders if self.recipe.recompute else ():
+            network.recompute(on=True)
         self.prepared.precision.layout(module.to(self.device))
+        for network in encoders if self.recipe.compile else ():
+            network.compile_blocks()
         return module
 
     def _view(self, stage: str) -> View:

@@ -89,17 +89,41 @@ def test_nt_xent_of_one_image_is_zero():
     assert max(float(g.abs().max()) for g in gradients(loss, views)) < 1e-14
 
 
-def test_nt_xent_is_float32_under_autocast():
+def test_nt_xent_is_float32_under_autocast_but_for_its_products():
     views = [view.detach().float().requires_grad_() for view in projections(6, 16)]
-    plain = nt_xent(*views)
+    cold = contrast.FLOOR_BF16 / 2  # bf16 products would be too coarse
+    plain = nt_xent(*views, cold)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = nt_xent(*views)
-        keys = nt_xent_with_queue(*views, *views, torch.eye(3, 16))
-        from_bf16 = nt_xent(*[view.bfloat16() for view in views])
+        loss = nt_xent(*views, cold)
+        warm = nt_xent(*views, 0.1)
+        lengths = nt_xent(*views, 0.1, normalize=False)
+        keys = nt_xent_with_queue(*views, *views, torch.eye(3, 16), cold)
+        from_bf16 = nt_xent(*[view.bfloat16() for view in views], cold)
     assert torch.equal(loss, plain)
-    assert torch.equal(keys, nt_xent_with_queue(*views, *views, torch.eye(3, 16)))
-    assert from_bf16.dtype == torch.float32
-    assert from_bf16.item() == pytest.approx(plain.item(), rel=0.02)
+    assert not torch.equal(warm, nt_xent(*views, 0.1))
+    assert torch.equal(lengths, nt_xent(*views, 0.1, normalize=False))
+    assert torch.equal(keys, nt_xent_with_queue(*views, *views, torch.eye(3, 16), cold))
+    assert from_bf16.dtype == warm.dtype == torch.float32
+    assert from_bf16.item() == pytest.approx(plain.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("state", ["random", "clusters", "learned"])
+@pytest.mark.parametrize("temperature", [1.0, 0.1, contrast.FLOOR_BF16])
+def test_bf16_products_move_the_loss_by_a_ten_thousandth(state, temperature):
+    torch.manual_seed(0)
+    own = torch.randn(700, 128)
+    if state == "clusters":
+        own = own + torch.randn(20, 128)[torch.arange(700) % 20]
+    noise = {"random": 3.0, "clusters": 0.3, "learned": 0.2}[state]
+    views = [own + noise * torch.randn(700, 128) for _ in range(2)]
+    exact = [view.double().requires_grad_() for view in views]
+    rough = [view.requires_grad_() for view in views]
+    wanted = nt_xent(*exact, temperature)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = nt_xent(*rough, temperature)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-5)
+    slopes = [torch.cat(gradients(loss, given)) for loss, given in ((found, rough), (wanted, exact))]
+    assert (slopes[0] - slopes[1]).norm() < 1e-2 * slopes[1].norm()
 
 
 @pytest.mark.parametrize("rows", [0, 7])

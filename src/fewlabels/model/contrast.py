@@ -2,14 +2,23 @@
 
 Exact: the same sums as softmax over the whole matrix would give, in another order. The backward pass computes each tile
 again in place of keeping it. On one process similarities are symmetric, and each tile above the diagonal serves its
-rows and its columns.
+rows and its columns. On CUDA one kernel makes the tiles and uses them where they are: contrast_triton.py.
+
+The positive is left out of the tiles and added apart, always from float32 rows: loss_i = log(1 + exp(n_i - s_ip)). A
+trained network has p_ip near 1, where log-sum - s_ip and p_ip - 1 would cancel. That is what lets the tiles' products
+take bf16 operands under bf16 autocast: see FLOOR_BF16.
 
 Shapes: R anchors (both views of this rank's images), M candidates (the rows of all ranks, then any keys of a queue),
-d projections, T rows of a tile. Letters: s_ij = anchor_i . candidate_j / temperature, p_ij = exp(s_ij - lse_i).
+d projections, T rows of a tile. Letters: s_ij = anchor_i . candidate_j / temperature, p = i's positive, n_i = the
+log-sum of exp(s_ij) over i's negatives, lse_i = that over all but itself, p_ij = exp(s_ij - lse_i).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import subprocess
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +31,10 @@ from fewlabels.model.layers import full_precision
 
 TILE = 512  # rows and columns on a CPU: 1 MB of float32, which stays in a core's cache
 TILE_CUDA = 4096  # on a GPU launches count: 64 MB at a time, not measured
-SHIFTABLE = 40.0  # up to this 1 / temperature exp(s - 1 / temperature) of unit rows is above 1e-35: no underflow
+SHIFTABLE = 40.0  # up to this 1 / temperature sums of exp(s) of unit rows lie within e-40 and M e40: no overflow
+# The lowest temperature of bf16 products. There they moved the loss of 700 pairs by at most 9e-5 of it and its gradient
+# by 6e-3 (random, clustered and learned rows; of collapsed ones, which are lost, 2e-3 and 1e-2)
+FLOOR_BF16 = 0.05
 
 
 def contrast(anchors: Tensor, candidates: Tensor, temperature: float, *, unit: bool, symmetric: bool) -> Tensor:
@@ -48,114 +60,171 @@ class _Contrast(torch.autograd.Function):
     ) -> Tensor:
         rows = len(anchors)
         own = runtime.rank() * rows
-        positives = torch.arange(rows, device=anchors.device).roll(rows // 2) + own  # (R,)
+        operands = _operands(anchors, temperature, unit=unit)
         # Bounded similarities need no maximum before exp, and then a tile's sums hold for its columns as well
         fast = unit and symmetric and _tile(anchors) < rows == len(candidates) and 1 / temperature <= SHIFTABLE
+        kernels = compiled(anchors.device.type) if anchors.dtype == torch.float32 else None
         with full_precision(anchors):
-            if fast:
-                sums = _triangle_sums(anchors, temperature)
-                similarity = (anchors * candidates[positives]).sum(1) / temperature
+            if kernels:
+                negatives = kernels.row_sums(anchors.to(operands), candidates.to(operands), temperature, own)
+            elif fast:
+                negatives = _triangle_sums(anchors, temperature, operands)
             else:
-                sums, similarity = _row_sums(anchors, candidates, positives, temperature, own)
-        ctx.save_for_backward(anchors, candidates, sums, positives)
-        ctx.settings = temperature, own, fast, symmetric
-        return (sums - similarity).mean()
+                negatives = _row_sums(anchors, candidates, temperature, own, operands)
+            similarity = (anchors * _positives(candidates, rows, own)).sum(1) / temperature  # (R,) s_ip
+            losses = torch.logaddexp(negatives - similarity, negatives.new_zeros(()))
+        ctx.save_for_backward(anchors, candidates, similarity, losses)
+        ctx.settings = temperature, own, operands, fast, symmetric, kernels
+        return losses.mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, candidates, sums, positives = ctx.saved_tensors
-        temperature, own, fast, symmetric = ctx.settings
+        anchors, candidates, similarity, losses = ctx.saved_tensors
+        temperature, own, operands, fast, symmetric, kernels = ctx.settings
+        rows, sums = len(anchors), similarity + losses  # lse_i
         with full_precision(anchors):
-            if fast:
-                found = _triangle_gradient(anchors, sums, temperature)
+            everyone = runtime.gather(sums) if symmetric else None
+            if kernels:
+                rows_in, all_in = anchors.to(operands), candidates.to(operands)
+                found = kernels.row_gradient(rows_in, all_in, sums, everyone, temperature, own)
+            elif fast:
+                found = _triangle_gradient(anchors, sums, temperature, operands)
             else:
-                everyone = runtime.gather(sums) if symmetric else None
-                found = _row_gradient(anchors, candidates, sums, everyone, temperature, own)
-        # The positive of my positive is me, so a symmetric loss pulls twice
-        found.sub_(candidates[positives], alpha=2 if symmetric else 1)
-        return found.mul_(gradients[0] / (temperature * len(anchors))), None, None, None, None
+                found = _row_gradient(anchors, candidates, sums, everyone, temperature, own, operands)
+        pull = -torch.expm1(-losses)  # (R,) 1 - p_ip
+        if symmetric:  # the positive of my positive is me
+            pull = pull + pull.roll(rows // 2)
+        found.sub_(pull[:, None] * _positives(candidates, rows, own))
+        return found.mul_(gradients[0] / (temperature * rows)), None, None, None, None
+
+
+@functools.cache
+def compiled(device: str) -> types.ModuleType | None:
+    """contrast_triton.py on "cuda"; None elsewhere, and where Triton, or the C compiler that it needs, is missing."""
+    if device != "cuda":
+        return None
+    try:
+        found = importlib.import_module("fewlabels.model.contrast_triton")
+        found.row_sums(torch.zeros(2, 1, device=device), torch.zeros(2, 1, device=device), 1.0, 0)
+        return found
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError):
+        return None
 
 
 def _tile(rows: Tensor) -> int:
     return TILE_CUDA if rows.is_cuda else TILE
 
 
+def _operands(anchors: Tensor, temperature: float, *, unit: bool) -> torch.dtype:
+    """What the tiles' products multiply: bf16 under bf16 autocast where that is accurate, else the rows' dtype."""
+    kind = anchors.device.type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return torch.bfloat16 if half and unit and temperature >= FLOOR_BF16 else anchors.dtype
+
+
+def _positives(candidates: Tensor, rows: int, own: int) -> Tensor:
+    """(R, d): the candidate of each anchor's other view."""
+    return candidates[own : own + rows].roll(rows // 2, 0)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x (A, k), y (B, k) -> x @ y.T (A, B), as accurate as x's dtype.
+
+    On a CPU float32 goes to oneDNN: MKL, which torch's own matmul asks, gives an AMD EPYC 113 GFLOP/s a core, oneDNN
+    250.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")  # type: ignore[no-any-return]
+    return x @ y.T
+
+
 # --- rows against all columns: several ranks, a queue, or similarities without a bound ---------------------------
 
 
-def _rows(anchors: Tensor, candidates: Tensor, temperature: float, own: int) -> Iterator[tuple[slice, Tensor]]:
-    """Similarities (T, M) of a few anchors at a time, their own places at minus infinity."""
-    step = max(1, _tile(anchors) ** 2 // len(candidates))
-    for start in range(0, len(anchors), step):
-        part = slice(start, min(start + step, len(anchors)))
-        tile = (anchors[part] / temperature) @ candidates.T
-        tile.diagonal(own + start).fill_(-torch.inf)
-        yield part, tile
+def _rows(
+    anchors: Tensor, candidates: Tensor, temperature: float, own: int, operands: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Similarities (T, M) of a few anchors at a time, minus infinity at their own places and their positives'."""
+    step, rows = max(1, _tile(anchors) ** 2 // len(candidates)), len(anchors)
+    places = own + torch.arange(rows, device=anchors.device)
+    places = torch.stack([places, places.roll(rows // 2)], dim=1)  # (R, 2)
+    scaled, others = (anchors / temperature).to(operands), candidates.to(operands)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        tile = _product(scaled[part], others).to(anchors.dtype)
+        yield part, tile.scatter_(1, places[part], -torch.inf)
 
 
-def _row_sums(
-    anchors: Tensor, candidates: Tensor, positives: Tensor, temperature: float, own: int
-) -> tuple[Tensor, Tensor]:
-    """lse_i and the similarity of i to its positive, (R,) each, safe at any temperature."""
-    sums, similarity = [], []
-    for part, tile in _rows(anchors, candidates, temperature, own):
-        sums.append(torch.logsumexp(tile, 1))
-        similarity.append(tile.gather(1, positives[part, None])[:, 0])
-    return torch.cat(sums), torch.cat(similarity)
+def _row_sums(anchors: Tensor, candidates: Tensor, temperature: float, own: int, operands: torch.dtype) -> Tensor:
+    """n_i (R,), safe at any temperature."""
+    return torch.cat([tile.logsumexp(1) for _, tile in _rows(anchors, candidates, temperature, own, operands)])
 
 
 def _row_gradient(
-    anchors: Tensor, candidates: Tensor, sums: Tensor, everyone: Tensor | None, temperature: float, own: int
-) -> Tensor:
-    """Sum over j of (p_ij + p_ji) candidate_j: (R, d); without everyone's lse (M,), of p_ij alone."""
-    found = torch.empty_like(anchors)
-    for part, tile in _rows(anchors, candidates, temperature, own):
+    anchors: Tensor, candidates: Tensor, sums: Tensor, everyone: Tensor | None,
+    temperature: float, own: int, operands: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Sum over negatives j of (p_ij + p_ji) candidate_j: (R, d); without everyone's lse (M,), of p_ij alone."""
+    found, others = torch.empty_like(anchors), candidates.to(operands)
+    for part, tile in _rows(anchors, candidates, temperature, own, operands):
         weights = (tile - sums[part, None]).exp_()
         if everyone is not None:
             weights += tile.sub_(everyone).exp_()
-        found[part] = weights @ candidates
+        found[part] = _product(weights.to(operands), others.T)
     return found
 
 
 # --- one process: the tiles above the diagonal -------------------------------------------------------------------
 
 
-def _triangle(anchors: Tensor, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """exp(s_ij - 1 / temperature) of every tile on and above the diagonal, 0 on the diagonal itself."""
-    side = _tile(anchors)
-    scaled, parts = anchors / temperature, [slice(k, k + side) for k in range(0, len(anchors), side)]
-    shift = anchors.new_full((), -1 / temperature)
-    for number, i in enumerate(parts):
-        for j in parts[number:]:
-            tile = torch.addmm(shift, scaled[i], anchors[j].T).exp_()
-            if i == j:
+def _triangle(anchors: Tensor, temperature: float, operands: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """exp(s_ij) of every tile on and above the diagonal, 0 at the places of the anchor itself and its positive."""
+    side, half = _tile(anchors), len(anchors) // 2
+    scaled, others = (anchors / temperature).to(operands), anchors.to(operands)
+    starts = range(0, len(anchors), side)
+    for a in starts:
+        for b in starts[a // side :]:
+            i, j = slice(a, a + side), slice(b, b + side)
+            tile = _product(scaled[i], others[j]).to(anchors.dtype).exp_()
+            tile.diagonal(half + a - b).zero_()  # empty where the tile has no such place
+            if a == b:
                 tile.fill_diagonal_(0)
+                tile.diagonal(-half).zero_()
             yield i, j, tile
 
 
-def _triangle_sums(anchors: Tensor, temperature: float) -> Tensor:
+def _triangle_sums(anchors: Tensor, temperature: float, operands: torch.dtype) -> Tensor:
+    """n_i (R,)."""
     total = anchors.new_zeros(len(anchors))
-    for i, j, tile in _triangle(anchors, temperature):
+    for i, j, tile in _triangle(anchors, temperature, operands):
         total[i] += tile.sum(1)
         if i != j:
             total[j] += tile.sum(0)
-    return total.log_().add_(1 / temperature)
+    return total.log_()
 
 
-def _triangle_gradient(anchors: Tensor, sums: Tensor, temperature: float) -> Tensor:
-    found = torch.zeros_like(anchors)
-    shares = (1 / temperature - sums).exp()  # (R,) exp(s_ij - 1 / temperature) * shares_i = p_ij
-    for i, j, tile in _triangle(anchors, temperature):
-        tile *= shares[i, None] + shares[j]
-        found[i].addmm_(tile, anchors[j])
+def _triangle_gradient(anchors: Tensor, sums: Tensor, temperature: float, operands: torch.dtype) -> Tensor:
+    """Sum over negatives j of (p_ij + p_ji) anchor_j: (R, d)."""
+    found, others = torch.zeros_like(anchors), anchors.to(operands)
+    shares = (-sums).exp()  # (R,) exp(s_ij) * shares_i = p_ij
+    for i, j, tile in _triangle(anchors, temperature, operands):
+        weights = tile.mul_(shares[i, None] + shares[j]).to(operands)
+        found[i] += _product(weights, others[j].T)
         if i != j:
-            found[j].addmm_(tile.T, anchors[i])
+            found[j] += _product(others[i].T, weights.T).T
     return found
 
 
 def nearest_own_share(anchors: Tensor, candidates: Tensor, own: int) -> Tensor:
-    """The share of anchors (R, d) i whose most similar candidate (M, d) is the one in row own + i; a scalar."""
-    parts = [anchors[k : k + _tile(anchors)] for k in range(0, len(anchors), _tile(anchors))]
-    nearest = torch.cat([(part @ candidates.T).argmax(1) for part in parts])  # (R,)
-    return (nearest == own + torch.arange(len(anchors), device=anchors.device)).float().mean()
+    """The share of anchors (R, d) whose most similar candidate (M, d) is the one in row own + i; a scalar.
+
+    Another as similar counts against it, so that a collapsed network has 0. By maxima: argmax takes 13 times as long.
+    """
+    right = anchors.new_zeros(())
+    for start in range(0, len(anchors), _tile(anchors)):
+        similarity = _product(anchors[start : start + _tile(anchors)], candidates)
+        mine = similarity.diagonal(own + start).clone()
+        similarity.diagonal(own + start).fill_(-torch.inf)
+        right += (mine > similarity.amax(1)).sum()
+    return right / len(anchors)

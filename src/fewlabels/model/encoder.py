@@ -128,6 +128,16 @@ class Encoder(nn.Module):
         """
         self._recomputes = on
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile every residual block by torch.compile, at its first use; names of tensors stay. Results are close,
+        not bit-identical. By blocks, because equal ones share what was compiled and a whole network takes minutes.
+        """
+        # Blocks share the code of their class: a ResNet has 9 kinds of it, more than torch's limit of 8
+        torch._dynamo.config.recompile_limit = 64
+        for part in self.blocks:
+            for block in part if isinstance(part, nn.Sequential) else [part]:
+                block.compile(dynamic=False, backend=backend)
+
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
         super().train(mode)
         for part in self.blocks[: self._frozen + 1]:

@@ -1,7 +1,8 @@
 """The losses of pretraining and distillation, as the paper writes them.
 
 Shapes: n images on this rank, N = n times the ranks, d projections, Q keys in the queue, B images, K classes.
-All compute in float32 (float64 for float64 tensors), under autocast too.
+All compute in float32 (float64 for float64 tensors), under autocast too; only the products of NT-Xent's similarities
+take bf16 operands there, from a temperature of contrast.FLOOR_BF16 on.
 """
 
 from __future__ import annotations
