@@ -81,7 +81,9 @@ def outcome(run: Path) -> dict[str, str]:
     rows = json.loads((run / "results.json").read_text())["rows"]
     found["table"] = json.dumps([[row["key"], row["accuracy"], row["ece"]] for row in rows])
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found["losses"] = json.dumps([[s["stage"], s["step"], s.get("loss")] for s in steps if "loss" in s])
+    # Stage by stage: one that had to go back after a later one had begun logs its last steps behind that one's
+    losses = [[s["stage"], s["step"], s["loss"]] for s in steps if "loss" in s]
+    found["losses"] = json.dumps(sorted(losses, key=lambda line: STAGES.index(line[0])))
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert (run / "report.html").stat().st_size > 10_000
     return found
