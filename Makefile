@@ -25,7 +25,7 @@ demo: .venv/demo.stamp
 	$(BIN)/fewlabels demo
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check src tests benchmarks

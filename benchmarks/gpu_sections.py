@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import distill, harness, views, workload
 from benchmarks.parts import Parts
@@ -265,7 +265,7 @@ def cifar(at: Place) -> Rows:
                 break
             state = workload.pretraining(name, at.device, **settings)
             if way != "eager":
-                by_blocks(state.stage.encoder)  # type: ignore[arg-type]
+                state.stage.encoder.compile_blocks()  # type: ignore[union-attr, operator]
             batches = workload.batches(dataset, batch, at.device, steps=steps)
             found[way], waited = speed(state, batches, steps=steps, warm=steps // 4)
             yield row(f"cifar {way}", batch / found[way], "pairs/s", f"waited {100 * waited:.2f} %")
@@ -319,7 +319,7 @@ def imagenet(at: Place) -> Rows:
                 break
             state = workload.pretraining(name, at.device, size=size, strength=1.0, blur=True)
             if way != "eager":
-                by_blocks(state.stage.encoder)  # type: ignore[arg-type]
+                state.stage.encoder.compile_blocks()  # type: ignore[union-attr, operator]
             batches = workload.batches(dataset, batch, at.device, steps=steps)
             found[way], waited = speed(state, batches, steps=steps, warm=steps // 3)
             yield row(f"imagenet {way}", 2 * batch / found[way], "views/s", f"the loop waited {100 * waited:.2f} %")
@@ -377,7 +377,7 @@ def wide(at: Place) -> Rows:
             break
         state = workload.pretraining(name, at.device, size=size, strength=1.0, blur=True)
         if way != "eager":
-            by_blocks(state.stage.encoder)  # type: ignore[arg-type]
+            state.stage.encoder.compile_blocks()  # type: ignore[union-attr, operator]
         pairs, note = _largest(at, state, memory, size)
         yield row(f"wide {way}, most views", 2 * pairs, "views", note)
         spent = at.seconds(functools.partial(_step_of, at, state, pairs, size), within=5.0)

@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from fewlabels import checkpoint
 from fewlabels.data import decode, pixels
 from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, MissingInput, StorageError
@@ -414,9 +415,11 @@ def test_a_failing_disk_leaves_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad_images.csv"]
 
 
+@pytest.mark.parametrize("swaps", [True, False])
 def test_a_failing_rename_leaves_the_old_store(
-    tmp_path: Path, photos: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, photos: np.ndarray, monkeypatch: pytest.MonkeyPatch, *, swaps: bool
 ) -> None:
+    """Also where a system cannot swap two folders, and renames them one after the other."""
     before = built(photos, tmp_path / "data")[0].digest
     real = Path.rename
 
@@ -425,7 +428,11 @@ def test_a_failing_rename_leaves_the_old_store(
             raise OSError(errno.EIO, "I/O error")
         return real(path, target)
 
+    def fail(*_: Path) -> bool:
+        raise OSError(errno.EIO, "I/O error")
+
     monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    monkeypatch.setattr(checkpoint, "_exchange", fail if swaps else lambda *_: False)
     with pytest.raises(StorageError, match="I/O error"):
         built(photos + 1, tmp_path / "data")
     assert pixels.open_store(tmp_path / "data").digest == before

@@ -135,6 +135,7 @@ def train(
             mark, waited = now, 0.0
         if not finished and plan.eval_every and state.step % plan.eval_every == 0:
             log.tell()
+            check_finite(state)
             listeners.on_eval(state)
             state.stage.train()
         stopping = runtime.any_rank(flag=listeners.should_stop())

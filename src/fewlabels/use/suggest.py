@@ -95,7 +95,7 @@ def suggest(run: Path, count: int, *, device: str = "auto") -> Suggestions:
     # The space in which pretraining compares images: as good as the encoder's, better early in training (docs/LOG.md)
     body = nn.Sequential(network.encoder, head) if head is not None and card.whole_head else network.encoder
     body.to(place)
-    setting = compare.Setting(card.size, card.kind, place, runtime.precision(place, "auto"))
+    setting = compare.Setting(card.size, card.kind, place, runtime.precision(place, "fp32"))
     (features,) = compare.outputs(dataset, rows, setting, lambda view: [body(view)])
     return Suggestions(dataset, rows[choose(features, dataset.labels[rows], count)].tolist(), tested_apart)
 
