@@ -14,7 +14,7 @@ from typing import Any
 
 from fewlabels import agreement, plan, runtime, watch
 from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_wishes
-from fewlabels.errors import DataError, FewlabelsError, RunAgain, UsageError
+from fewlabels.errors import DataError, FewlabelsError, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
 from fewlabels.prepare import (
@@ -99,7 +99,8 @@ def run(asked: Asked) -> Run:
         folder = RunFolder(asked.out)
 
         def record(error: FewlabelsError) -> None:
-            folder.status("stopped" if error.exit_code > 128 else "failed", reason=error.what)
+            stopped = isinstance(error, Stopped) or error.exit_code > 128  # perhaps the word of another rank
+            folder.status("stopped" if stopped else "failed", reason=error.what)
 
         with folder.locked():
             agreement.on_folder(folder)
