@@ -24,7 +24,9 @@ from fewlabels.errors import FewlabelsError, RankFailed, RunAgain
 
 BEAT = 1.0  # seconds between two beats, and between two looks at the board
 SILENCE = 60.0  # seconds without a beat: the process is stopped, or its machine is gone
-GRACE = 8.0  # seconds in which a rank may end by itself, once it is known that another has failed
+# Seconds in which a rank may end by itself, once it is known that another has failed. With a beat less than the 5
+# seconds that a stopped job has; nothing is lost by an end at any moment
+GRACE = 2.5
 LEFT = b"left"
 
 
@@ -50,7 +52,7 @@ class Ranks:
             return error
         _deaf()
         try:
-            if runtime.of_a_collective(error):
+            if not isinstance(error, FewlabelsError) and runtime.of_a_collective(error):
                 gone = self._gone()
                 error = _killed(gone) if gone and self._note() is None else error
             if isinstance(error, FewlabelsError):

@@ -187,9 +187,8 @@ def together(tally: Tally, folder: Path, rng: random.Random, rounds: int) -> Non
                     os.kill(children[rank], number)
                 codes = [ended(child) for child in children]
                 said = log.with_suffix(".0.log").read_text()[-2000:] + log.with_suffix(".1.log").read_text()[-2000:]
-                # rank 0 alone decides what the run says; one that only heard of it from the other takes it for SIGTERM
-                assert codes[0] == CODES[number if 0 in told_ranks else signal.SIGTERM], f"exit codes {codes}: {said}"
-                told(run, rung, phase, number if 0 in told_ranks else signal.SIGTERM)
+                assert codes == [CODES[number]] * 2, f"exit codes {codes}: {said}"
+                told(run, rung, phase, number)
         with tally.fault("the end of the run of two ranks"):
             tally.missed()
             codes = [ended(child) for child in ranks(words, log)]

@@ -146,8 +146,8 @@ def _enough_memory(job: Job, at: Workplace) -> Iterator[None]:
 
 
 def from_signal(interrupts: Interrupts) -> int:
-    """The signal that stopped this rank; SIGTERM's number where only another rank got one."""
-    return interrupts.received or 15
+    """The number of the signal that stopped the ranks, the same on all of them though perhaps one rank got it."""
+    return max(runtime.from_all(interrupts.received or 0))
 
 
 def _waited(seconds: float, of: float, dataset: Dataset) -> str:
