@@ -105,7 +105,7 @@ def harmed_run(images: Path, folder: Path, rng: random.Random, most: int) -> tup
 def main() -> int:
     """Harm runs until enough faults have landed; prints the tally, returns 1 if any run did not survive."""
     asker = parser(__doc__)
-    asker.add_argument("--faults", type=int, default=8)
+    asker.add_argument("--faults", type=int, default=6)
     asker.add_argument("--rank-part", nargs=argparse.REMAINDER)
     asked = asker.parse_args()
     if asked.rank_part:

@@ -15,6 +15,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # forking a process whose threads have worked would hang its child
 
+import contextlib
 import errno
 import json
 import random
@@ -300,11 +301,12 @@ def full_disks(tally: Tally, folder: Path, rng: random.Random, count: int) -> No
 
 
 def _fill(filler: Path, free: int) -> None:
-    """Grow the file filler until so many bytes of its disk are free."""
+    """Grow the file filler until so many bytes of its disk are free. A run may write meanwhile: then measure again."""
     with filler.open("ab") as file:
-        grow = shutil.disk_usage(filler.parent).free - free
-        if grow > 0:
-            os.posix_fallocate(file.fileno(), file.tell(), grow)
+        while (grow := shutil.disk_usage(filler.parent).free - free) > 0:
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, grow)
+                return
 
 
 def main() -> int:
