@@ -11,6 +11,7 @@ import argparse
 import importlib
 from pathlib import Path
 
+import fewlabels  # isort: skip  # noqa: F401 - before torch: it says how idle threads wait, for all contenders
 import torch
 
 from benchmarks import curves, harness, plot

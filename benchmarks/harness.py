@@ -7,6 +7,7 @@ the machine is too noisy and no verdict is printed. On a GPU the clock is that o
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -121,6 +122,14 @@ def added_peak(work: Callable[[], Any]) -> float:
 def _peak() -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1e3
+
+
+def usual_malloc() -> None:
+    """glibc's malloc as it comes to be with use, for contenders that leave it alone; ours do not: see
+    runtime.keep_freed_memory.
+    """
+    trim_threshold = -1  # glibc's malloc.h; grows to twice its largest mmap threshold of 32 MB
+    getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(trim_threshold, 64 << 20)
 
 
 def machine() -> dict[str, Any]:

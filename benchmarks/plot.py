@@ -63,7 +63,7 @@ def draw(results: Path, picture: Path = PICTURE) -> str:
         name, threads = suite.split("-")[:2]
         axes.set_title(f"{TITLES[name]}, {threads} thread{'s' * (threads != '1')}", loc="left", fontsize=10)
         _panel(axes, rows)
-    grid[-1].set_xlabel("times as long as ours; line: 95 % interval; pale: the machine was too noisy for a verdict")
+    grid[-1].set_xlabel("times as long as ours; pale: too noisy to say")
     top = max(ratio for rows in panels.values() for _, (ratio, _, _), _ in rows)
     ticks = [tick for tick in TICKS if tick < 2 * top]
     grid[-1].set_xticks(ticks, [f"{tick:,}" for tick in ticks])

@@ -2,12 +2,13 @@
 
     python -m benchmarks step --peers lightly --threads 2
 
-Ours is what `fewlabels fit` runs: loader, views, encoder, head, NT-Xent, LARS, in bfloat16 and channels_last where the
-processor multiplies it. lightly's loop is that of its SimCLR example: its transform in a DataLoader, its head and loss,
-SGD; float32, NCHW. Tuned: the same under ours' autocast and in channels_last, without and with a worker process that
-makes the views ahead. All train one network (in a peer's loop with torch's BatchNorm2d). "network alone" is forward
-and backward of the encoder on views that are there, under the same autocast: what no loop can be faster than.
-Then one step is taken apart by hooks (parts.py): what is not the encoder's forward or backward, as a share of it.
+Ours is what `fewlabels fit` runs: loader, views, encoder, head, NT-Xent, LARS, in bfloat16 and channels_last where
+the processor multiplies it. lightly's loop is that of its SimCLR example: its transform in a DataLoader, its head and
+loss, SGD; float32, NCHW. Tuned: the same under ours' autocast and in channels_last, without and with a worker process
+that makes the views ahead. All train one network (in a peer's loop with torch's BatchNorm2d). "network alone" is
+forward and backward of the encoder on views that are there, under the same autocast: what no loop can be faster than.
+Ours keeps freed memory (runtime.keep_freed_memory), peers have glibc's own ways. Then one step is taken apart by
+hooks (parts.py): what is not the encoder's forward or backward, as a share of it.
 
 solo-learn, the other widely used loop, is not here: its release on the package index (1.0.2) asks for torch 1.9.1.
 """
@@ -60,6 +61,7 @@ def ours(name: str, dataset: Dataset, batch: int) -> Callable[[], Any]:
     batches = workload.batches(dataset, batch, CPU)
 
     def work() -> None:
+        runtime.keep_freed_memory()
         for _ in range(STEPS):
             loop.step(state, next(batches), 0.1, precision)
 
@@ -73,6 +75,7 @@ def network_alone(name: str, pixels: torch.Tensor, batch: int) -> Callable[[], A
     made = (pixels[:batch].repeat(2, 1, 1, 1) / 255).contiguous(memory_format=workload.layout(precision))
 
     def work() -> None:
+        runtime.keep_freed_memory()
         for _ in range(STEPS):
             body.zero_grad(set_to_none=True)
             with precision.context(CPU):
@@ -111,6 +114,7 @@ def lightly(
     )  # fmt: skip
 
     def work() -> None:
+        harness.usual_malloc()
         for made in loader:
             with precision.context(CPU):
                 # its example calls the model once a view
@@ -140,6 +144,7 @@ def contenders(
 
 def taken_apart(name: str, dataset: Dataset, batch: int, folder: Path) -> dict[str, float]:
     """Shares of the step's parts in the training loop itself, which logs each step: more often than `fit` does."""
+    runtime.keep_freed_memory()
     state = workload.pretraining(name, CPU, **VIEWS)
     parts = Parts(state)
     batches = workload.batches(dataset, batch, CPU, steps=WATCHED)

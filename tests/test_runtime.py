@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,38 @@ def test_a_run_that_goes_on_keeps_what_was_measured(tmp_path: Path, monkeypatch:
         resolved = json.loads((run.path / "resolved.json").read_text())
         assert (resolved["precision"], resolved["channels_last"]) == ("bf16", False)
     assert len(answers) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_idle_threads_spin_briefly_unless_the_user_says_how(given: dict[str, str], wanted: str) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = "import fewlabels, os, sys; print(os.environ.get('GOMP_SPINCOUNT')); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], env=kept | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == wanted
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux tells it")
+def test_freed_memory_stays_for_the_next_step() -> None:
+    """In a process of its own: of 64 MB in pieces too small to be mapped, glibc gives back what is freed at the end."""
+    program = """
+import sys, torch
+from fewlabels import runtime
+if sys.argv[1] == "keep":
+    runtime.keep_freed_memory()
+page = 4096
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page
+before = resident()
+pieces = [torch.ones(25_000) for _ in range(640)]
+del pieces
+print(resident() - before)
+"""
+    found = {}
+    for how in ("keep", "usual"):
+        done = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True)
+        found[how] = int(done.stdout)
+    if found["usual"] > 32e6:
+        pytest.skip("this malloc keeps what is freed by itself")
+    assert found["keep"] > 60e6

@@ -7,6 +7,7 @@ has one path: `gather(x)` is x, `rank()` is 0.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import time
@@ -34,6 +35,7 @@ _hosts: list[Any] = []
 def start(name: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group when torchrun started us (WORLD_SIZE > 1), and return this rank's device."""
     chosen = device(name)
+    keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         store, number, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
@@ -118,6 +120,18 @@ def threads_while_training() -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes of a GPU's memory that nobody uses; 0 on a CPU, where images need no second place."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep up to 2 GB of what a step frees for the next step; elsewhere nothing is done.
+
+    Else it goes back to the system, which gives it again page by page, filled with zeros: a step of ResNet-18 of width
+    0.25 took 145 to 160 ms on 2 cores, and 124 so, with the same peak of memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    mmap_threshold, trim_threshold = -3, -1  # glibc's malloc.h
+    mallopt(mmap_threshold, 32 << 20)  # the largest it takes; larger ones are mapped and given back
+    mallopt(trim_threshold, (1 << 31) - 1)
 
 
 # --- number format ----------------------------------------------------------------------------------------

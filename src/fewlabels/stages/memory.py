@@ -27,9 +27,9 @@ FIRST = 4  # images of the first batch, on each rank
 TELLING = 64_000_000  # bytes: two peaks this far apart say more about images than about an allocator's habits
 SPARE = 0.9  # of the room is counted on: there are gaps between what is allocated
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# glibc's mallopt: from this size on an allocation is its own mapping, given back at once. Its own threshold grows to
-# the second number with use; peaks of equal steps then differed by 200 MB of 800
-MMAP_THRESHOLD, MEASURING, TRAINING = -3, 1 << 18, 32 << 20
+# glibc's mallopt: from this size on an allocation is its own mapping, given back at once. With the threshold of
+# training (runtime.keep_freed_memory) peaks of equal steps differed by 200 MB of 800
+MMAP_THRESHOLD, MEASURING = -3, 1 << 18
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
@@ -122,7 +122,7 @@ def _exact_peaks() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(MMAP_THRESHOLD, TRAINING)
+        runtime.keep_freed_memory()
 
 
 def _peak(device: torch.device) -> int:
