@@ -78,9 +78,13 @@ def test_arrays_come_as_from_the_pixel_store(tmp_path: Path) -> None:
     assert ".npy" in refused.value.fix
 
 
-@pytest.mark.parametrize("change", ["gone", "another", "broken", "a byte"])
-def test_a_picture_that_changed_stops_the_reading(photos: Path, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("change", ["gone", "another", "broken", "a byte", "a byte in place"])
+def test_a_picture_that_changed_stops_the_reading(photos: Path, tmp_path: Path, change: str, *, seen: bool) -> None:
+    """Also one that was compared before, and whose size and modification time stay what they were."""
     store, kept, _ = built(photos, tmp_path / "data", "streamed")
+    if seen:
+        store.read(np.arange(len(store)))
     row = int(np.flatnonzero(kept == 13)[0])
     picture = photos / "13.jpg"
     times, raw = picture.stat(), picture.read_bytes()
@@ -90,7 +94,14 @@ def test_a_picture_that_changed_stops_the_reading(photos: Path, tmp_path: Path, 
         picture.write_bytes((photos / "14.jpg").read_bytes())
     elif change == "broken":
         picture.write_bytes(raw[:100])
-    else:  # one level of one pixel or so, with the old size and times
+    elif change == "a byte in place":
+        place = raw.rindex(b"\xff\xda") + 30  # in what codes the pixels
+        with picture.open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([raw[place] ^ 0x10]))
+        os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert picture.stat().st_size == len(raw)
+    else:  # one level of one pixel or so
         image = np.asarray(Image.open(picture)).copy()
         image[0, 0, 0] ^= 1
         Image.fromarray(image).save(picture, "PNG")
