@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -16,7 +17,7 @@ from fewlabels import cli, plan
 from model.test_reference import variables
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/how-to.md"]
+PAGES = ["README.md", "docs/tutorial.md", "docs/how-to.md"]
 SYNSETS = [f"n{k:08d}" for k in range(4)]
 
 
@@ -55,6 +56,8 @@ def test_every_block_runs(desk: Path, page: str) -> None:
     if page == "docs/how-to.md":  # it goes on from the README's run
         assert cli.main(["fit", "photos/", "--labels", "labels.csv", "--out", "run"]) == 0
     for language, text in blocks(page):
+        if language == "text":
+            continue
         if language == "python":
             exec(compile(text, page, "exec"), scope)
             ran += 1
@@ -71,7 +74,15 @@ def test_every_block_runs(desk: Path, page: str) -> None:
     assert ran >= 4
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/method.md", "docs/results.md", "docs/scaling.md"])
+def test_the_reference_is_made_from_the_code() -> None:
+    spec = importlib.util.spec_from_file_location("reference_page", ROOT / "docs" / "reference.py")
+    assert spec and spec.loader
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert made.PAGE.read_text(encoding="utf-8") == made.page(), "run: python docs/reference.py"
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/reference.md", "docs/method.md", "docs/results.md", "docs/scaling.md"])
 def test_names_and_links_are_true(page: str) -> None:
     """Files that a page links to or names are there, and so are the functions beside them."""
     text = (ROOT / page).read_text(encoding="utf-8")
