@@ -11,7 +11,6 @@ benchmarks/results/curves.json and draws docs/curves.svg. Without --data the dig
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -31,12 +30,11 @@ from fewlabels import plan, recipes, runtime
 from fewlabels.config import Recipe
 from fewlabels.data import labels, views
 from fewlabels.data.labels import Dataset
-from fewlabels.data.loader import Batch, Order, training_batches
+from fewlabels.data.loader import Batch
 from fewlabels.model import optim
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.recipes import Facts
-from fewlabels.stages import loop
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.pretrain import Pretrain
 from fewlabels.use import compare, evaluate
@@ -94,24 +92,7 @@ def pretrained(way: str, dataset: Dataset, recipe: Recipe, seed: int) -> tuple[P
     batch = min(BATCH, len(dataset.train))
     peak = optim.peak_learning_rate(settings.learning_rate, batch, settings.scaling)
     schedule = plan.Derived(len(dataset.train), batch, STEPS, STEPS // 10, peak)
-    losses = _trained(stage, settings, schedule, precision, dataset, dataset.train, seed)
-    return stage, losses
-
-
-def _trained(
-    stage: loop.Stage, settings: Any, schedule: plan.Derived, precision: runtime.Precision, dataset: Dataset,
-    ids: np.ndarray, seed: int,
-) -> list[float]:  # fmt: skip
-    precision.layout(stage).train()
-    optimizer = optim.optimizer(settings.optimizer, stage, lr=schedule.peak, weight_decay=settings.weight_decay)
-    losses: list[float] = []
-    rhythm, listeners = workload.brief(schedule.total_steps, lambda _, values: losses.append(values["loss"]))
-    rhythm = dataclasses.replace(rhythm, learning_rate=schedule.learning_rate, seed=seed)
-    batches = training_batches(
-        dataset, Order(ids, schedule.batch, seed), first_step=0, last_step=schedule.total_steps, device=CPU
-    )
-    loop.train(loop.TrainState(stage, optimizer), batches, rhythm, listeners, precision)
-    return losses
+    return stage, workload.trained(stage, settings, schedule, precision, dataset, dataset.train, seed)
 
 
 def scored(stage: Pretrain, way: str, dataset: Dataset, recipe: Recipe, seed: int) -> dict[str, float]:
@@ -131,7 +112,7 @@ def scored(stage: Pretrain, way: str, dataset: Dataset, recipe: Recipe, seed: in
     network = Classifier(stage.encoder, stage.head if tap else None, tap=tap, num_classes=dataset.num_classes)
     view = workload.viewer(views.finetune, precision, size=recipe.size, seed=seed, kind=recipe.kind)
     tuning = Finetune(network, view=view)
-    _trained(tuning, settings, plan.derive(settings, len(few.labeled), 1), precision, few, few.labeled, seed)
+    workload.trained(tuning, settings, plan.derive(settings, len(few.labeled), 1), precision, few, few.labeled, seed)
     network.eval()
     (logits,) = compare.outputs(dataset, dataset.held_out, setting, lambda view: [network(view)])
     return found | {"finetuned": 100 * float((logits.argmax(1) == truth).mean())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor
 
 from fewlabels import runtime
+from fewlabels.config import Schedule
 from fewlabels.data import labels, pixels, views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch, Order, training_batches
-from fewlabels.data.sources import open_source
+from fewlabels.data.sources import Source, open_source
 from fewlabels.model import optim
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import ProjectionHead
+from fewlabels.plan import Derived
+from fewlabels.stages import loop
 from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState
 from fewlabels.stages.pretrain import Pretrain, View
 
@@ -35,8 +39,10 @@ def smooth_pictures(count: int, side: int, seed: int = 0) -> Tensor:
 
 
 def stored(images: Any, folder: Path, *, working_size: int | None = None) -> Dataset:
-    """The dataset that `fewlabels fit` makes of images (an array (N, H, W, 3), a path or a source's name) in folder."""
-    if isinstance(images, np.ndarray):
+    """The dataset that `fewlabels fit` makes in folder of images: an array (N, H, W, 3), a path, a source."""
+    if isinstance(images, Source):
+        source = images
+    elif isinstance(images, np.ndarray):
         source = open_source(images, [str(number % CLASSES) for number in range(len(images))])
     else:
         source = open_source(images)
@@ -100,6 +106,23 @@ def brief(steps: int, on_log: Callable[[int, dict[str, float]], None], *, log_ev
 
     plan = Plan(steps, learning_rate=lambda _: 1e-3, log_every=log_every, eval_every=0, save_every=FOREVER)
     return plan, Listeners(on_log=on_log, on_eval=nothing, on_save=nothing, should_stop=lambda: False)
+
+
+def trained(
+    stage: Stage, settings: Schedule, schedule: Derived, form: runtime.Precision, dataset: Dataset, ids: np.ndarray,
+    seed: int, device: torch.device | None = None,
+) -> list[float]:  # fmt: skip
+    """Train stage on the images `ids` through the loop and the loader of `fewlabels fit`; the loss of every step."""
+    device = device or torch.device("cpu")
+    form.layout(stage.to(device)).train()
+    optimizer = optim.optimizer(settings.optimizer, stage, lr=schedule.peak, weight_decay=settings.weight_decay)
+    losses: list[float] = []
+    rhythm, listeners = brief(schedule.total_steps, lambda _, values: losses.append(values["loss"]))
+    rhythm = dataclasses.replace(rhythm, learning_rate=schedule.learning_rate, seed=seed)
+    order = Order(ids, schedule.batch, seed)
+    seen = training_batches(dataset, order, first_step=0, last_step=schedule.total_steps, device=device)
+    loop.train(TrainState(stage, optimizer), seen, rhythm, listeners, form)
+    return losses
 
 
 def whole_matrix(first: Tensor, second: Tensor, temperature: float) -> Tensor:

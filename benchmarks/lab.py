@@ -1,0 +1,281 @@
+"""Experiments with few labels, whose parts are made once and kept: pretrainings, fine-tuned networks, numbers.
+
+A folder is a laboratory. Everything in it is named by the settings that made it, so a broken experiment goes on where
+it was, and tables share their pretrainings. Stages, loop, loader and settings are those of `fewlabels fit`.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import hashlib
+import io
+import json
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks import workload
+from fewlabels import checkpoint, plan, prepare, recipes
+from fewlabels.config import Recipe
+from fewlabels.data import labels, views
+from fewlabels.data.labels import Dataset
+from fewlabels.data.sources import Source, open_source
+from fewlabels.model.encoder import encoder
+from fewlabels.model.heads import Classifier, ProjectionHead
+from fewlabels.stages.distill import Distill
+from fewlabels.stages.finetune import Finetune
+from fewlabels.stages.loop import Stage
+from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
+from fewlabels.use import compare, evaluate
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+MOST_LABEL_STEPS = 1500  # of fine-tuning: with all labels 30 epochs would take most of a table's hour
+
+
+@dataclass(frozen=True)
+class Body:
+    """A pretraining, by what tells it from others."""
+
+    encoder: str
+    layers: int = 3
+    momentum: float = 0.0
+    queue: int = 0
+
+    def __str__(self) -> str:
+        memory = f", momentum {self.momentum:g}, queue {self.queue}" if self.momentum else ""
+        return f"{self.encoder}, head of {self.layers}{memory}"
+
+
+def images(name: str, *, train: int, test: int, seed: int = 0) -> Source:
+    """The first `train` and `test` images of a set in random order, all labels known; 0 = all of them.
+
+    name: "digits", "fashion", or a folder with train.parquet and test.parquet (`image`, `label`).
+    """
+    if name == "digits":
+        return open_source("digits")
+    if name == "fashion":
+        return open_source(*_idx("train", train, seed), test=_idx("t10k", test, seed))
+    parts = Path(name) / "train.parquet", Path(name) / "test.parquet"
+    return open_source(*_parquet(parts[0], train, seed), test=_parquet(parts[1], test, seed))
+
+
+def _rows(there: int, count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(there)[: count or there]
+
+
+def _idx(part: str, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Pixels (N, H, W) and labels of some images of two idx files in MNIST's form."""
+    with gzip.open(FASHION / f"{part}-images-idx3-ubyte.gz") as file:
+        _, there, high, wide = struct.unpack(">4i", file.read(16))
+        pixels = np.frombuffer(file.read(), np.uint8).reshape(there, high, wide)
+    with gzip.open(FASHION / f"{part}-labels-idx1-ubyte.gz") as file:
+        classes = np.frombuffer(file.read(), np.uint8, offset=8)
+    rows = _rows(there, count, seed)
+    return pixels[rows], [str(label) for label in classes[rows]]
+
+
+def _parquet(path: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Pixels (N, H, W, 3) and labels of some pictures of one shape."""
+    read = pq.read_table(path, columns=["image", "label"])
+    some = read.take(_rows(len(read), count, seed))
+    pictures = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in some["image"].to_pylist()]
+    return np.stack(pictures), [str(label) for label in some["label"].to_pylist()]
+
+
+class Lab:
+    """One set of images, one recipe, one folder; see the file's docstring.
+
+    Images that are not held out are all labeled; `few` hides labels. Pretrainings have seed 0, label draws their own.
+    """
+
+    def __init__(
+        self, source: Source, folder: Path, *, epochs: float, distill_epochs: float, recipe: str = "best",
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.device = folder, device or torch.device("cpu")
+        self.precision = workload.precision(self.device)
+        self.side, self.gray = prepare.survey(source)
+        self.dataset = workload.stored(source, folder)
+        self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
+        self.general = self.recipe(len(self.dataset.labeled))
+        self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
+        self.truth = self.dataset.labels[self.dataset.held_out]
+        self._draws: dict[tuple[str, int], Dataset] = {}
+
+    def recipe(self, labeled: int) -> Recipe:
+        """The recipe that `fewlabels fit` has for so many labels, with this laboratory's epochs."""
+        facts = recipes.Facts(
+            images=len(self.dataset.train), labeled=labeled, classes=self.dataset.num_classes, side=self.side,
+            gray=self.gray, on_gpu=self.device.type == "cuda", threads=torch.get_num_threads(),
+        )  # fmt: skip
+        found = recipes.named(self.recipe_name, facts)
+        pretrain = replace(found.pretrain, epochs=self.epochs)
+        return replace(found, pretrain=pretrain, distill=replace(found.distill, epochs=self.distill_epochs))
+
+    # --- what is kept ---
+
+    def cell(self, name: str, make: Callable[[], float]) -> float:
+        """The number called name: the kept one, or that of make()."""
+        place = self.folder / "cells.json"
+        kept = json.loads(place.read_text()) if place.exists() else {}
+        if name not in kept:
+            began = time.perf_counter()
+            value = make()
+            kept = json.loads(place.read_text()) if place.exists() else {}  # make() may have kept others
+            checkpoint.write_json(place, kept | {name: value})
+            print(f"  {name}: {value:.2f}   ({time.perf_counter() - began:.0f} s)", flush=True)
+            return value
+        return float(kept[name])
+
+    def kept(self, name: str, module: nn.Module, train: Callable[[], Any]) -> nn.Module:
+        """module with the kept weights of that name, or after train()."""
+        module.to(self.device)
+        place = self.folder / "networks" / f"{hashlib.sha256(name.encode()).hexdigest()[:20]}.safetensors"
+        place.parent.mkdir(exist_ok=True)
+        if place.exists():
+            module.load_state_dict(load_file(place))
+        else:
+            train()
+            checkpoint.write_tensors(place, {key: value.cpu() for key, value in module.state_dict().items()})
+        return self.precision.layout(module)
+
+    # --- images ---
+
+    def few(self, amount: str | int, draw: int) -> Dataset:
+        """The images with only so many labels: "1%", or a number of them."""
+        if (str(amount), draw) not in self._draws:
+            self._draws[str(amount), draw] = labels.keep_labels(self.dataset, amount, draw)
+        return self._draws[str(amount), draw]
+
+    def accuracy(self, network: nn.Module) -> float:
+        """% of the held-out images that a classifier gets right."""
+        network.eval()
+        (logits,) = compare.outputs(self.dataset, self.dataset.held_out, self.setting, lambda view: [network(view)])
+        return 100 * float((logits.argmax(axis=1) == self.truth).mean())
+
+    # --- the three stages ---
+
+    def pretrained(self, body: Body) -> tuple[nn.Module, ProjectionHead]:
+        """Encoder and head of a pretraining."""
+        settings = self.general.pretrain
+        torch.manual_seed(0)
+        network = encoder(body.encoder)
+        head = ProjectionHead(network.feature_dim, settings.head_out, body.layers)
+        view = self._view(views.pretrain, 0, strength=settings.strength, blur=settings.blur)
+
+        def train() -> None:
+            stage: Stage = Pretrain(network, head, view=view, temperature=settings.temperature)
+            if body.momentum:
+                stage = PretrainWithMomentum(
+                    network, head, view=view, temperature=settings.temperature, momentum=body.momentum, queue=body.queue
+                )
+            self._train(stage, settings, self.dataset, self.dataset.train, 0)
+
+        self.kept(f"{body}, {self.epochs:g} epochs", nn.ModuleDict({"encoder": network, "head": head}), train)
+        return network, head
+
+    def finetuned(self, body: Body, tap: int, amount: str | int, draw: int, *, start: str | None = None) -> Classifier:
+        """A pretrained network after fine-tuning from a tap of its head."""
+        few = self.few(amount, draw)
+        settings = self.recipe(len(few.labeled)).finetune
+        settings = replace(settings, tap=tap, start=start or settings.start)
+        network, head = copy.deepcopy(nn.ModuleList(self.pretrained(body)))
+        classifier = Classifier(network, head, tap=tap, num_classes=few.num_classes)
+
+        def train() -> None:
+            if settings.start == "probe":
+                self._start_from_probe(classifier, few)
+            self._on_labels(classifier, settings, few, draw)
+
+        name = f"finetuned {body}, {self.epochs:g} epochs, tap {tap}, {amount}, draw {draw}, from {settings.start}"
+        self.kept(name, classifier, train)
+        return classifier
+
+    def supervised(self, name: str, amount: str | int, draw: int) -> Classifier:
+        """The same network from random weights, on the labels alone, three times the steps of fine-tuning."""
+        few = self.few(amount, draw)
+        classifier = self._fresh(name, draw)
+        settings = plan.baseline(self.recipe(len(few.labeled)).finetune, len(few.labeled), 1)
+        self.kept(
+            f"supervised {name}, {amount}, draw {draw}", classifier,
+            lambda: self._on_labels(classifier, settings, few, draw, longer=plan.BASELINE_LENGTH),
+        )  # fmt: skip
+        return classifier
+
+    def distilled(
+        self, name: str, teacher: Classifier, taught: str, few: Dataset, draw: int, *, ids: np.ndarray | None = None,
+        label_weight: float = 0.0, body: Body | None = None,
+    ) -> Classifier:  # fmt: skip
+        """A student called `name` of a teacher; taught names both what it learned from. body: pretrained start."""
+        settings = self.recipe(len(few.labeled)).distill
+        student = self._fresh(name, draw)
+        if body is not None:
+            student = Classifier(
+                copy.deepcopy(self.pretrained(body)[0]), None, tap=0, num_classes=self.dataset.num_classes
+            )
+        same = [tuple(p.shape) for p in teacher.encoder.parameters()] == [
+            tuple(p.shape) for p in student.encoder.parameters()
+        ]
+        stage = Distill(
+            copy.deepcopy(teacher), student, view=self._view(views.finetune, 3), label_weight=label_weight,
+            temperature=settings.self_temperature if same else settings.temperature,
+        )  # fmt: skip
+        ids = few.train if ids is None else ids
+        # as many steps whatever the images are: few images are seen more often
+        settings = replace(settings, epochs=settings.epochs * len(few.train) / len(ids))
+        self.kept(f"distilled {name}, {taught}", student, lambda: self._train(stage, settings, few, ids, draw))
+        return student
+
+    def _fresh(self, name: str, draw: int) -> Classifier:
+        torch.manual_seed(1000 + draw)
+        return Classifier(encoder(name), None, tap=0, num_classes=self.dataset.num_classes)
+
+    def _start_from_probe(self, network: Classifier, few: Dataset) -> None:
+        """The classifier becomes the logistic regression on what it sees, as `fewlabels fit` begins."""
+        network.to(self.device).eval()
+        (features,) = compare.outputs(few, few.labeled, self.setting, lambda view: [network.features(view)])
+        fitted = evaluate.logistic_regression(features, few.labels[few.labeled], num_classes=few.num_classes)
+        with torch.no_grad():
+            for mine, found in zip((network.linear.weight, network.linear.bias), fitted.linear(), strict=True):
+                mine.copy_(torch.from_numpy(found))
+
+    def _on_labels(self, classifier: Classifier, settings: Any, few: Dataset, draw: int, *, longer: int = 1) -> None:
+        derived = plan.derive(settings, len(few.labeled), 1)
+        settings = replace(settings, epochs=settings.epochs * min(1.0, longer * MOST_LABEL_STEPS / derived.total_steps))
+        self._train(Finetune(classifier, view=self._view(views.finetune, 2)), settings, few, few.labeled, draw)
+
+    def _train(self, stage: Stage, settings: Any, dataset: Dataset, ids: np.ndarray, seed: int) -> None:
+        derived = plan.derive(settings, len(ids), 1)
+        workload.trained(stage, settings, derived, self.precision, dataset, ids, seed, self.device)
+
+    def _view(self, make: Callable[..., torch.Tensor], stream: int, **more: Any) -> Any:
+        general = self.general
+        return workload.viewer(make, self.precision, size=general.size, kind=general.kind, seed=stream << 32, **more)
+
+    # --- without training ---
+
+    def linear(self, body: Body, amount: str | int, draw: int, tap: int = 0) -> float:
+        """% right of logistic regression on the frozen features of a tap."""
+        few, see = self.few(amount, draw), compare.tapped(*self.pretrained(body))
+        known, held = (
+            compare.outputs(few, ids, self.setting, lambda view: [see(view)[tap]])[0]
+            for ids in (few.labeled, few.held_out)
+        )
+        fitted = evaluate.logistic_regression(known, few.labels[few.labeled], num_classes=few.num_classes)
+        return 100 * float((fitted.predict_proba(held).argmax(axis=1) == self.truth).mean())
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """As a cell of a table: "54.3 (1.2)"; of one value only that."""
+    return f"{np.mean(values):.1f}" + (f" ({np.std(values, ddof=1):.1f})" if len(values) > 1 else "")

@@ -1,0 +1,116 @@
+"""The laboratory of experiments and the paper's tables, on drawn pictures and two steps a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import lab, paper, workload
+from benchmarks.lab import Body, Lab
+
+from conftest import shapes_images
+from fewlabels.data.sources import open_source
+from fewlabels.use import compare, evaluate
+
+TINY = "resnet18_0.125x_small"
+SCALE = paper.Scale(0, 0, 0.5, 0.5, (TINY, TINY), 8)
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "MOST_LABEL_STEPS", 2)
+
+
+def laboratory(folder: Path) -> Lab:
+    images, classes = shapes_images(200, size=16)
+    names = [f"class {k}" for k in classes]
+    source = open_source(images[:120], names[:120], test=(images[120:], names[120:]))
+    return Lab(source, folder, epochs=0.5, distill_epochs=0.5)
+
+
+def test_everything_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = laboratory(tmp_path)
+    network = first.finetuned(Body(TINY), 1, "10%", 0)
+    number = first.cell("it", lambda: first.accuracy(network))
+
+    def never(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(workload, "trained", never)
+    second = laboratory(tmp_path)
+    again = second.finetuned(Body(TINY), 1, "10%", 0)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert second.cell("it", never) == number == second.accuracy(again)
+    with pytest.raises(AssertionError, match="trained again"):
+        second.finetuned(Body(TINY), 1, "10%", 1)
+
+
+def test_a_probe_is_where_fine_tuning_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a step the fine-tuned network is logistic regression on the tap, from zero it knows nothing."""
+    made = laboratory(tmp_path)
+    body = Body(TINY)
+    made.pretrained(body)
+    monkeypatch.setattr(workload, "trained", lambda *_: None)
+    assert made.accuracy(made.finetuned(body, 1, "10%", 0)) == made.linear(body, "10%", 0, tap=1)
+    blank = made.finetuned(body, 1, "10%", 0, start="zero")
+    assert not blank.linear.weight.any()
+
+
+def test_linear_is_logistic_regression_on_frozen_features(tmp_path: Path) -> None:
+    made = laboratory(tmp_path)
+    few, network = made.few("10%", 1), made.pretrained(Body(TINY))[0].eval()
+    known, held = (
+        compare.outputs(few, ids, made.setting, lambda view: [network(view)])[0] for ids in (few.labeled, few.held_out)
+    )
+    fitted = evaluate.logistic_regression(known, few.labels[few.labeled], num_classes=few.num_classes)
+    right = fitted.predict_proba(held).argmax(axis=1) == few.labels[few.held_out]
+    assert made.linear(Body(TINY), "10%", 1) == 100 * right.mean()
+
+
+def test_a_student_takes_as_many_steps_whatever_it_learns_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = laboratory(tmp_path)
+    few, teacher = made.few("10%", 0), made.supervised(TINY, "10%", 0)
+    steps: list[int] = []
+    monkeypatch.setattr(workload, "trained", lambda stage, settings, derived, *_: steps.append(derived.total_steps))
+    for name, ids in (("all", few.train), ("labeled", few.labeled)):
+        made.distilled(TINY, teacher, name, few, 0, ids=ids)
+    batch = min(made.general.distill.batch, len(few.labeled))
+    images = [steps[0] * made.general.distill.batch, steps[1] * batch]
+    assert images[0] == pytest.approx(images[1], abs=2 * made.general.distill.batch)
+
+
+@pytest.mark.parametrize("name", paper.TABLES)
+def test_every_table(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = paper.TABLES[name](paper.Tables(laboratory(tmp_path), SCALE, draws=2))
+    columns = [list(row) for row in rows.values()]
+    assert columns == [columns[0]] * len(rows)
+    for title, row in rows.items():
+        if "correlation" not in title and "gain" not in title:
+            assert all(0 <= value <= 100 for values in row.values() for value in values)
+            assert {len(values) for values in row.values()} <= {1, 2}
+    paper.told("made", rows)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == len(rows) + 2
+
+
+def test_images_of_parquet_and_idx(tmp_path: Path) -> None:
+    source = lab.images("digits", train=0, test=0)
+    assert len(source.names) == 1797
+    if lab.FASHION.exists():
+        source = lab.images("fashion", train=50, test=20)
+        assert sorted(source.splits) == ["test"] * 20 + ["train"] * 50
+        assert set(source.labels) <= {str(k) for k in range(10)}
+    shared = Path(__file__).parents[2] / "shared" / "data" / "cifar10-jpeg"
+    if shared.exists():
+        source = lab.images(str(shared), train=30, test=10)
+        again = lab.images(str(shared), train=20, test=10)
+        assert len(source.names) == 40
+        assert list(again.labels[:20]) == list(source.labels[:20])
+
+
+def test_a_spread_needs_two_values() -> None:
+    assert lab.mean_and_spread([50.0]) == "50.0"
+    assert lab.mean_and_spread([50.0, 52.0]) == f"51.0 ({np.std([50, 52], ddof=1):.1f})"
