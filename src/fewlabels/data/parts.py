@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fewlabels.data.decode import Payload
-from fewlabels.data.places import stamp
-from fewlabels.errors import DataError, FewlabelsError, nearest
+from fewlabels.data.places import is_url, stamp
+from fewlabels.errors import DataError, FewlabelsError, StorageError, nearest
 
 CHUNK_BYTES = 4 << 20
 ALLOWED_ARRAYS = "uint8 arrays of shape (N, H, W) for grey or (N, H, W, 3) for RGB images, values 0 to 255"
@@ -250,9 +250,11 @@ def _whole(path: Path, member: str) -> npt.NDArray[Any]:
 
 
 def damaged(path: str | Path, error: Exception) -> FewlabelsError:
-    """A DataError, or the FewlabelsError that it is already."""
+    """A DataError, a StorageError for what did not arrive from a URL, or the FewlabelsError that it is already."""
     if isinstance(error, FewlabelsError):
         return error
+    if is_url(str(path)) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return StorageError(f"{path} could not be read: {error}", fix="run the same command again")
     return DataError(
         f"{path} cannot be read: {' '.join(str(error).split())}",
         why="the file is damaged, incomplete or holds Python objects, which are never loaded",

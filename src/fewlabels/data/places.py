@@ -60,7 +60,7 @@ class Span:
 
     def _whole(self, raw: bytes) -> bytes:
         if len(raw) != self.length:
-            raise OSError(0, f"{len(raw):,} bytes in place of {self.length:,}: its file was cut off")
+            raise OSError(0, f"{len(raw):,} of its {self.length:,} bytes came (is its file cut off?)")
         return raw
 
 
@@ -136,11 +136,12 @@ def stamp(place: str | Path) -> bytes:
 
 
 def below(folder: str, endings: tuple[str, ...]) -> list[str]:
-    """The files with these endings in a folder and all below it, sorted."""
+    """The files with these endings in a folder and all below it, sorted; not the hidden ones."""
     if not is_url(folder):
         found = [path.as_posix() for path in Path(folder).rglob("*")]
     else:
         files, root = _file_system(folder.rstrip("/"))
         listed = patiently(folder, lambda: files.find(root))
         found = [folder.rstrip("/") + path[len(root.rstrip("/")) :] for path in listed]
-    return sorted(path for path in found if path.lower().endswith(endings))
+    named = (path for path in found if not path.rpartition("/")[2].startswith("."))
+    return sorted(path for path in named if path.lower().endswith(endings))

@@ -31,7 +31,7 @@ from fewlabels.data import folders, places, tables
 from fewlabels.data.decode import Payload
 from fewlabels.data.folders import PICTURES, display_name
 from fewlabels.data.parts import damaged, spread
-from fewlabels.errors import DataError, MissingInput, StorageError
+from fewlabels.errors import DataError, MissingInput
 
 ENDINGS = (".tar", ".parquet")
 BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
@@ -134,8 +134,8 @@ class TarFacts(NamedTuple):
 
     part: Tars
     names: tuple[str, ...]
-    labels: list[Any] | None
-    splits: tuple[str, ...]
+    labels: list[Any]
+    splits: list[str]
     captions: bool  # whether texts were passed over because they are no class names
 
 
@@ -150,32 +150,29 @@ def open_tars(shards: Shards, where: str) -> TarFacts:
             found = [jobs[i].result() for i in range(len(order))]
         finally:
             pool.shutdown(cancel_futures=True)
-    ends = np.cumsum([len(index["members"]) for index in found])
-    begins = [0, *ends[:-1].tolist()]
+    counts = [len(index["members"]) for index in found]
+    ends = np.cumsum(counts)
     members = [member for index in found for member in index["members"]]
-    spans = np.array([span for index in found for span in index["spans"]], np.int64).reshape(-1, 2)
-    faults = {b + int(i): words for b, index in zip(begins, found, strict=True) for i, words in index["faults"].items()}
+    faults = {int(end) - n + i: words for end, n, index in zip(ends, counts, found, strict=True)
+              for i, words in index["faults"]}  # fmt: skip
+    part = Tars(shards, ends, members, np.concatenate([index["spans"] for index in found]), faults)
     names = (f"{name}/{member}" for name, index in zip(shards.names, found, strict=True) for member in index["members"])
-    kind = next((kind for kind in LABELS if any(index["labels"][kind] for index in found)), None)
-    labels: list[Any] | None = None
-    if kind is not None:
-        labels = [index["labels"][kind].get(str(i)) for index in found for i in range(len(index["members"]))]
-    captions = kind == ".txt" and labels is not None and _are_captions(labels)
-    splits = np.repeat(shards.splits, [len(index["members"]) for index in found]).tolist()
-    if labels is None or captions:
+    kind = next((ending for ending in LABELS if any(ending in index["labels"] for index in found)), "")
+    labels = [label for n, index in zip(counts, found, strict=True) for label in index["labels"].get(kind, [None] * n)]
+    splits = np.repeat(shards.splits, counts).tolist()
+    captions = kind == ".txt" and _are_captions(labels)
+    if not kind or captions:
         labels, inner = _place(["" if i in faults else member for i, member in enumerate(members)], where)
         splits = [own if own != "train" else outer for own, outer in zip(inner, splits, strict=True)]
-    part = Tars(shards, ends, members, spans, faults)
-    return TarFacts(part, tuple(map(display_name, names)), labels, tuple(splits), captions)
+    return TarFacts(part, tuple(map(display_name, names)), labels, splits, captions)
 
 
-def _place(members: Sequence[str], where: str) -> tuple[list[str | None] | None, list[str]]:
-    """(labels or None, splits) of packed class folders; a folder that holds all of them is no class."""
+def _place(members: Sequence[str], where: str) -> tuple[list[str | None], list[str]]:
+    """(labels, splits) of packed class folders; a folder that holds all of them is no class."""
     inside = [member.rpartition("/")[0] for member in members if member]
     shared = PurePosixPath(os.path.commonpath(inside)).parts if inside else ()
     depth = next((i for i, folder in enumerate(shared) if folder.casefold() in tables.SPLITS), len(shared))
-    labels, splits = folders.place(["/".join(member.split("/")[depth:]) for member in members], Path(where))
-    return labels if any(labels) else None, splits
+    return folders.place(["/".join(member.split("/")[depth:]) for member in members], Path(where))
 
 
 def _are_captions(texts: Sequence[str | None]) -> bool:
@@ -188,18 +185,19 @@ def _are_captions(texts: Sequence[str | None]) -> bool:
 
 
 def _index(shard: str, state: bytes) -> dict[str, Any]:
-    """members, spans, faults {row: words} and labels {ending: {row: label}} of a shard, kept or read."""
+    """members (n), spans (n, 2), faults [(row, words)] and labels {ending: (n)} of a shard, kept or read."""
     where = shard if places.is_url(shard) else str(Path(shard).absolute())
     key = hashlib.sha256(b"\0".join([str(VERSION).encode(), os.fsencode(where), state])).hexdigest()[:32]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewlabels" / "shards" / f"{key}.json"
+    found: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
-    found = places.patiently(shard, lambda: _read(shard))
-    with suppress(OSError, StorageError):  # a home that cannot be written costs time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(kept, json.dumps(found))
-    return found
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    if not found:
+        found = places.patiently(shard, lambda: _read(shard))
+        with suppress(OSError):  # a home that cannot be written costs time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(kept, json.dumps(found))
+    return found | {"spans": np.array(found["spans"], np.int64).reshape(-1, 2)}
 
 
 def _read(shard: str) -> dict[str, Any]:
@@ -209,8 +207,8 @@ def _read(shard: str) -> dict[str, Any]:
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise damaged(shard, error) from error
     except OSError as error:
-        if places.is_url(shard):
-            raise
+        if places.is_url(shard) and not isinstance(error, FileNotFoundError):
+            raise  # to be tried again
         raise damaged(shard, error) from error
 
 
@@ -238,14 +236,12 @@ def _scan(file: BinaryIO, shard: str) -> dict[str, Any]:
     keys = set(stems.values())
     # 0001.seg.png beside 0001.jpg is another field of the same sample; alone it is a picture with a dot in its name
     kept = [name for name, stem in stems.items() if (key := _key(stem)) == stem or key not in keys]
+    labels = {ending: [said.get(stems[name]) for name in kept] for ending, said in texts.items()}
     return {
         "members": kept,
         "spans": [pictures[name][:2] for name in kept],
-        "faults": {str(i): pictures[name][2] for i, name in enumerate(kept) if pictures[name][2]},
-        "labels": {
-            ending: {str(i): said[stems[name]] for i, name in enumerate(kept) if said.get(stems[name]) is not None}
-            for ending, said in texts.items()
-        },
+        "faults": [(i, pictures[name][2]) for i, name in enumerate(kept) if pictures[name][2]],
+        "labels": {ending: said for ending, said in labels.items() if any(label is not None for label in said)},
     }
 
 

@@ -225,8 +225,7 @@ def _tars(found: shards.Shards, shown: str) -> Source:
         raise DataError(f"{shown} holds no pictures", why="members are known by their endings: .jpg, .png, ...")
     texts = "; the .txt members are captions and no labels" if facts.captions else ""
     source = _unlabeled(f"tar {shown} ({len(found.places):,} files{texts})", facts.names, facts.part)
-    source = replace(source, splits=facts.splits)
-    return source if facts.labels is None else _with_sequence(source, facts.labels)
+    return _with_sequence(replace(source, splits=tuple(facts.splits)), facts.labels)
 
 
 def _parquet(place: str) -> Source:
