@@ -378,6 +378,24 @@ def test_a_damaged_tar_is_an_error(tmp_path: Path, how: str, away: bool) -> None
     assert error.value.exit_code == 65
 
 
+def test_a_member_of_negative_size_is_an_error(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("1.png").tobuf())
+    header[124:136] = (-1024).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(DataError, match="negative size"):
+        open_source(tmp_path)
+
+
+def test_hidden_files_and_folders_with_a_shards_name_are_passed_over(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"1.png": b""})
+    (tmp_path / "b.tar").mkdir()
+    (tmp_path / "._a.tar").write_bytes(b"Mac OS X")
+    os.mkfifo(tmp_path / "c.tar")
+    assert open_source(tmp_path).names == ("a.tar/1.png",)
+
+
 def test_shards_without_pictures_and_of_two_kinds(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"1.cls": b"1"})
     with pytest.raises(DataError, match="holds no pictures"):
@@ -507,6 +525,8 @@ def test_a_failing_range_is_tried_again_and_then_named(
     assert stopped.value.exit_code == 74
     if form == "labels":  # and while it is decoded: what does not arrive is no bad picture
         assert "shard-000.tar/000.png" in stopped.value.what
+        with pytest.raises(StorageError, match="could not be read"):
+            decode.header_size(source.at(0))  # type: ignore[arg-type]
         with pytest.raises(StorageError, match="could not be read"):
             pixels.build(source, tmp_path / "again", working_size=24, bad_csv=tmp_path / "bad.csv", threads=2)
 

@@ -97,12 +97,14 @@ def decode(payload: Payload, canvas: int | None = None) -> Pixels:
 
 
 def header_size(payload: Payload) -> tuple[int, int] | None:
-    """(height, width) as the header says, without decoding; None where it cannot be read."""
+    """(height, width) as the header says, without decoding; None where it cannot be read. Raises StorageError."""
     if isinstance(payload, np.ndarray):
         return int(payload.shape[0]), int(payload.shape[1])
     try:
         with strict_pillow(), _open(payload) as stream, _identified(stream) as image:
             return image.height, image.width
+    except StorageError:
+        raise
     except Exception:
         return None
 

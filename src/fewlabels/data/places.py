@@ -138,7 +138,7 @@ def stamp(place: str | Path) -> bytes:
 def below(folder: str, endings: tuple[str, ...]) -> list[str]:
     """The files with these endings in a folder and all below it, sorted; not the hidden ones."""
     if not is_url(folder):
-        found = [path.as_posix() for path in Path(folder).rglob("*")]
+        found = [str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in endings and path.is_file()]
     else:
         files, root = _file_system(folder.rstrip("/"))
         listed = patiently(folder, lambda: files.find(root))

@@ -218,6 +218,8 @@ def _scan(file: BinaryIO, shard: str) -> dict[str, Any]:
     twice = 0
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
         for member in archive:
+            if member.size < 0:  # tarfile would go back and round for ever (CVE-2025-8194)
+                raise ValueError("it holds a member of negative size")
             name = member.name.removeprefix("./")
             stem, ending = os.path.splitext(name)  # noqa: PTH122
             ending = ending.lower()
