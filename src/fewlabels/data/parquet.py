@@ -22,7 +22,7 @@ from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
 from fewlabels.errors import DataError, UsageError, nearest
 
 ROWS = 64
-LARGEST_GROUP = 64 << 20  # bytes of pictures in a compressed row group, of which one picture costs half on average
+LARGEST_GROUP = 64 << 20  # bytes of pictures in a compressed row group; one picture costs all that stand before it
 BETWEEN, PREFIX = 64 << 10, 4  # bytes that a page's header, and a value's length, take at most
 
 
