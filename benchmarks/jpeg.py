@@ -5,8 +5,9 @@
 Photos of 500 x 375 and about 88 KB, as ImageNet's are, made here from smooth colours and grain. Ours as a streamed
 store does it from the second pass on: decoded, scaled to the working size, the file seen to be the one that was
 compared with the hash of what was checked, two views compiled;
-also with a working size of 512, at which nothing is scaled, and with photos decoded once (a pixel store). Peers decode
-once and make both views from that. Then decoding alone. The process is kept on as many cores as there are threads.
+also from a tar in place of a folder, with a working size of 512, at which nothing is scaled, and with photos decoded
+once (a pixel store). Peers decode once and make both views from that. Then decoding alone. The process is kept on as
+many cores as there are threads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 import importlib.util
 import io
 import os
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -46,10 +48,10 @@ def photo(seed: int) -> bytes:
     return file.getvalue()
 
 
-def ours(folder: Path, store: str, working_size: int) -> Callable[[], Any]:
+def ours(folder: Path, store: str, working_size: int, photos: str = "photos") -> Callable[[], Any]:
     """Read from a store of the photos in folder, and both views; other random numbers in each call."""
     built, _, _ = pixels.build(
-        open_source(folder / "photos"), folder / f"{store}-{working_size}", working_size=working_size,
+        open_source(folder / photos), folder / f"{store}-{working_size}-{photos}", working_size=working_size,
         bad_csv=folder / "bad.csv", threads=torch.get_num_threads(), store=store,
     )  # fmt: skip
     ids, epoch = np.arange(PHOTOS), 0
@@ -132,8 +134,11 @@ def run(*, peers: list[str]) -> dict[str, Any]:
         (folder / "photos").mkdir()
         for number, raw in enumerate(photos):
             (folder / "photos" / f"{number:03d}.jpg").write_bytes(raw)
+        with tarfile.open(folder / "photos.tar", "w") as archive:
+            archive.add(folder / "photos", ".")
         calls = {
             "ours": ours(folder, "streamed", SCALED),
+            "ours, from a tar": ours(folder, "streamed", SCALED, "photos.tar"),
             f"ours, working size {WHOLE}": ours(folder, "streamed", WHOLE),
             "ours, decoded once": ours(folder, "pixels", SCALED),
         } | {name: globals()[name](photos) for name in peers if name in ("lightly", "torchvision")}

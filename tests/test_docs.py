@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ SYNSETS = [f"n{k:08d}" for k in range(4)]
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages speak of: photos, a labels CSV, new pictures, published checkpoints."""
+    """A folder with what the pages speak of: photos, also packed, a labels CSV, new pictures, published checkpoints."""
     images, classes = shapes_images(40, size=16)
     for folder in ("photos", "new-photos", "folder"):
         (tmp_path / folder).mkdir()
@@ -35,12 +36,18 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "labels.csv").write_text(
         "\n".join(line for line in lines if "new" not in line and "folder" not in line)
     )
+    (tmp_path / "shards").mkdir()
+    for number in (0, 1):
+        with tarfile.open(tmp_path / f"shards/photos-00{number}.tar", "w") as archive:
+            for i in range(16 * number, 16 * number + 16):
+                archive.add(tmp_path / f"photos/{i:02d}.png", f"{i:02d}.png")
     Image.fromarray(images[0]).save(tmp_path / "new.jpg")
     (tmp_path / "1percent.txt").write_text("\n".join(f"{synset}_7.JPEG" for synset in SYNSETS))
     arrays = variables(classes=4) | {"global_step": np.int64(751)}
     for folder in ("r50_1x_sk0", "finetuned_1pct/r50_1x_sk0"):
         writer.write(tmp_path / folder / "model.ckpt-751", arrays)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(plan, "CPU_MINUTES", 0.1)  # `auto` takes seconds in place of up to an hour
     return tmp_path
 

@@ -43,8 +43,9 @@ class Asked:
     def inputs(self) -> dict[str, str]:
         """Paths that a later command on the same run folder may leave out."""
         found = {"images": self.images, "labels": self.labels, "test": self.test}
-        paths = {name: Path(value) for name, value in found.items() if isinstance(value, str | Path)}
-        return {name: str(path.absolute() if path.exists() else path) for name, path in paths.items()}
+        words = {name: str(value) for name, value in found.items() if isinstance(value, str | Path)}
+        local = {name for name, word in words.items() if Path(word).exists() or ("{" in word and "://" not in word)}
+        return {name: str(Path(word).absolute()) if name in local else word for name, word in words.items()}
 
     def wishes(self) -> dict[str, Any]:
         """What decides the recipe, as plain values."""

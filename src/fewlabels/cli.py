@@ -55,7 +55,7 @@ class Fit:
     """Pretrain, fine-tune and distill into one run folder; the same command resumes."""
 
     images: Positional[str] = ""
-    """Folder, labels CSV, parquet, npz or npy of images. Left out: those of the run folder."""
+    """Folder, labels CSV, tar, parquet, npz or npy of images, or a URL of shards. Left out: those of the run folder."""
     labels: str | None = None
     """CSV with the columns image,label[,split]; empty = unlabeled."""
     out: str = "run"
@@ -102,7 +102,7 @@ class Evaluate:
     run: Positional[str]
     """Run folder or model folder."""
     images: Positional[str]
-    """Images with labels: class folders, a CSV, parquet or npz."""
+    """Images with labels: class folders, a CSV, tar, parquet or npz."""
     labels: str | None = None
     """CSV with the columns image,label."""
     json: bool = False

@@ -68,7 +68,7 @@ def fit(
 ) -> Run:  # fmt: skip
     """Pretrain, fine-tune and distill on images, in the run folder `out`; call it again to resume.
 
-    images: folder, labels CSV, parquet, npz, numpy uint8 (N, H, W[, 3]) or list of paths.
+    images: folder, labels CSV, tar, parquet, npz, URL of shards, numpy uint8 (N, H, W[, 3]) or list of paths.
     labels: CSV path or one label an image; -1, None or "" = unlabeled. Without labels only stage 1 runs.
     test: held-out images with labels, in any of these forms; never seen by any stage.
     student: the encoder to deploy ("resnet18_0.25x", "timm:NAME"); None = the same network.

@@ -24,13 +24,27 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-Payload = Path | bytes | npt.NDArray[np.uint8]
+from fewlabels.errors import StorageError
+
+
+class Inside(Protocol):
+    """A picture in a larger file, read when and where it is decoded (places.Span, parquet.Cell)."""
+
+    @property
+    def place(self) -> str:
+        """The file."""
+
+    def read(self) -> bytes:
+        """Its bytes."""
+
+
+Payload = Path | bytes | npt.NDArray[np.uint8] | Inside
 Pixels = npt.NDArray[np.uint8]
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "ICO", "AVIF")
@@ -66,7 +80,8 @@ def decode(payload: Payload, canvas: int | None = None) -> Pixels:
     """(H, W, 3) uint8 RGB, upright, in fresh or shared memory; raises BadPicture with the reason.
 
     payload: a file, a file's bytes, or pixels (H, W) or (H, W, 1 or 3) uint8. canvas: the longer side is scaled down
-    to it, never up, both sides staying at least 1. Never raises anything else but KeyboardInterrupt and its like.
+    to it, never up, both sides staying at least 1. Never raises anything else but KeyboardInterrupt and its like, and
+    StorageError for bytes that do not arrive from a URL.
     """
     try:
         with strict_pillow():
@@ -75,19 +90,21 @@ def decode(payload: Payload, canvas: int | None = None) -> Pixels:
             with _open(payload) as stream, _identified(stream) as image:
                 pixels = _plain_jpeg(image, stream, canvas)
                 return _pixels(image, canvas) if pixels is None else pixels
-    except BadPicture:
+    except (BadPicture, StorageError):
         raise
     except Exception as error:  # decoders let any kind out: ValueError, SyntaxError, struct.error, MemoryError ...
         raise BadPicture(_reason(error)) from error
 
 
 def header_size(payload: Payload) -> tuple[int, int] | None:
-    """(height, width) as the header says, without decoding; None where it cannot be read."""
+    """(height, width) as the header says, without decoding; None where it cannot be read. Raises StorageError."""
     if isinstance(payload, np.ndarray):
         return int(payload.shape[0]), int(payload.shape[1])
     try:
         with strict_pillow(), _open(payload) as stream, _identified(stream) as image:
             return image.height, image.width
+    except StorageError:
+        raise
     except Exception:
         return None
 
@@ -139,7 +156,9 @@ def _enter() -> None:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def _open(payload: Path | bytes) -> BinaryIO:
+def _open(payload: Path | bytes | Inside) -> BinaryIO:
+    if not isinstance(payload, Path | bytes):
+        payload = payload.read()
     if isinstance(payload, bytes):
         if not payload:
             raise BadPicture("empty (0 bytes)")

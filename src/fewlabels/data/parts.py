@@ -1,4 +1,4 @@
-"""Where images lie, as things that stream: files, arrays in memory, .npy and .npz files, parquet files.
+"""Where images lie, as things that stream: files, arrays in memory, .npy and .npz files (parquet.py, shards.py: more).
 
 A part gives its images in order without ever holding more than a few megabytes of them, and a sample of them
 spread over the whole.
@@ -8,26 +8,24 @@ Shapes: N images, H, W their height and width; arrays are (N, H, W), (N, H, W, 1
 
 from __future__ import annotations
 
-import json
 import mmap
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fewlabels.data.decode import Payload
-from fewlabels.errors import DataError, FewlabelsError, UsageError, nearest
+from fewlabels.data.places import is_url, stamp
+from fewlabels.errors import DataError, FewlabelsError, StorageError, nearest
 
 CHUNK_BYTES = 4 << 20
 ALLOWED_ARRAYS = "uint8 arrays of shape (N, H, W) for grey or (N, H, W, 3) for RGB images, values 0 to 255"
-PARQUET_ROWS = 64
 
 
 class Part(Protocol):
@@ -71,7 +69,7 @@ class Files:
 
     def stamps(self) -> Iterator[bytes]:
         """Of every file."""
-        return map(_stamp, self.paths)
+        return map(stamp, self.paths)
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class ArrayFile:
                         raise EOFError("it ends before its last image")
                     yield from np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise _damaged(self.path, error) from error
+            raise damaged(self.path, error) from error
 
     def sample(self, count: int) -> Iterator[Payload]:
         """One image: they are all of one size."""
@@ -147,59 +145,11 @@ class ArrayFile:
                 stream.seek(row * size, 1)
                 return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
         except (OSError, ValueError) as error:
-            raise _damaged(self.path, error) from error
+            raise damaged(self.path, error) from error
 
     def stamps(self) -> Iterator[bytes]:
         """Of the file."""
-        yield _stamp(self.path)
-
-
-@dataclass(frozen=True)
-class Parquet:
-    """A parquet file with encoded images: `column` is binary, or a struct with the field bytes."""
-
-    path: Path
-    column: str
-    rows: int
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def payloads(self) -> Iterator[Payload]:
-        """Each image's bytes."""
-        return self._read(None)
-
-    def sample(self, count: int) -> Iterator[Payload]:
-        """Images of evenly spaced row groups."""
-        with _parquet_file(self.path) as file:
-            groups = [int(i) for i in spread(file.num_row_groups, 8)]
-        for group in groups:
-            for _, image in zip(range(max(1, count // len(groups))), self._read([group]), strict=False):
-                yield image
-
-    def at(self, row: int) -> Payload | None:
-        """None: a row group would be read for one image."""
-
-    def stamps(self) -> Iterator[bytes]:
-        """Of the file."""
-        yield _stamp(self.path)
-
-    def _read(self, groups: list[int] | None) -> Iterator[Payload]:
-        try:
-            with _parquet_file(self.path) as file:
-                batches = file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[self.column], use_threads=False)
-                for batch in batches:
-                    for value in batch.column(0).to_pylist():
-                        yield (value.get("bytes") if isinstance(value, dict) else value) or b""
-        except (OSError, ValueError) as error:
-            raise _damaged(self.path, error) from error
-
-
-def _stamp(path: str | Path) -> bytes:
-    with suppress(OSError):
-        about = Path(path).stat()
-        return f"{about.st_size} {about.st_mtime_ns}".encode()
-    return b"missing"  # decoding will say why
+        yield stamp(self.path)
 
 
 def spread(total: int, count: int) -> npt.NDArray[np.int64]:
@@ -240,7 +190,7 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
     except (OSError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if "images" not in names:
         found = ", ".join(sorted(names)) or "nothing"
         raise DataError(
@@ -261,12 +211,12 @@ def _array_file(path: Path, member: str | None) -> ArrayFile:
             begin = stream.tell()
             size = (stream.seek(0, 2) if member is None else _member_size(path, member)) - begin
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     check_images(shape, dtype, where)
     if fortran:
         raise DataError(f"{where}: saved in Fortran order", fix="save np.ascontiguousarray(images)")
     if size < prod(shape):
-        raise _damaged(path, EOFError("it ends before its last image"))
+        raise damaged(path, EOFError("it ends before its last image"))
     return ArrayFile(path, member, shape)
 
 
@@ -296,12 +246,15 @@ def _whole(path: Path, member: str) -> npt.NDArray[Any]:
             stream = _stream(stack, path, member)
             return np.lib.format.read_array(stream, allow_pickle=False)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> FewlabelsError:
+def damaged(path: str | Path, error: Exception) -> FewlabelsError:
+    """A DataError, a StorageError for what did not arrive from a URL, or the FewlabelsError that it is already."""
     if isinstance(error, FewlabelsError):
         return error
+    if is_url(str(path)) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return StorageError(f"{path} could not be read: {error}", fix="run the same command again")
     return DataError(
         f"{path} cannot be read: {' '.join(str(error).split())}",
         why="the file is damaged, incomplete or holds Python objects, which are never loaded",
@@ -318,85 +271,3 @@ def _give_back(array: npt.NDArray[Any]) -> None:
         base = getattr(base, "base", None)
     if base is not None:
         base.madvise(mmap.MADV_DONTNEED)
-
-
-# --- parquet -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ParquetFacts:
-    """What a parquet file says of its images besides their pixels."""
-
-    part: Parquet
-    names: tuple[str, ...]
-    labels: list[Any] | None
-    classes: tuple[str, ...] | None
-
-
-def open_parquet(path: Path) -> ParquetFacts:
-    """The images of a parquet file in the Hugging Face layout: columns `image` (or `img`) and maybe `label`."""
-    try:
-        with _parquet_file(path) as file:
-            schema, rows = file.schema_arrow, int(file.metadata.num_rows)
-            column = next((name for name in ("image", "img") if name in schema.names), None)
-            if column is None:
-                raise DataError(
-                    f'{path}: no column "image"{nearest("image", schema.names)}',
-                    why=f"its columns are {', '.join(schema.names)}",
-                    fix="rename the column that holds the encoded pictures to image, and their classes to label",
-                )
-            labels = None
-            if "label" in schema.names:
-                labels = file.read(columns=["label"]).column(0).to_pylist()
-            fields = [field.name for field in schema.field(column).type] if _is_struct(schema, column) else []
-            _check_image_column(path, str(schema.field(column).type), fields)
-            names: list[str | None] = [None] * rows
-            if "path" in fields:
-                names = [value["path"] for value in file.read(columns=[f"{column}.path"]).column(0).to_pylist()]
-            shown = tuple(name or f"{path.name}:{row}" for row, name in enumerate(names))
-            return ParquetFacts(Parquet(path, column, rows), shown, labels, _class_names(schema.metadata or {}))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _is_struct(schema: Any, column: str) -> bool:
-    return str(schema.field(column).type).startswith("struct")
-
-
-def _check_image_column(path: Path, kind: str, fields: Sequence[str]) -> None:
-    if "bytes" not in fields and kind not in ("binary", "large_binary"):
-        raise DataError(
-            f"{path}: the image column holds {kind}",
-            why="it must hold encoded pictures: binary, or a struct with the field bytes",
-            fix="write each picture's JPEG or PNG bytes into it",
-        )
-
-
-def _parquet_file(path: Path) -> Any:
-    # a large buffer_size and no pre_buffer read page by page, so that a row group of 1 GB is never held whole
-    return _pyarrow_parquet().ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-
-
-def _pyarrow_parquet() -> ModuleType:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError(
-            "parquet files need the package pyarrow, which is not installed",
-            fix='pip install "fewlabels[data]"',
-        ) from None
-    return cast(ModuleType, pyarrow.parquet)
-
-
-def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:
-    """Class names from a schema's metadata: a JSON list class_names, or Hugging Face's features."""
-    try:
-        if b"class_names" in metadata:
-            names = json.loads(metadata[b"class_names"])
-        else:
-            names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return None
-    return tuple(names) or None

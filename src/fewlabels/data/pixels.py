@@ -39,7 +39,10 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data.decode import BadPicture, Payload, decode, header_size, strict_pillow
+from fewlabels.data.parquet import Parquet
 from fewlabels.data.parts import Files
+from fewlabels.data.places import AT_ONCE
+from fewlabels.data.shards import Tars
 from fewlabels.data.sources import Source
 from fewlabels.data.streamed import OnDemand, Paths, pixel_hash, write_paths
 from fewlabels.data.tables import cell
@@ -181,6 +184,7 @@ def build(
     for a source that cannot be streamed. Holds some tens of megabytes and 112 bytes an image.
     """
     canvas = working_size or _canvas(source)
+    threads = max(threads, AT_ONCE) if any(isinstance(part, Tars) and part.away for part in source.parts) else threads
     streamed = _is_streamed(store, source, folder, canvas)
     with checkpoint.storage_errors(folder), checkpoint.replacing(folder) as draft:
         reasons, columns = _write(source, None if streamed else draft / "pixels.u8", canvas, threads)
@@ -193,8 +197,8 @@ def build(
         digest = _digest(columns["hashes"], columns["extents"])
         index = {"version": VERSION, "images": len(columns["extents"]), "canvas": canvas, "digest": digest}
         index |= {"source": source.description, "streamed": streamed}
-        if streamed and all(isinstance(part, Files) for part in source.parts):
-            write_paths(draft, (str(source.at(i)) for i in kept.tolist()))
+        if streamed and all(isinstance(part, Files | Tars | Parquet) for part in source.parts):
+            write_paths(draft, (source.at(i) for i in kept.tolist()))
         (draft / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return open_store(folder, lambda row: source.at(int(kept[row]))), kept, bad
 
@@ -343,12 +347,14 @@ def _is_streamed(store: str, source: Source, folder: Path, canvas: int) -> bool:
     if store == "streamed" and index <= free:
         raise UsageError(
             f"{source.description} cannot be streamed",
-            why="images of parquet and npz files come one after the other, and training asks for them in any order",
-            fix="unpack them into a folder of pictures or an .npy file, or use --store pixels",
+            why="images of npz files, and of large compressed row groups of parquet files, come one after the other, "
+            "and training asks for them in any order",
+            fix="write parquet anew with compression='none' or row_group_size=100, unpack npz into an .npy file, "
+            "or use --store pixels",
         )
     fix = "free some space, put the run on another disk, or use a smaller working_size"
     if not source.seekable:
-        fix += "; pictures in a folder, in place of parquet or npz, are decoded anew each time instead"
+        fix += "; pictures in a folder or in tar files are decoded anew each time instead"
     elif store == "pixels":
         fix += "; --store streamed decodes them anew each time instead"
     raise StorageError(

@@ -6,23 +6,29 @@ Nothing is decoded here.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fewlabels.data import folders, tables
+from fewlabels.data import folders, shards, tables
 from fewlabels.data.decode import Payload
 from fewlabels.data.folders import display_name
-from fewlabels.data.parts import ALLOWED_ARRAYS, Array, Files, Part, check_images, open_npy, open_npz, open_parquet
+from fewlabels.data.parquet import open_parquet
+from fewlabels.data.parts import ALLOWED_ARRAYS, Array, Files, Part, check_images, open_npy, open_npz
 from fewlabels.errors import DataError, MissingInput, UsageError, nearest
 
-KINDS = 'a folder, a labels CSV, a .parquet, .npz or .npy file, a uint8 array, a list of paths, or "digits"'
+KINDS = (
+    "a folder of pictures, .tar or .parquet files, a labels CSV, a .tar, .parquet, .npz or .npy file, "
+    'shards-{000..127}.tar, a URL of such files, a uint8 array, a list of paths, or "digits"'
+)
 DIGITS_TRAIN = 1200  # of 1,797: the rest is the test split
 
 
@@ -59,13 +65,14 @@ class Source:
         """Whether `at` gives every image."""
         return all(part.at(0) is not None for part in self.parts if len(part))
 
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self.parts)))
+
     def at(self, index: int) -> Payload | None:
         """One image by its place; None where its part is a stream only."""
-        for part in self.parts:
-            if index < len(part):
-                return part.at(index)
-            index -= len(part)
-        raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        return self.parts[number].at(index - (self._ends[number - 1] if number else 0))
 
 
 def open_source(images: Any, labels: Any = None, *, test: Any = None) -> Source:
@@ -90,7 +97,7 @@ def _open(images: Any) -> Source:
     if isinstance(images, str) and images == "digits":
         return _digits()
     if isinstance(images, str | os.PathLike):
-        return _path(Path(images))
+        return _shards(str(images)) if shards.is_pattern(str(images)) else _path(Path(images))
     if isinstance(images, list | tuple):
         return _paths(images)
     raise UsageError(f"images cannot be a {type(images).__name__}", why=f"images are {KINDS}", fix=_array_hint(images))
@@ -101,7 +108,7 @@ def _array_hint(images: Any) -> str:
 
 
 def _path(path: Path) -> Source:
-    openers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".npz": _npz, ".npy": _npy}
+    openers = {".csv": _csv, ".tsv": _csv, ".parquet": _shards, ".tar": _shards, ".npz": _npz, ".npy": _npy}
     if not path.exists():
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []  # noqa: PTH208 - names, not paths
         raise MissingInput(
@@ -129,9 +136,8 @@ def _path(path: Path) -> Source:
 def _folder(root: Path) -> Source:
     paths = folders.scan(root)
     if not paths:
-        tables_here = sorted(root.rglob("*.parquet"))
-        if tables_here:
-            return _parquet_folder(root, tables_here)
+        if shards.find(str(root)).places:
+            return _shards(root)
         raise DataError(
             f"{display_name(str(root))} holds no pictures",
             why="there is nothing to learn from",
@@ -198,27 +204,37 @@ def _names_below(root: Path) -> Iterator[str]:
 # --- tables and arrays -------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path) -> Source:
-    facts = open_parquet(path)
+def _shards(images: str | Path) -> Source:
+    """Tar or parquet files. In a folder the file's name may say the split: train-00000-of-00001.parquet."""
+    found, shown = shards.find(str(images)), display_name(str(images))
+    is_tar = [place.lower().endswith(".tar") for place in found.places]
+    if all(is_tar):
+        return _tars(found, shown)
+    if any(is_tar):
+        raise DataError(f"{shown} holds tar and parquet files", fix="give a folder of one kind")
+    opened = [_parquet(place) for place in found.places]
+    if len(opened) == 1:
+        return replace(opened[0], splits=(found.splits[0],) * len(opened[0]))
+    split = [replace(part, splits=(split,) * len(part)) for part, split in zip(opened, found.splits, strict=True)]
+    return replace(functools.reduce(_joined, split), description=f"parquet files {shown}")
+
+
+def _tars(found: shards.Shards, shown: str) -> Source:
+    facts = shards.open_tars(found, shown)
     if not facts.names:
-        raise DataError(f"{display_name(str(path))} has no rows", fix="give a file with at least one image")
-    source = _unlabeled(f"parquet {display_name(str(path))}", tuple(map(display_name, facts.names)), facts.part)
+        raise DataError(f"{shown} holds no pictures", why="members are known by their endings: .jpg, .png, ...")
+    texts = "; the .txt members are captions and no labels" if facts.captions else ""
+    source = _unlabeled(f"tar {shown} ({len(found.places):,} files{texts})", facts.names, facts.part)
+    return _with_sequence(replace(source, splits=tuple(facts.splits)), facts.labels)
+
+
+def _parquet(place: str) -> Source:
+    facts = open_parquet(place)
+    if not facts.names:
+        raise DataError(f"{display_name(place)} has no rows", fix="give a file with at least one image")
+    source = _unlabeled(f"parquet {display_name(place)}", tuple(map(display_name, facts.names)), facts.part)
     source = replace(source, classes=facts.classes)
     return source if facts.labels is None else _with_sequence(source, facts.labels)
-
-
-def _parquet_folder(root: Path, files: Sequence[Path]) -> Source:
-    """Hugging Face's layout: the split is the beginning of the file's name, train-00000-of-00001.parquet."""
-    opened = []
-    for file in files:
-        match = re.match(r"(train|val|valid|validation|test)(?![a-z])", file.stem.lower())
-        split = tables.SPLITS[match[1]] if match else "train"
-        part = _parquet(file)
-        opened.append(replace(part, splits=(split,) * len(part)))
-    source = opened[0]
-    for following in opened[1:]:
-        source = _joined(source, following)
-    return replace(source, description=f"parquet folder {display_name(str(root))}")
 
 
 def _npz(path: Path) -> Source:

@@ -237,7 +237,7 @@ class Finder:
         inside = False
         for spelled in dict.fromkeys((image, image.strip(), image.strip().replace("\\", "/"))):
             paths = [os.path.normpath(os.path.join(folder, spelled)) for folder in self.folders]  # noqa: PTH118
-            paths = [path for path in paths if any(path.startswith(folder + os.sep) for folder in self.folders)]
+            paths = [path for path in paths if any(path.startswith(f"{f.rstrip('/')}/") for f in self.folders)]
             inside = inside or bool(paths)
             for path in paths:
                 if path in self.number:

@@ -1,0 +1,239 @@
+"""Parquet files of encoded pictures, in the layout of Hugging Face: columns `image` (or `img`) and maybe `label`.
+
+All images come in order by pages. One image alone comes from where its bytes are: in a column that is not compressed
+pictures lie as they are, and are read like the members of a tar; of a compressed one its row group is read up to the
+image, so row groups should be small there (Hugging Face's have 100 rows).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from types import ModuleType
+from typing import Any, cast
+
+from fewlabels.data.decode import Payload
+from fewlabels.data.parts import damaged, spread
+from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
+from fewlabels.errors import DataError, UsageError, nearest
+
+ROWS = 64
+LARGEST_GROUP = 64 << 20  # bytes of pictures in a compressed row group; one picture costs all that stand before it
+BETWEEN, PREFIX = 64 << 10, 4  # bytes that a page's header, and a value's length, take at most
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture as a row of a row group; name: what it is called in the file."""
+
+    place: str
+    name: str
+    column: str
+    group: int
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.place}{self.name}"
+
+    def read(self) -> bytes:
+        """The picture's bytes. Raises OSError, ValueError, IndexError or StorageError."""
+        block, row = divmod(self.row, ROWS)
+        where = self.place, self.column, self.group, _state(self.place)
+        return patiently(self.place, lambda: _rows(*where, block), str(self))[row]
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """A parquet file with encoded images: `column` is binary, or a struct with the field bytes."""
+
+    place: str
+    column: str
+    ends: tuple[int, ...]  # rows up to the end of each row group
+    seekable: bool  # whether no row group is so large that its images can only be read in order
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def payloads(self) -> Iterator[Payload]:
+        """Each image's bytes."""
+        return self._read(None)
+
+    def sample(self, count: int) -> Iterator[Payload]:
+        """Images of evenly spaced row groups."""
+        groups = [int(i) for i in spread(len(self.ends), 8)]
+        for group in groups:
+            yield from islice(self._read([group]), max(1, count // len(groups)))
+
+    def at(self, row: int) -> Payload | None:
+        """A span of the file, where the image lies in it as it is, else a cell; None if not seekable."""
+        if not self.seekable:
+            return None
+        group = bisect_right(self.ends, row)
+        inside = row - (self.ends[group - 1] if group else 0)
+        try:
+            spans = patiently(self.place, lambda: _spans(self.place, self.column, group, _state(self.place)))
+        except (OSError, ValueError) as error:
+            raise damaged(self.place, error) from error
+        if spans is None:
+            return Cell(self.place, f":{row}", self.column, group, inside)
+        return Span(self.place, f":{row}", *spans[inside])
+
+    def stamps(self) -> Iterator[bytes]:
+        """Of the file."""
+        yield stamp(self.place)
+
+    def _read(self, groups: list[int] | None) -> Iterator[Payload]:
+        try:
+            with _file(self.place) as file:
+                yield from _images(file, self.column, groups)
+        except (OSError, ValueError) as error:
+            raise damaged(self.place, error) from error
+
+
+def _state(place: str) -> bytes:
+    """The state of a file; that of one behind a URL is not asked for with each image, which is compared in any case."""
+    return b"" if is_url(place) else stamp(place)
+
+
+def _images(file: Any, column: str, groups: list[int] | None) -> Iterator[bytes]:
+    for batch in file.iter_batches(ROWS, row_groups=groups, columns=[column], use_threads=False):
+        for value in batch.column(0).to_pylist():
+            yield (value.get("bytes") if isinstance(value, dict) else value) or b""
+
+
+@functools.lru_cache(maxsize=8)
+def _rows(place: str, column: str, group: int, state: bytes, block: int) -> list[bytes]:  # noqa: ARG001
+    """The images of a block of ROWS rows; state: with another one they are read anew."""
+    with _file(place) as file:
+        return list(islice(_images(file, column, [group]), block * ROWS, (block + 1) * ROWS))
+
+
+@functools.lru_cache(maxsize=8)
+def _spans(place: str, column: str, group: int, state: bytes) -> list[tuple[int, int]] | None:  # noqa: ARG001
+    """(begin, length) of each image of a row group in the file; None where one does not lie there as it is.
+
+    Found by its bytes and not by the headers of pages: whatever lies between, equal bytes are the image.
+    """
+    with _file(place) as file, open_file(place) as raw:
+        chunk = _chunk(file.metadata.row_group(group), column)
+        if chunk.compression != "UNCOMPRESSED":
+            return None
+        begin = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+        raw.seek(begin)
+        dictionary = raw.read(chunk.data_page_offset - begin)
+        found, end = [], int(chunk.data_page_offset)
+        for image in _images(file, column, [group]):
+            raw.seek(end)
+            ahead = raw.read(len(image) + BETWEEN)
+            # A plain value stands behind its length of 4 bytes; at a page's first one there is a header before that
+            at = PREFIX if ahead.startswith(image, PREFIX) else ahead.find(image)
+            if at >= 0:
+                end += at + len(image)
+                found.append((end - len(image), len(image)))
+            elif (at := dictionary.find(image)) >= 0:
+                found.append((begin + at, len(image)))
+            else:
+                return None
+        return found
+
+
+def _chunk(group: Any, column: str) -> Any:
+    """What the metadata of a row group say of the pictures."""
+    chunks = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    return chunks[f"{column}.bytes" if f"{column}.bytes" in chunks else column]
+
+
+# --- opening ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParquetFacts:
+    """What a parquet file says of its images besides their pixels."""
+
+    part: Parquet
+    names: tuple[str, ...]
+    labels: list[Any] | None
+    classes: tuple[str, ...] | None
+
+
+def open_parquet(place: str) -> ParquetFacts:
+    """The images of a parquet file in the Hugging Face layout: columns `image` (or `img`) and maybe `label`."""
+    try:
+        with _file(place) as file:
+            schema, rows = file.schema_arrow, int(file.metadata.num_rows)
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            column = next((name for name in ("image", "img") if name in schema.names), None)
+            if column is None:
+                raise DataError(
+                    f'{place}: no column "image"{nearest("image", schema.names)}',
+                    why=f"its columns are {', '.join(schema.names)}",
+                    fix="rename the column that holds the encoded pictures to image, and their classes to label",
+                )
+            labels = None
+            if "label" in schema.names:
+                labels = file.read(columns=["label"]).column(0).to_pylist()
+            fields = [field.name for field in schema.field(column).type] if _is_struct(schema, column) else []
+            _check_image_column(place, str(schema.field(column).type), fields)
+            names: list[str | None] = [None] * rows
+            if "path" in fields:
+                names = [
+                    value and value["path"] for value in file.read(columns=[f"{column}.path"]).column(0).to_pylist()
+                ]
+            shown = tuple(name or f"{place.rpartition('/')[2]}:{row}" for row, name in enumerate(names))
+            ends = tuple(accumulate(int(group.num_rows) for group in groups))
+            part = Parquet(place, column, ends, all(_seekable(_chunk(group, column)) for group in groups))
+            return ParquetFacts(part, shown, labels, _class_names(schema.metadata or {}))
+    except (OSError, ValueError) as error:
+        raise damaged(place, error) from error
+
+
+def _seekable(chunk: Any) -> bool:
+    return bool(chunk.compression == "UNCOMPRESSED" or chunk.total_uncompressed_size <= LARGEST_GROUP)
+
+
+def _is_struct(schema: Any, column: str) -> bool:
+    return str(schema.field(column).type).startswith("struct")
+
+
+def _check_image_column(place: str, kind: str, fields: Sequence[str]) -> None:
+    if "bytes" not in fields and kind not in ("binary", "large_binary"):
+        raise DataError(
+            f"{place}: the image column holds {kind}",
+            why="it must hold encoded pictures: binary, or a struct with the field bytes",
+            fix="write each picture's JPEG or PNG bytes into it",
+        )
+
+
+def _file(place: str) -> Any:
+    # a large buffer_size and no pre_buffer read page by page, so that a row group of 1 GB is never held whole
+    source = open_file(place) if is_url(place) else place
+    return _pyarrow_parquet().ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
+
+
+def _pyarrow_parquet() -> ModuleType:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError(
+            "parquet files need the package pyarrow, which is not installed",
+            fix='pip install "fewlabels[data]"',
+        ) from None
+    return cast(ModuleType, pyarrow.parquet)
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:
+    """Class names from a schema's metadata: a JSON list class_names, or Hugging Face's features."""
+    try:
+        if b"class_names" in metadata:
+            names = json.loads(metadata[b"class_names"])
+        else:
+            names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names) or None

@@ -1,0 +1,296 @@
+"""Tar shards in the layout of WebDataset: 0001.jpg and beside it 0001.cls, 0001.json or 0001.txt, in many tar files.
+
+A shard is never unpacked. Its headers are read once and say where each picture's bytes are; from then on a picture is
+a span of a file. Pictures stand in the order of the shards' names and, in a shard, in its own: that order gives them
+their numbers, and nothing else decides it. An index is kept in the user's cache (XDG_CACHE_HOME) under the place and
+state of its shard, since reading it anew costs 20 us a member, and behind a URL the whole shard.
+
+Shapes: N images, S shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fewlabels import checkpoint, runtime
+from fewlabels.data import folders, places, tables
+from fewlabels.data.decode import Payload
+from fewlabels.data.folders import PICTURES, display_name
+from fewlabels.data.parts import damaged, spread
+from fewlabels.errors import DataError, MissingInput
+
+ENDINGS = (".tar", ".parquet")
+BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+SPLIT = re.compile(r"(?:^|[-_./])(train|val|valid|validation|test)(?![a-z])")
+LABELS = (".cls", ".json", ".txt")  # the first that any shard has counts
+LARGEST_LABEL = 1 << 20
+CAPTION_WORDS = 5  # class names have fewer
+VERSION = 1  # of the kept index
+
+
+class Shards(NamedTuple):
+    """Files of images: where they are, what people call them, the state of each and the split that it is of."""
+
+    places: list[str]
+    names: list[str]
+    states: list[bytes]
+    splits: list[str]
+
+
+def is_pattern(images: str) -> bool:
+    """Whether images is a URL or stands for several files, such as shards-{000..127}.tar."""
+    return places.is_url(images) or (BRACES.search(images) is not None and not os.path.lexists(images))
+
+
+def find(images: str) -> Shards:
+    """The tar or parquet files that a folder, a file, a pattern or a URL means; only a folder's may be of other splits
+    than train, a file is what it is given as. Raises MissingInput.
+    """
+    is_folder = not (BRACES.search(images) or images.lower().endswith(ENDINGS)) or Path(images).is_dir()
+    found = places.below(images, ENDINGS) if is_folder else _expanded(images)
+    root = images.rstrip("/") if is_folder else BRACES.split(images)[0].rpartition("/")[0]
+    names = [file[len(root) :].lstrip("/") if root else file for file in found]
+    with ThreadPoolExecutor(places.AT_ONCE) as pool:
+        states = list(pool.map(places.stamp, found))
+    missing = [display_name(file) for file, state in zip(found, states, strict=True) if state == b"missing"]
+    if missing or (not found and is_pattern(images)):
+        raise MissingInput(
+            f"{display_name(images)}: {len(missing):,} of {len(found):,} files are missing",
+            details=missing,
+            why="images there are .tar or .parquet files" if is_folder else "every file that is named counts",
+            fix="correct the name",
+        )
+    return Shards(found, names, states, [_split_of(name) if is_folder else "train" for name in names])
+
+
+def _expanded(pattern: str) -> list[str]:
+    match = BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    numbers = (f"{number:0{len(match[1])}d}" for number in range(int(match[1]), int(match[2]) + 1))
+    return [file for n in numbers for file in _expanded(pattern[: match.start()] + n + pattern[match.end() :])]
+
+
+def _split_of(name: str) -> str:
+    """The split that a file's name or folder says: train-00000-of-00001.parquet, imagenet-val-01.tar, test/7.tar."""
+    match = SPLIT.search(name.lower())
+    return tables.SPLITS[match[1]] if match else "train"
+
+
+@dataclass(frozen=True)
+class Tars:
+    """Pictures in tar files."""
+
+    shards: Shards
+    ends: npt.NDArray[np.int64]  # (S,) images up to the end of each shard
+    members: Sequence[str]  # N names
+    spans: npt.NDArray[np.int64]  # (N, 2) first byte and length
+    faults: Mapping[int, str]  # why a picture is refused
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def away(self) -> bool:
+        """Whether a picture takes a request."""
+        return any(map(places.is_url, self.shards.places))
+
+    def payloads(self) -> Iterator[Payload]:
+        """Spans, read by who decodes them."""
+        return map(self.at, range(len(self)))
+
+    def sample(self, count: int) -> Iterator[Payload]:
+        """Evenly spaced pictures."""
+        return map(self.at, spread(len(self), count).tolist())
+
+    def at(self, row: int) -> places.Span:
+        """The span."""
+        shard = int(np.searchsorted(self.ends, row, side="right"))
+        begin, length = self.spans[row].tolist()
+        name = f"/{self.members[row]}"
+        return places.Span(self.shards.places[shard], name, begin, length, self.faults.get(row, ""))
+
+    def stamps(self) -> Iterator[bytes]:
+        """Of every shard."""
+        return iter(self.shards.states)
+
+
+class TarFacts(NamedTuple):
+    """What tar shards say of their images besides their pixels."""
+
+    part: Tars
+    names: tuple[str, ...]
+    labels: list[Any]
+    splits: list[str]
+    captions: bool  # whether texts were passed over because they are no class names
+
+
+def open_tars(shards: Shards, where: str) -> TarFacts:
+    """The images of tar shards. where: what they are called together. Raises DataError for a damaged one."""
+    # Ranks begin at different shards, and find the others' indices in the cache
+    first = runtime.rank() * len(shards.places) // runtime.world_size()
+    order = [*range(first, len(shards.places)), *range(first)]
+    with ThreadPoolExecutor(places.AT_ONCE, thread_name_prefix="index") as pool:
+        jobs = {i: pool.submit(_index, shards.places[i], shards.states[i]) for i in order}
+        try:
+            found = [jobs[i].result() for i in range(len(order))]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    counts = [len(index["members"]) for index in found]
+    ends = np.cumsum(counts)
+    members = [member for index in found for member in index["members"]]
+    faults = {int(end) - n + i: words for end, n, index in zip(ends, counts, found, strict=True)
+              for i, words in index["faults"]}  # fmt: skip
+    part = Tars(shards, ends, members, np.concatenate([index["spans"] for index in found]), faults)
+    names = (f"{name}/{member}" for name, index in zip(shards.names, found, strict=True) for member in index["members"])
+    kind = next((ending for ending in LABELS if any(ending in index["labels"] for index in found)), "")
+    labels = [label for n, index in zip(counts, found, strict=True) for label in index["labels"].get(kind, [None] * n)]
+    splits = np.repeat(shards.splits, counts).tolist()
+    captions = kind == ".txt" and _are_captions(labels)
+    if not kind or captions:
+        labels, inner = _place(["" if i in faults else member for i, member in enumerate(members)], where)
+        splits = [own if own != "train" else outer for own, outer in zip(inner, splits, strict=True)]
+    return TarFacts(part, tuple(map(display_name, names)), labels, splits, captions)
+
+
+def _place(members: Sequence[str], where: str) -> tuple[list[str | None], list[str]]:
+    """(labels, splits) of packed class folders; a folder that holds all of them is no class."""
+    inside = [member.rpartition("/")[0] for member in members if member]
+    shared = PurePosixPath(os.path.commonpath(inside)).parts if inside else ()
+    depth = next((i for i, folder in enumerate(shared) if folder.casefold() in tables.SPLITS), len(shared))
+    return folders.place(["/".join(member.split("/")[depth:]) for member in members], Path(where))
+
+
+def _are_captions(texts: Sequence[str | None]) -> bool:
+    """Texts are no class names where most occur once and some are sentences, as img2dataset writes them."""
+    told = [text for text in texts if text is not None]
+    return 2 * len(set(told)) > len(told) and any(len(text.split()) > CAPTION_WORDS for text in told)
+
+
+# --- the index of one shard --------------------------------------------------------------------------------------
+
+
+def _index(shard: str, state: bytes) -> dict[str, Any]:
+    """members (n), spans (n, 2), faults [(row, words)] and labels {ending: (n)} of a shard, kept or read."""
+    where = shard if places.is_url(shard) else str(Path(shard).absolute())
+    key = hashlib.sha256(b"\0".join([str(VERSION).encode(), os.fsencode(where), state])).hexdigest()[:32]
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewlabels" / "shards" / f"{key}.json"
+    found: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    if not found:
+        found = places.patiently(shard, lambda: _read(shard))
+        with suppress(OSError):  # a home that cannot be written costs time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(kept, json.dumps(found))
+    return found | {"spans": np.array(found["spans"], np.int64).reshape(-1, 2)}
+
+
+def _read(shard: str) -> dict[str, Any]:
+    try:
+        with places.open_file(shard) as file:
+            return _scan(file, shard)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise damaged(shard, error) from error
+    except OSError as error:
+        if places.is_url(shard) and not isinstance(error, FileNotFoundError):
+            raise  # to be tried again
+        raise damaged(shard, error) from error
+
+
+def _scan(file: BinaryIO, shard: str) -> dict[str, Any]:
+    pictures: dict[str, tuple[int, int, str]] = {}
+    texts: dict[str, dict[str, Any]] = {ending: {} for ending in LABELS}
+    twice = 0
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
+        for member in archive:
+            if member.size < 0:  # tarfile would go back and round for ever (CVE-2025-8194)
+                raise ValueError("it holds a member of negative size")
+            name = member.name.removeprefix("./")
+            stem, ending = os.path.splitext(name)  # noqa: PTH122
+            ending = ending.lower()
+            if os.path.basename(name).startswith("."):  # noqa: PTH119
+                continue
+            if ending in PICTURES and not member.isdir():
+                fault = _fault(member)
+                if name in pictures:
+                    twice += 1
+                    name, fault = f"{name} (again, {twice})", "its name is in the shard twice"
+                pictures[name] = (member.offset_data, member.size, fault)
+            elif ending in LABELS and member.isreg() and member.size <= LARGEST_LABEL:
+                texts[ending][stem] = _label(archive, member, ending, shard)
+        _check_end(file, archive.offset)
+    stems = {name: os.path.splitext(name)[0] for name in pictures}  # noqa: PTH122
+    keys = set(stems.values())
+    # 0001.seg.png beside 0001.jpg is another field of the same sample; alone it is a picture with a dot in its name
+    kept = [name for name, stem in stems.items() if (key := _key(stem)) == stem or key not in keys]
+    labels = {ending: [said.get(stems[name]) for name in kept] for ending, said in texts.items()}
+    return {
+        "members": kept,
+        "spans": [pictures[name][:2] for name in kept],
+        "faults": [(i, pictures[name][2]) for i, name in enumerate(kept) if pictures[name][2]],
+        "labels": {ending: said for ending, said in labels.items() if any(label is not None for label in said)},
+    }
+
+
+def _key(stem: str) -> str:
+    """The part of a member's name that its sample shares: up to the first dot of the file's name."""
+    folder, slash, name = stem.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _fault(member: tarfile.TarInfo) -> str:
+    if member.issym() or member.islnk():
+        return "a link, not a picture"
+    if not member.isreg():
+        return "not a regular file (a pipe or device)"
+    if member.issparse():
+        return "a sparse file; pack the shard without --sparse"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its name leads out of the shard"
+    return ""
+
+
+def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: str) -> Any:
+    """The class that a label member tells, None where it tells none; a number for a whole number."""
+    try:
+        raw = archive.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
+        text = raw.decode("utf-8-sig").strip()
+        said = json.loads(text) if ending == ".json" else text
+    except ValueError as error:
+        raise DataError(
+            f"{shard}/{display_name(member.name)} cannot be read: {error}",
+            why="a label that is guessed would be learned",
+            fix="write it anew, as UTF-8",
+        ) from error
+    if ending == ".json":
+        return said.get("label") if isinstance(said, dict) else None
+    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text or None
+
+
+def _check_end(file: BinaryIO, end: int) -> None:
+    """Raise ValueError unless the members end with the mark that closes a tar, and nothing comes after it.
+
+    tarfile takes a header that it cannot read for the end, and a tar cut off between two members for a whole one.
+    """
+    file.seek(end)
+    rest = file.read(tarfile.BLOCKSIZE)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise ValueError(f"it is cut off at byte {end:,}, before its end mark")
+    for block in chain([rest], iter(lambda: file.read(1 << 20), b"")):
+        if block.count(0) != len(block):
+            raise ValueError(f"what follows byte {end:,} is neither a member nor the end (two tars in one file?)")
