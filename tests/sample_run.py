@@ -96,6 +96,7 @@ def results(classes: tuple[str, ...], n: int, accuracy: float, measured: dict[st
 def resolved(classes: tuple[str, ...], n: int) -> dict[str, Any]:
     """resolved.json of the run."""
     return {
+        "format_version": 1,
         "command": "fewlabels fit photos --labels labels.csv --out run",
         "recipe": {"encoder": "resnet18_0.5x_small", "size": 16, "kind": "glyph", "finetune": {"tap": 1}},
         "equations": [

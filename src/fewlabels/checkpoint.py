@@ -23,8 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewlabels import __version__
 from fewlabels.errors import DataError, FewlabelsError, StorageError
 
+# Of all files of a run and a model together, apart from the package's version: see check_format
 FORMAT_VERSION = 1
 KEEP = 2  # the newest, and the one before it to fall back to
 TENSORS, VALUES = "tensors.safetensors", "values.json"
@@ -44,6 +46,27 @@ class Saved:
 
 class Damaged(DataError):
     """A folder whose files differ from its manifest."""
+
+
+def check_format(contents: Mapping[str, Any], path: Path) -> None:
+    """Refuse what path says where a newer fewlabels wrote it (DataError), or where it states no format (Damaged).
+
+    FORMAT_VERSION rises when an older fewlabels would read such files wrongly. Every format from 1 on stays readable:
+    the files of each are kept in tests/golden.
+    """
+    version = contents.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise Damaged(
+            f"{path} says file format {version!r}, which never was",
+            why="it is damaged, or of another program",
+            fix="copy it again from where it came, or write it anew by the command that made it",
+        )
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{path} is in file format {version}, this fewlabels ({__version__}) reads up to {FORMAT_VERSION}",
+            why="a newer fewlabels wrote it",
+            fix='pip install --upgrade "fewlabels"',
+        )
 
 
 # --- atomic files and folders --------------------------------------------------------------------------------
@@ -173,22 +196,20 @@ def _inside(folder: Path) -> dict[str, Path]:
 
 def verify(folder: Path, needed: Collection[str] = ()) -> None:
     """Check folder against its manifest, which must list the files needed; Damaged names all that differs."""
+    path = folder / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         seal = manifest.pop("sha256", None)  # older manifests have none
         if seal not in (None, _seal(manifest)):
             raise ValueError("it differs from its own SHA-256")
-        version = int(manifest["format_version"])
+        check_format(manifest, path)
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-        if version <= FORMAT_VERSION and manifest.keys() != {"format_version", "files"}:
+        if manifest.keys() != {"format_version", "files"}:
             raise ValueError("it has keys that this format has not")  # its SHA-256 under a damaged name
+    except DataError:
+        raise
     except UNREADABLE as error:
         raise Damaged(f"{folder} has no readable manifest.json ({error})", why="it was not written whole") from error
-    if version > FORMAT_VERSION:
-        raise DataError(
-            f"{folder} was written in file format {version}; this version reads up to {FORMAT_VERSION}",
-            fix="install a newer fewlabels",
-        )
     present = _inside(folder)
     faults = [f"the manifest does not vouch for {name}" for name in needed if name not in files]
     for name, facts in files.items():

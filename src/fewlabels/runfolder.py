@@ -73,8 +73,11 @@ class RunFolder:
         return self.path / name
 
     def resolved(self) -> dict[str, Any] | None:
-        """resolved.json of an earlier start, or None."""
-        return read_json(self.resolved_file)
+        """resolved.json of an earlier start, or None. DataError where a newer fewlabels wrote it."""
+        found = read_json(self.resolved_file)
+        if found is not None:
+            checkpoint.check_format(found, self.resolved_file)
+        return found
 
     def status(
         self, state: str, stage: str = "", reason: str = "", *,

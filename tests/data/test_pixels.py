@@ -379,7 +379,7 @@ def damage(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None
         damage("hashes.npy", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])),
         damage("hashes.npy", lambda raw: raw[:40]),
         damage("index.json", lambda raw: raw[:20]),
-        damage("index.json", lambda raw: raw.replace(b'"version": 1', b'"version": 9')),
+        damage("index.json", lambda raw: raw.replace(b'"format_version": 1', b'"format_version": 0')),
         damage("index.json", lambda raw: b"[]"),
         lambda folder: (folder / "pixels.u8").unlink(),
     ],

@@ -191,7 +191,7 @@ def test_stem_argument_overrules_the_name():
         ("resnet17", "18, 34, 50, 101, 152 or 200"),
         ("Resnet50_2x", 'did you mean "resnet50_2x"'),
         ("resnet18_sk", "basic blocks have no bottleneck"),
-        ("resnet18_0.05x", "width = 0.05"),
+        ("resnet18_0.01x", "width = 0.01"),
         ("timm:resnet1O", "did you mean"),
     ],
 )

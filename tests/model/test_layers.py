@@ -14,7 +14,7 @@ import two_ranks
 from fewlabels import runtime
 from fewlabels.errors import UsageError
 from fewlabels.model import layers
-from fewlabels.model.layers import BatchNorm, SelectiveKernel, ShortcutPool, max_pool
+from fewlabels.model.layers import BatchNorm, ConvNorm, SelectiveKernel, ShortcutPool, max_pool
 
 SHAPES = [(6, 5), (6, 5, 3, 4)]
 STEPS = 3
@@ -267,6 +267,26 @@ def test_shortcut_pools(size):
     # stride 1: SAME, the mean over real pixels; stride 2: the padding counts as zeros
     torch.testing.assert_close(ShortcutPool(1)(x), slow_pool(x, 2, 1, lambda real: real.mean((2, 3))))
     torch.testing.assert_close(ShortcutPool(2)(x), slow_pool(x, 2, 2, lambda real: real.sum((2, 3)) / 4))
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (8, 16), (12, 9)])
+def test_a_narrow_strided_shortcut_has_the_gradient_of_float64(channels, side):
+    layer = ConvNorm(channels, 2 * channels, stride=2).to(memory_format=torch.channels_last)
+    x = torch.randn(9, channels, side, side).to(memory_format=torch.channels_last)
+    twin = nn.functional.conv2d(x.double(), (weight := layer.conv.weight.detach().double().requires_grad_()), stride=2)
+    pull = torch.randn_like(twin)
+    (twin * pull).sum().backward()
+    layer.norm, layer.relu, before = nn.Identity(), False, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(20):  # with torch's own stride: a segmentation fault, or a heap that is broken later
+            layer.zero_grad()
+            found = layer(x)
+            (found * pull.float()).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found.double(), twin.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.conv.weight.grad.double(), weight.grad, atol=1e-4, rtol=1e-5)
 
 
 def test_selective_kernel_mixes_two_branches_by_a_softmax():

@@ -146,8 +146,8 @@ def _describe(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format_version": 2}, "format version 2"),
-        ({"format_version": "new"}, "not the description"),
+        ({"format_version": 2}, "file format 2, this fewlabels .* reads up to 1"),
+        ({"format_version": "new"}, "file format 'new', which never was"),
         ({"encoder": "resnet19"}, "cannot be built"),
         ({"encoder": "timm:nothing"}, "cannot be built"),
         ({"encoder": "timm:hf-hub:evil/model"}, "cannot be built"),

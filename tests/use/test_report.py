@@ -260,7 +260,8 @@ def test_broken_files_are_left_out(run: Path, name: str, junk: bytes) -> None:
 
 def test_strange_kinds_in_known_places_do_not_stop_it(run: Path) -> None:
     (run / "resolved.json").write_text(
-        '{"understood": [1], "recipe": 3, "versions": "x", "equations": "no", "why": {"a": 1}, "seed": [1]}'
+        '{"format_version": 1, "understood": [1], "recipe": 3, "versions": "x", "equations": "no", "why": {"a": 1}, '
+        '"seed": [1]}'
     )
     (run / "status.json").write_text('{"state": 3, "seconds": {"pretrain": "long"}, "reason": null}')
     (run / "metrics.jsonl").write_text('{"stage":"pretrain","step":1,"total_steps":9,"loss":"x"}\n7\n{"stage":1}\n' * 3)
@@ -284,10 +285,11 @@ def test_no_run_folder_is_a_clear_error(tmp_path: Path) -> None:
             report.write(folder)
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1"])
-def test_results_of_another_version_are_refused_in_words(run: Path, version: object) -> None:
-    change(run / "results.json", format_version=version)
-    with pytest.raises(DataError, match=f"is in format {version}, not 1") as refusal:
+@pytest.mark.parametrize("name", ["results.json", "resolved.json"])
+@pytest.mark.parametrize("version", [None, 0, 2, "1", True])
+def test_files_of_no_format_that_is_known_are_refused_in_words(run: Path, name: str, version: object) -> None:
+    change(run / name, format_version=version)
+    with pytest.raises(DataError, match=rf"{name} (is in|says) file format {version!r}") as refusal:
         report.write(run)
     assert "fix:" in str(refusal.value)
 

@@ -5,7 +5,7 @@ A store is a folder:
     extents.npy  (N, 2) int32, the image's (h, w) on its canvas
     hashes.npy   (N, 32) uint8, SHA-256 of each image's size and pixels
     thumbs.npy   (N, 8, 9) uint8, grey thumbnails to find near-duplicates (N = 0 on canvases below 24)
-    index.json   version, number, canvas, digest, source, streamed
+    index.json   format, number, canvas, digest, source, streamed
 Where the disk cannot hold the pixels, streamed.py decodes them anew for each read, to the same bits.
 It is complete or not there: written beside its place, flushed to disk, then renamed.
 
@@ -48,7 +48,6 @@ from fewlabels.data.streamed import OnDemand, Paths, pixel_hash, write_paths
 from fewlabels.data.tables import cell
 from fewlabels.errors import DataError, MissingInput, StorageError, UsageError
 
-VERSION = 1
 LARGEST_CANVAS = 256  # unless asked for: 196 KB an image; training at 224 crops from it
 SMALLEST_CANVAS = 8
 HEADERS = 256  # pictures whose headers decide the canvas
@@ -138,8 +137,7 @@ def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) 
         raise MissingInput(f"{folder} holds no pixel store", fix="run the command that made it again")
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if index["version"] != VERSION:
-            raise ValueError(f"version {index['version']}, this program reads {VERSION}")
+        checkpoint.check_format(index, folder / "index.json")
         count, canvas = int(index["images"]), int(index["canvas"])
         extents = np.load(folder / "extents.npy", allow_pickle=False)
         hashes = np.load(folder / "hashes.npy", allow_pickle=False)
@@ -157,7 +155,9 @@ def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) 
                 raise ValueError(f"pixels.u8 has {found:,} bytes instead of {wanted:,}")
             pixels = PixelFile(folder / "pixels.u8")
         return PixelStore(folder, pixels, canvas=canvas, digest=index["digest"], extents=extents)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (*checkpoint.UNREADABLE, EOFError) as error:
+        if isinstance(error, DataError) and not isinstance(error, checkpoint.Damaged):
+            raise  # of a newer fewlabels
         raise StorageError(
             f"the pixel store {folder} is damaged: {error}",
             why="training on other pixels than were checked would go wrong in silence",
@@ -195,8 +195,8 @@ def build(
         for name, array in columns.items():
             np.save(draft / f"{name}.npy", array)
         digest = _digest(columns["hashes"], columns["extents"])
-        index = {"version": VERSION, "images": len(columns["extents"]), "canvas": canvas, "digest": digest}
-        index |= {"source": source.description, "streamed": streamed}
+        index: dict[str, Any] = {"format_version": checkpoint.FORMAT_VERSION, "images": len(columns["extents"])}
+        index |= {"canvas": canvas, "digest": digest, "source": source.description, "streamed": streamed}
         if streamed and all(isinstance(part, Files | Tars | Parquet) for part in source.parts):
             write_paths(draft, (source.at(i) for i in kept.tolist()))
         (draft / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

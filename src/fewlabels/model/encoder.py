@@ -71,10 +71,10 @@ def resnet(depth: int, *, width: float = 1, selective_kernel: bool = False, stem
     """
     if depth not in BLOCKS:
         raise UsageError(f"there is no ResNet of depth {depth}", fix=f"use depth {_listed(BLOCKS)}")
-    if not 1 / 8 <= width < math.inf:
+    if not 1 / 64 <= width < math.inf:
         raise UsageError(
             f"width = {width}, but it multiplies the channels",
-            why="below 1/8 the first layers have too few to tell anything apart",
+            why="below 1/64 the first layer has none left",
             fix="use 1, 2, 3, 0.5, 0.25, 0.125 ...",
         )
     if stem not in STEMS:

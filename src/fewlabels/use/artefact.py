@@ -28,7 +28,6 @@ from fewlabels.errors import DataError, FewlabelsError, MissingInput
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 
-FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION, MANIFEST, README = "weights.safetensors", "model.json", "manifest.json", "README.md"
 
 
@@ -83,7 +82,7 @@ def save(folder: Path, network: Classifier, card: Card, head: ProjectionHead | N
     folder.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.publish(folder) as temporary:
         checkpoint.write_tensors(temporary / WEIGHTS, tensors)
-        description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(card)}
+        description = {"format_version": checkpoint.FORMAT_VERSION, **dataclasses.asdict(card)}
         description["num_classes"] = card.num_classes
         checkpoint.write_json(temporary / DESCRIPTION, description)
         digest = checkpoint.file_digest(temporary / WEIGHTS)
@@ -187,15 +186,11 @@ def _unusable(path: Path, reason: str) -> DataError:
 def _card(path: Path) -> Card:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        version = int(found.pop("format_version"))
+        checkpoint.check_format(found, path)
+    except DataError:
+        raise
     except checkpoint.UNREADABLE as error:
         raise _unusable(path, f"it is not the description of a model ({error})") from error
-    if version > FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format version {version}, this fewlabels ({__version__}) reads up to {FORMAT_VERSION}",
-            why="it was written by a newer fewlabels",
-            fix='pip install --upgrade "fewlabels"',
-        )
     known = {item.name for item in dataclasses.fields(Card)}
     try:
         card = Card(**{name: value for name, value in found.items() if name in known})
@@ -337,7 +332,8 @@ def model_card(card: Card, *, parameters: int, digest: str) -> str:
         f"* Probabilities are softmax(logits / {card.temperature:.4g})"
         + ("; see the calibration error above." if card.metrics else "; how well they are calibrated is not known."),
         "",
-        f"Written by fewlabels {_plain(card.version)}. SHA-256 of {WEIGHTS}: `{digest}`",
+        f"Written by fewlabels {_plain(card.version)} in file format {checkpoint.FORMAT_VERSION}. "
+        f"SHA-256 of {WEIGHTS}: `{digest}`",
         "",
     ]
     return "\n".join(front + body)

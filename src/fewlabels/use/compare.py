@@ -239,7 +239,7 @@ def feature_map(
     """(M, 2) places of up to MAP_POINTS images by t-SNE of body's features, and their labels (M,)."""
     ids = evaluate.spread(ids, MAP_POINTS)
     (features,) = outputs(dataset, ids, setting, lambda view: [body(view)])
-    if len(ids) < 10:
+    if len(ids) < 10 or np.ptp(features, axis=0).max() < 1e-6:  # t-SNE of points in one place is a segmentation fault
         return np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=np.int64)
     features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-6)
     flat = PCA(min(30, *features.shape), random_state=0).fit_transform(features)

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from fewlabels import checkpoint
-from fewlabels.errors import DataError
 
 Facts = dict[str, Any]
 
@@ -30,18 +29,18 @@ UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\
 
 
 def read(run: Path) -> Facts:
-    """All files of a run that the report needs; those that are not there, or cannot be read, are empty."""
-    results = _json(run / "results.json") or None
-    if results is not None and results.get("format_version") != checkpoint.FORMAT_VERSION:
-        raise DataError(
-            f"{run / 'results.json'} is in format {results.get('format_version')}, not {checkpoint.FORMAT_VERSION}",
-            why="this version of fewlabels did not write it",
-            fix="run the same `fewlabels fit` command again: it writes the results anew",
-        )
+    """All files of a run that the report needs; those that are not there, or cannot be read, are empty.
+
+    DataError where a newer fewlabels wrote it.
+    """
+    results, resolved = _json(run / "results.json") or None, _json(run / "resolved.json")
+    for name, found in (("results.json", results), ("resolved.json", resolved)):
+        if found:
+            checkpoint.check_format(found, run / name)
     return {
         "path": clean(str(run)),
         "folder": run,
-        "resolved": _json(run / "resolved.json"),
+        "resolved": resolved,
         "status": _json(run / "status.json"),
         "results": results,
         "metrics": _metrics(run / "metrics.jsonl"),
