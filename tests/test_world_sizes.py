@@ -31,7 +31,7 @@ BATCH, EPOCHS = 8, 3  # of 20 images: 2 steps an epoch, so that every permutatio
 STOPPED = 3
 
 
-def train(folder: Path, *, stop: bool = False, body: str = "resnet18_0.125x_small", shard: bool = False) -> dict[str, Any]:
+def train(folder: Path, *, stop: bool = False, shard: bool = False) -> dict[str, Any]:
     """A short pretraining in folder, from wherever that stands; the ids of every step and the losses."""
     images, classes = shapes_images(20)
     source = sources.open_source(images, [None] * len(classes))
@@ -55,8 +55,8 @@ def train(folder: Path, *, stop: bool = False, body: str = "resnet18_0.125x_smal
         return made.double()
 
     torch.manual_seed(0)
-    network = encoder(body)
-    stage = Pretrain(network, ProjectionHead(network.feature_dim, 16), view=view, temperature=0.2).double()
+    body = encoder("resnet18_0.125x_small")
+    stage = Pretrain(body, ProjectionHead(body.feature_dim, 16), view=view, temperature=0.2).double()
     schedule = Schedule(epochs=EPOCHS, batch=BATCH, learning_rate=0.5, scaling="none", warmup=0.0)
     job = Job(name="pretrain", stage=stage, schedule=schedule, ids=dataset.train, seed=3, identity={}, shard=shard)
     cpu = torch.device("cpu")
