@@ -31,7 +31,7 @@ BATCH, EPOCHS = 8, 3  # of 20 images: 2 steps an epoch, so that every permutatio
 STOPPED = 3
 
 
-def train(folder: Path, *, stop: bool = False) -> dict[str, Any]:
+def train(folder: Path, *, stop: bool = False, shard: bool = False) -> dict[str, Any]:
     """A short pretraining in folder, from wherever that stands; the ids of every step and the losses."""
     images, classes = shapes_images(20)
     source = sources.open_source(images, [None] * len(classes))
@@ -58,7 +58,7 @@ def train(folder: Path, *, stop: bool = False) -> dict[str, Any]:
     body = encoder("resnet18_0.125x_small")
     stage = Pretrain(body, ProjectionHead(body.feature_dim, 16), view=view, temperature=0.2).double()
     schedule = Schedule(epochs=EPOCHS, batch=BATCH, learning_rate=0.5, scaling="none", warmup=0.0)
-    job = Job(name="pretrain", stage=stage, schedule=schedule, ids=dataset.train, seed=3, identity={})
+    job = Job(name="pretrain", stage=stage, schedule=schedule, ids=dataset.train, seed=3, identity={}, shard=shard)
     cpu = torch.device("cpu")
     at = Workplace(RunFolder(folder), dataset, cpu, runtime.precision(cpu, "fp32"), interrupts)
     try:

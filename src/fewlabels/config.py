@@ -117,6 +117,9 @@ class Recipe:
     pretrained: str | None = knob(None, "model folder (of `fewlabels import` or a run) that takes pretraining's place")
     precision: str = knob("auto", "bf16, fp32, or auto: measured", choices=("auto", "bf16", "fp32"))
     recompute: bool = knob(False, "compute activations again for the gradient: less memory, more time, the same result")
+    shard: bool = knob(
+        False, "under torchrun: each process keeps its part of weights, gradients and optimizer state: less memory"
+    )
     compile: bool = knob(False, "compile the encoder's blocks with torch.compile: for long runs on a GPU")
     chunk_norm: str = knob(
         "chunk", "with pretrain.chunk, batch norm's statistics: of a chunk, or of the batch", choices=("chunk", "batch")
@@ -136,6 +139,8 @@ class Recipe:
             faults.append("pretrain.queue needs a momentum encoder: set pretrain.momentum, e.g. 0.999")
         if self.chunk_norm == "batch" and self.encoder.startswith("timm:"):
             faults.append(f'chunk_norm = "batch", but the batch norms of {self.encoder} are its own: use "chunk"')
+        if self.shard and self.compile:
+            faults.append("shard and compile do not go together: blocks are compiled whole and would be sharded")
         if faults:
             raise UsageError(f'recipe "{self.name}" cannot be used', details=faults, fix="change these values")
 

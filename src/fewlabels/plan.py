@@ -86,6 +86,10 @@ def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[
                 else "whole batch's statistics, and in its gradient the chunk's means for the batch's"
             )
         )
+    if recipe.shard and ranks > 1:
+        lines.append(f"{stage}: each process keeps 1/{ranks} of weights, gradients and optimizer state")
+    elif recipe.shard:
+        lines.append(f"{stage}: shard changes nothing: one process has nobody to share with")
     if isinstance(schedule, DistillRecipe) and schedule.replays:
         asked = f"{schedule.teacher_epochs} of {schedule.epochs:g} epochs"
         lines.append(f"{stage}: the teacher is asked in {asked}, then views come again")

@@ -284,6 +284,7 @@ class Worker:
             seed=self.prepared.seed + (STREAMS[name] << 32),
             identity=identity(self.prepared, name),
             scores=self._feature_scores if name == "pretrain" and len(self.dataset.labeled) else None,
+            shard=self.recipe.shard,
         )
 
     def _train(self, name: str, stage: Stage) -> None:

@@ -106,6 +106,11 @@ class Encoder(nn.Module):
         """The parts that freeze counts, from the images up."""
         raise NotImplementedError
 
+    @property
+    def pieces(self) -> list[nn.Module]:
+        """The stem and the residual blocks one by one; a timm model is one piece."""
+        return [piece for part in self.blocks for piece in (part if isinstance(part, nn.Sequential) else [part])]
+
     def freeze(self, block: int) -> None:
         """Freeze the parts up to block, and no others: -1 nothing, 0 the stem, 1 to 3 groups, 4 the whole encoder.
 
@@ -134,9 +139,8 @@ class Encoder(nn.Module):
         """
         # Blocks share the code of their class: a ResNet has 9 kinds of it, more than torch's limit of 8
         torch._dynamo.config.recompile_limit = 64
-        for part in self.blocks:
-            for block in part if isinstance(part, nn.Sequential) else [part]:
-                block.compile(dynamic=False, backend=backend)
+        for block in self.pieces:
+            block.compile(dynamic=False, backend=backend)
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
         super().train(mode)
@@ -177,7 +181,7 @@ class ResNet(Encoder):
         return [self.stem, self.group1, self.group2, self.group3, self.group4]
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in (self.stem, *self.group1, *self.group2, *self.group3, *self.group4):
+        for part in self.pieces:
             again = self._recomputes and part.training and torch.is_grad_enabled()
             x = recomputed(part, x) if again else part(x)
         return _mean_over_pixels(x)

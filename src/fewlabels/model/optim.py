@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewlabels import runtime
 from fewlabels.errors import UsageError, nearest
 from fewlabels.model.heads import Classifier
 
@@ -80,7 +81,8 @@ class LARS(torch.optim.Optimizer):
             buffers = [self.state[w]["momentum"] for w in weights]
             # One tensor at a time needs temporaries of one tensor, which a CPU's caches like; on a GPU thousands of
             # small kernels would wait for their launch.
-            update = _update_together if weights[0].is_cuda else _update_one_by_one
+            together = weights[0].is_cuda or runtime.is_sharded(weights[0])
+            update = _update_together if together else _update_one_by_one
             update(weights, gradients, buffers, group)
         return loss
 
@@ -103,13 +105,17 @@ def _update_one_by_one(
 def _update_together(
     weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
 ) -> None:
-    """The same in few launches and without waiting for the device."""
+    """The same in few launches and without waiting for the device; of sharded tensors, with one collective for all."""
+    sharded = runtime.is_sharded(weights[0])
+    weights, gradients, buffers = ([runtime.part(x) for x in them] for them in (weights, gradients, buffers))
     if group["weight_decay"]:
         gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
     torch._foreach_mul_(buffers, group["momentum"])
     if group["adapt"]:
-        lengths = torch.stack(torch._foreach_norm(weights))  # (parameters,)
-        slopes = torch.stack(torch._foreach_norm(gradients))
+        norms = torch.stack(torch._foreach_norm([*weights, *gradients]))  # (2 x parameters,)
+        if sharded:  # in float64: the square of a small norm is no number of float32
+            norms = runtime.sum_over_ranks(norms.double().square_()).sqrt_().to(norms.dtype)
+        lengths, slopes = norms.chunk(2)
         ratios = torch.where((lengths > 0) & (slopes > 0), group["trust"] * lengths / slopes, 1.0)
         gradients = list(torch._foreach_mul(gradients, list(ratios.unbind())))
     torch._foreach_add_(buffers, gradients, alpha=group["lr"])

@@ -116,7 +116,7 @@ class PretrainWithMomentum(Pretrain):
         live = nn.ModuleDict({"encoder": self.encoder, "head": self.head}).state_dict()
         for name, average in self.average.state_dict().items():
             if average.is_floating_point():
-                average.lerp_(live[name], 1 - self.momentum)
+                runtime.part(average).lerp_(runtime.part(live[name]), 1 - self.momentum)
             else:
                 average.copy_(live[name])
         if len(self.queue):

@@ -20,7 +20,7 @@ from fewlabels.errors import DataError, Stopped, UsageError
 from fewlabels.model import optim
 from fewlabels.plan import Derived, derive
 from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
-from fewlabels.stages import memory
+from fewlabels.stages import memory, sharded
 from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState, check_finite, step, train
 
 LOGS, EVALUATIONS, SAVES = 100, 8, 20  # of each, about so many a stage
@@ -40,16 +40,6 @@ class Workplace:
     precision: runtime.Precision
     interrupts: Interrupts
 
-    def surroundings(self) -> dict[str, Any]:
-        """What must not change for a resumed run to be bit-identical."""
-        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return {
-            "device": kind,
-            "threads": torch.get_num_threads(),
-            "ranks": runtime.world_size(),
-            "torch": torch.__version__,
-        }
-
 
 @dataclass(frozen=True)
 class Job:
@@ -62,6 +52,12 @@ class Job:
     seed: int
     identity: dict[str, Any]
     scores: Callable[[Stage], dict[str, float]] | None = None  # logged now and then while training
+    shard: bool = False  # each rank keeps a part of weights, gradients and optimizer state
+
+    @property
+    def sharded(self) -> bool:
+        """One process has nobody to share with."""
+        return self.shard and runtime.world_size() > 1
 
     @property
     def derived(self) -> Derived:
@@ -69,11 +65,12 @@ class Job:
         return derive(self.schedule, len(self.ids), runtime.world_size())
 
     def state(self) -> TrainState:
-        """Step 0."""
+        """Step 0. Where it is sharded, of a copy, and until `sharded.collect` self.stage is empty."""
+        stage = sharded.share_out(self.stage) if self.sharded else self.stage
         optimizer = optim.optimizer(
-            self.schedule.optimizer, self.stage, lr=self.derived.peak, weight_decay=self.schedule.weight_decay
+            self.schedule.optimizer, stage, lr=self.derived.peak, weight_decay=self.schedule.weight_decay
         )
-        return TrainState(self.stage, optimizer)
+        return TrainState(stage, optimizer)
 
     def order(self) -> Order:
         """Which images make up which step."""
@@ -95,7 +92,13 @@ def pace(derived: Derived, seed: int, *, evaluate: bool) -> Plan:
 
 def run(job: Job, at: Workplace) -> None:
     """Train job.stage in place. A finished stage only gets its weights back. Raises Stopped after a signal."""
-    state, total = job.state(), job.derived.total_steps
+    state = job.state()
+    _run(job, at, state)
+    sharded.collect(job.stage, state.stage)
+
+
+def _run(job: Job, at: Workplace, state: TrainState) -> None:
+    total = job.derived.total_steps
     spent = _resume(job, at, state)
     runtime.barrier()
     if state.step >= total:
@@ -171,6 +174,13 @@ class _Clock:
         return self.before + self.here()
 
 
+def _surroundings(job: Job, at: Workplace) -> dict[str, Any]:
+    """What must not change for a resumed run to be bit-identical."""
+    kind = torch.cuda.get_device_name(at.device) if at.device.type == "cuda" else "cpu"
+    found = {"device": kind, "threads": torch.get_num_threads(), "ranks": runtime.world_size()}
+    return found | {"torch": torch.__version__} | ({"sharded": True} if job.sharded else {})
+
+
 def _resume(job: Job, at: Workplace, state: TrainState) -> float:
     """Put the last good checkpoint into state; returns the seconds that were spent before it."""
     saved, passed_over = checkpoint.latest(at.folder.stage(job.name))
@@ -178,9 +188,10 @@ def _resume(job: Job, at: Workplace, state: TrainState) -> float:
         say(f"  warning: {words}; the checkpoint before it is used")
     if saved is None:
         return 0.0
-    state.load(saved.step, {name: tensor.to(at.device) for name, tensor in saved.tensors.items()})
-    before, now = saved.values["surroundings"], at.surroundings()
-    moved = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    state.load(saved.step, saved.tensors)
+    before, now = saved.values["surroundings"], _surroundings(job, at)
+    names = [name for name in now | before if before.get(name) != now.get(name)]
+    moved = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]
     if moved and saved.step < job.derived.total_steps:
         say(f"  note: resuming elsewhere ({', '.join(moved)}): results will be close, not bit-identical")
     return float(saved.values["seconds"])
@@ -199,11 +210,12 @@ def _listeners(job: Job, at: Workplace, state: TrainState, clock: _Clock) -> Lis
             at.folder.log(job.name, state.step, derived.total_steps, job.scores(state.stage))
 
     def on_save(state: TrainState) -> None:
-        values = {"identity": job.identity, "seconds": clock.seconds(), "surroundings": at.surroundings()}
+        values = {"identity": job.identity, "seconds": clock.seconds(), "surroundings": _surroundings(job, at)}
         state.stage.before_save()
+        tensors = {name: runtime.whole_on_main(tensor) for name, tensor in state.tensors().items()}
         with runtime.main_first():
             if runtime.is_main():
-                checkpoint.save(at.folder.stage(job.name), state.step, state.tensors(), values)
+                checkpoint.save(at.folder.stage(job.name), state.step, tensors, values)
 
     return Listeners(on_log=on_log, on_eval=on_eval, on_save=on_save, should_stop=at.interrupts.pending)
 
