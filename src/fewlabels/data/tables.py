@@ -164,7 +164,7 @@ def _meant(image: str, names: Iterable[str]) -> str:
 
 
 def _stem(name: str) -> str:
-    file = name.rpartition("/")[2]
+    file = re.split(r"[/\\]", name)[-1]
     return file.rpartition(".")[0] or file
 
 
@@ -203,7 +203,7 @@ def read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise MissingInput(f"{path}: no such file", fix="give the path of a labels CSV") from None
+        raise MissingInput(f"{path}: no such file", why="labels come from it", fix="correct the path") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder", why="labels come from a CSV file", fix=FORMAT) from None
     except OSError as error:
