@@ -20,10 +20,10 @@ from PIL import Image
 
 import fewlabels as fl
 from conftest import same, shapes_images
-from fewlabels import checkpoint, plan
+from fewlabels import checkpoint, plan, prepare
 from fewlabels.data import pixels
+from fewlabels.data.sources import open_source
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
-from fewlabels.prepare import check_identity
 from fewlabels.use import propagate
 
 SMALL = {
@@ -198,9 +198,9 @@ def test_a_run_of_an_older_version_goes_on(run: fl.Run) -> None:
     assert saved is not None
     now = saved["identity"]
     before = {**now, "distill": {k: v for k, v in now["distill"].items() if k != "teacher_epochs"}}
-    check_identity(before, now, "distill", run.path)
+    prepare.check_identity(before, now, "distill", run.path)
     with pytest.raises(CannotCreate, match=r"distill.teacher_epochs: 0 there, 3 asked"):
-        check_identity(before, {**now, "distill": {**now["distill"], "teacher_epochs": 3}}, "distill", run.path)
+        prepare.check_identity(before, {**now, "distill": {**now["distill"], "teacher_epochs": 3}}, "distill", run.path)
 
 
 def test_pretraining_alone_keeps_the_results_of_a_finished_run(run: fl.Run, photos: Path) -> None:
@@ -406,3 +406,13 @@ def test_divergence_saves_nothing_and_says_so(photos: Path, tmp_path: Path) -> N
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     saved, _ = checkpoint.latest(tmp_path / "run" / "pretrain")
     assert saved is None or all(t.isfinite().all() for t in saved.tensors.values() if t.is_floating_point())
+
+
+def test_the_survey_tells_the_full_size_and_gray(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (400, 700, 3), dtype=np.uint8)
+    for name, image in (("colour", noise), ("gray", noise[:, :, 0])):
+        (tmp_path / name).mkdir()
+        Image.fromarray(image).save(tmp_path / name / "1.png")
+        Image.fromarray(image).rotate(90, expand=True).save(tmp_path / name / "2.png")
+        (tmp_path / name / "3.png").write_text("not a picture")
+        assert prepare.survey(open_source(tmp_path / name)) == (700, name == "gray")

@@ -71,11 +71,12 @@ def survey(source: Source) -> tuple[int, bool]:
     """The usual longest side of the images, and whether they are gray, from a few of them."""
     sides, gray = [], []
     for payload in source.sample(SURVEYED):
-        try:
-            image = decode.decode(payload)  # (H, W, 3) uint8
+        size = decode.header_size(payload)
+        try:  # at full size one of 63 megapixels takes 670 MB
+            image = decode.decode(payload, pixels.LARGEST_CANVAS)  # (H, W, 3) uint8
         except decode.BadPicture:
             continue
-        sides.append(max(image.shape[:2]))
+        sides.append(max(size or image.shape[:2]))
         spread = image.max(axis=2).astype(np.int16) - image.min(axis=2)
         gray.append(float(np.mean(spread > 8)) < 0.01)  # JPEG's chroma noise stays below 8 levels
     return (int(np.median(sides)), bool(np.mean(gray) > 0.95)) if sides else (32, False)

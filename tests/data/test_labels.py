@@ -82,7 +82,7 @@ def test_unreadable_images_are_counted_and_their_labels_reported(tmp_path: Path)
     assert data.understood.line() == "8 images, 8 labeled in 2 classes, 2 unreadable"
     assert data.names == tuple(f"cat/{i}.png" for i in (1, 5, 7)) + tuple(f"dog/{i}.png" for i in (0, 2, 4, 6, 8))
     assert data.labels.tolist() == [0] * 3 + [1] * 5
-    assert data.understood.notes == ("1 labeled image could not be read and their labels are lost: cat/3.png",)
+    assert data.understood.notes == ('1 labeled image could not be read and their labels are lost: "cat/3.png"',)
 
 
 def test_leaks_are_taken_out_of_training(tmp_path: Path) -> None:
@@ -109,10 +109,35 @@ def test_one_picture_with_two_labels_is_refused(tmp_path: Path) -> None:
     assert dataset(tmp_path, images, labels).understood.duplicates == 1
 
 
+def test_faults_of_pictures_name_the_lines_of_a_csv(tmp_path: Path) -> None:
+    images = noise(8)
+    images[7] = images[2]
+    text = "image,label,split\nimage-000002,cat,\nimage-000000,dog,\n\nimage-000007,dog,\nimage-000005,Dig,test\n"
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(DataError) as refused:
+        dataset(tmp_path, images, tmp_path / "labels.csv")
+    assert refused.value.details == ('"image-000002" (line 2) is "cat" and "image-000007" (line 5) is "dog"',)
+    images[7] = 0
+    with pytest.raises(DataError) as refused:
+        dataset(tmp_path, images, tmp_path / "labels.csv")
+    assert refused.value.details == ('"Dig" (did you mean "dog"?), the first is "image-000005" (line 6)',)
+
+
+def test_labels_only_of_images_that_are_also_held_out(tmp_path: Path) -> None:
+    images = noise(8)
+    with pytest.raises(DataError, match="2 labeled training images are the same pictures as held-out ones"):
+        dataset(tmp_path, images, [0, 1] + [-1] * 6, test=(images[:2], [0, 1]))
+
+
 @pytest.mark.parametrize(
     ("labels", "test", "words", "details"),
     [
-        ([0, 1] * 4, [0, 2, 3], "2 classes without a training label", ('"2"', '"3"')),
+        (
+            [0, 1] * 4,
+            [0, 2, 3],
+            "2 classes without a training label",
+            ('"2", the first is "image-000001"', '"3", the first is "image-000002"'),
+        ),
         ([-1] * 8, [0, 1, 1], "only held-out images are labeled", ('"0"', '"1"')),
         ([5] * 3 + [-1] * 5, None, 'all 3 labels are of the one class "5"', ()),
     ],

@@ -42,6 +42,8 @@ def labeled(album: Path, text: str | bytes) -> dict[str, tuple[str | None, str]]
         "image;label\na.png;cat\nb.png;dog\n",
         "image\tlabel\na.png\tcat\nb.png\tdog\n",
         '"image","label"\n"a.png","cat"\n"b.png","dog"',
+        "image\tlabel\r\na.png\tcat\r\nb.png\tdog\r\n".encode("utf-16"),  # Excel's "Unicode text"
+        "image,label\na.png,cat\nb.png,dog\n".encode("utf-32"),
         " Image , LABEL \na.png, cat \nb.png,dog \n,\n\n",
         "label,image\ncat,a.png\ndog,b.png\n",
         "image,label\nalbum/a.png,cat\n./album/../album/b.png,dog\n",
@@ -89,7 +91,7 @@ CSV_FAULTS = [  # (text, what must be said)
     ("", "is empty"),
     ("\n\n", "is empty"),
     ("image,label\n", "not a single image"),
-    ("image,label\na.png,cat\n".encode("utf-16"), "UTF-16"),
+    ("image,label\na.png,cat\n".encode("utf-16")[:-1], "cannot be read as UTF-16"),
     ("image,label\na.png,cat\n".encode("utf-16-le"), "UTF-16"),
     ("image,label\na.png,caf\xe9\n".encode("latin-1"), "line 2: byte 0xe9 is not UTF-8"),
     ("a.png,cat\nb.png,dog\n", 'line 1: the column "image" is missing'),
@@ -99,11 +101,12 @@ CSV_FAULTS = [  # (text, what must be said)
     ("image\na.png\n", 'the column "label" is missing'),
     ("image,label,label\na.png,cat,cat\n", 'the column "label" is there 2 times'),
     (H + "a.png,cat,extra\n", "line 2: 3 cells where the header has 2"),
-    (H + "a.png\n", "line 2: 1 cells where the header has 2"),
-    (H + "# a comment\n", "line 2: 1 cells"),
+    (H + "a.png\n", "line 2: 1 cell where the header has 2"),
+    (H + "# a comment\n", "line 2: 1 cell where"),
     (H + "ca.png,cat\n", 'line 2: no image "ca.png" (did you mean'),
     (H + "A.png,cat\n", '(did you mean "a.png"?)'),
-    (H + "a,cat\n", 'line 2: no image "a"'),
+    (H + "a,cat\n", 'line 2: no image "a" (did you mean "a.png"?)'),
+    (H + "e.jpg,cat\n", 'line 2: no image "e.jpg" (did you mean "other/e.png"?)'),
     (H + "e.png,cat\n", '2 images are called "e.png"'),
     (H + "/etc/passwd,cat\n", '"/etc/passwd" leads out of'),
     (H + "../../x.png,cat\n", "leads out of"),
@@ -114,6 +117,12 @@ CSV_FAULTS = [  # (text, what must be said)
     (H + "a.png,Cat\nb.png,cat\n", 'line 3: class "cat" and class "Cat" (line 2) look like one class'),
     (H + "a.png,caf\u00e9\nb.png,cafe\u0301\n", "look like one class"),
     (H + "a.png,01\nb.png,1\n", "look like one class"),
+    (H + "a.png,1.0\nb.png,1\n", "look like one class"),
+    (H + "a.png,polar bear\nb.png,polar_bear\n", "look like one class"),
+    (H + "a.png,'cat'\nb.png,cat\n", "look like one class"),
+    (H + "a.png,c\u0430t\n", "mixes Latin and Cyrillic"),
+    (H + "a.png,#REF!\n", "what a spreadsheet writes"),
+    (b"PK\x03\x04 and so on", "is a spreadsheet"),
     (H + "a.png,NaN\n", "leave the label empty"),
     (H + "a.png,None\n", "leave the label empty"),
     (H + "a.png,-1\n", "leave the label empty"),
@@ -143,6 +152,49 @@ def test_all_faults_of_a_csv_come_at_once_in_the_order_of_lines(album: Path) -> 
         labeled(album, "\n".join(lines))
     places = [detail.split(":")[0] for detail in refused.value.details]
     assert places == ["line 3", "line 4", "line 5", "line 6", "line 6", "line 7"]
+
+
+def test_a_quote_that_does_not_close_hides_no_other_fault(album: Path) -> None:
+    lines = ["image,label", 'a.png,"cat', "zz.png,cat", '"b.png"x,dog', "c.png,nan"]
+    with pytest.raises(DataError, match="4 faults") as refused:
+        labeled(album, "\n".join(lines))
+    assert [detail.split(":")[0] for detail in refused.value.details] == ["line 2", "line 3", "line 4", "line 5"]
+    with pytest.raises(DataError, match="1 fault") as refused:
+        labeled(album, 'image,"label\na.png,cat\n')
+    assert refused.value.details[0].startswith("line 1: no cells")
+
+
+def test_every_line_that_is_not_utf_8_is_named(album: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        labeled(album, b"image,label\na.png,caf\xe9\nb.png,dog\nc.png,\xfc\n")
+    assert [detail.split(":")[0] for detail in refused.value.details] == ["line 2", "line 4"]
+
+
+def test_names_that_are_close_and_no_twins(album: Path) -> None:
+    pairs = [
+        ("1", "10"),
+        ("2", "-2"),
+        ("+", "-"),
+        ("0.1", "1"),
+        ("C", "C++"),
+        ("x1", "x 1"),
+        ("\u03b1-helix", "a-helix"),
+    ]
+    for one, other in pairs:
+        assert len(labeled(album, f"image,label\na.png,{one}\nb.png,{other}\n")) == 2
+
+
+def test_images_that_a_csv_takes_out_of_their_place_are_noted(tmp_path: Path) -> None:
+    for name in ("train/cat/1.png", "train/dog/2.png", "train/dog/3.png", "test/cat/4.png", "test/dog/5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), "green").save(tmp_path / name)
+    file = tmp_path / "labels.csv"
+    file.write_text("image,label,split\n1.png,dog,\n2.png,dog,test\n3.png,x,\n4.png,cat,train\n5.png,dog,test\n")
+    (note,) = open_source(tmp_path, file).notes
+    assert "3 images of another class or split" in note
+    assert note.endswith('counts: "test/cat/4.png" (line 5), "train/cat/1.png" (line 2), "train/dog/3.png" (line 4)')
+    file.write_text("image,label\n1.png,x\n2.png,y\n3.png,y\n")  # its classes are not the folders
+    assert not open_source(tmp_path, file).notes
 
 
 def test_a_missing_csv(album: Path) -> None:

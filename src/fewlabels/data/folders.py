@@ -15,6 +15,7 @@ from fewlabels.errors import DataError, StorageError
 _PICTURES = """
 .jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .ico .avif
 .heic .heif .hif .jp2 .j2k .jxl .psd .svg .tga .qoi .exr .hdr .wmf .eps .cr2 .cr3 .nef .arw .dng .raw
+.jxr .icns .cur .sgi .fli .flc .blp .ff .pcx .dds .ras .xbm .xpm .fits .emf
 """
 _CLUTTER = """
 .csv .tsv .txt .json .jsonl .md .rst .xml .yaml .yml .toml .html .pdf .ini .db .log .py .sh .parquet .npy .npz

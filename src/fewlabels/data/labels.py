@@ -125,14 +125,14 @@ def assemble(
     labels = np.array([-1 if text is None else number[text] for text in texts], dtype=np.int64)
 
     groups = _identical(store.hashes)
-    _check_conflicts(groups, labels, splits, names, classes)
+    _check_conflicts(groups, labels, splits, source, kept, classes)
     splits, leaked = _without_leaks(groups, splits)
     train = splits == TRAIN
     notes = [f"also held out, left out of training: {_some(leaked, names)}"] if len(leaked) else []
     if not taught:
-        _check_learnable(labels, splits, classes, source)
+        _check_learnable(labels, splits, classes, source, kept)
     counts = np.bincount(labels[train & (labels >= 0)], minlength=len(classes))
-    notes += _label_notes(counts, classes, source, kept)
+    notes += [*_label_notes(counts, classes, source, kept), *source.notes]
     notes += _near_duplicates(store.thumbs, splits, groups, names)
     understood = Understood(
         images=len(names),
@@ -229,7 +229,7 @@ def _known(known: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_conflicts(
-    groups: Ints, labels: Ints, splits: npt.NDArray[np.int8], names: Sequence[str], classes: Sequence[str]
+    groups: Ints, labels: Ints, splits: npt.NDArray[np.int8], source: Source, kept: Ints, classes: Sequence[str]
 ) -> None:
     """Refuse identical training pictures with different labels."""
     rows = np.flatnonzero((splits == TRAIN) & (labels >= 0))
@@ -238,7 +238,7 @@ def _check_conflicts(
     for row in rows.tolist():
         other = first.setdefault(int(groups[row]), row)
         if labels[other] != labels[row]:
-            pair = [f'"{names[i]}" is "{classes[labels[i]]}"' for i in (other, row)]
+            pair = [f'{source.named(int(kept[i]))} is "{classes[labels[i]]}"' for i in (other, row)]
             conflicts.append(" and ".join(pair))
     if conflicts:
         raise DataError(
@@ -249,25 +249,35 @@ def _check_conflicts(
         )
 
 
-def _check_learnable(labels: Ints, splits: npt.NDArray[np.int8], classes: Sequence[str], source: Source) -> None:
+def _check_learnable(
+    labels: Ints, splits: npt.NDArray[np.int8], classes: Sequence[str], source: Source, kept: Ints
+) -> None:
     """Refuse labels from which no classifier can be learned. No labels at all are fine: there is pretraining."""
     labeled = (splits == TRAIN) & (labels >= 0)
     trained = set(np.unique(labels[labeled]).tolist())
     held = set(np.unique(labels[(labels >= 0) & np.isin(splits, (VAL, TEST))]).tolist())
     count = int(labeled.sum())
+    known = [classes[k] for k in sorted(trained)]
     if held - trained and trained:
         raise DataError(
             f"{_count(len(held - trained), 'class', 'classes')} without a training label, only held-out ones",
-            details=[f'"{classes[k]}"' for k in sorted(held - trained)],
+            details=[
+                f'"{classes[k]}"{nearest(classes[k], known)}, the first is {source.named(int(kept[labels == k][0]))}'
+                for k in sorted(held - trained)
+            ],
             why="a class without a single label cannot be learned, and each of its images would count as an error",
             fix="label at least one training image of each, or leave these classes out of the held-out images",
         )
     if held and not trained:
+        leaked = int(((splits == LEAKED) & (labels >= 0)).sum())
         raise DataError(
             f"{source.description}: only held-out images are labeled",
             details=[f'"{classes[k]}"' for k in sorted(held)],
-            why="labels of held-out images measure the result and are never learned from",
-            fix="label some training images",
+            why="labels of held-out images measure the result and are never learned from"
+            + (
+                f"; {_count(leaked, 'labeled training image')} are the same pictures as held-out ones" if leaked else ""
+            ),
+            fix="label some training images that are not held out",
         )
     if len(trained) == 1:
         raise DataError(
@@ -294,7 +304,8 @@ def _label_notes(counts: Ints, classes: Sequence[str], source: Source, kept: Int
     labeled = [i for i in lost.tolist() if source.labels[i] is not None]
     if labeled:
         words = f"{_count(len(labeled), 'labeled image')} could not be read and their labels are lost"
-        notes.append(f"{words}: {_some(labeled, source.names)}")
+        named = ", ".join(source.named(i) for i in labeled[:NAMED]) + (", ..." if len(labeled) > NAMED else "")
+        notes.append(f"{words}: {named}")
     return notes
 
 

@@ -321,7 +321,7 @@ def _check_share(source: Source, bad: list[BadImage], max_bad_share: float, bad_
         f"{len(bad):,} of {len(source):,} images ({100 * share:.1f} %) cannot be read",
         details=[f"{image.name}: {image.reason}" for image in bad],
         why=f"more than {100 * max_bad_share:g} % usually means a wrong folder or a broken download",
-        fix=f"see {bad_csv} for all of them; mend or remove them, or allow a larger share",
+        fix=f"see all of them in {bad_csv} (`check` leaves none); mend or remove them, or allow more with --max-bad",
     )
 
 

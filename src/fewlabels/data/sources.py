@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fewlabels.data import folders, shards, tables
 from fewlabels.data.decode import Payload
@@ -38,6 +39,7 @@ class Source:
 
     names are printable and for people; two images may share one. A label is a class name or None. classes are the
     names that the source declares, in its own order, if it does. folder is where the images' relative names start.
+    lines are those of the CSV that says a label, 0 where none does; notes are what a person should know.
     """
 
     description: str
@@ -47,9 +49,16 @@ class Source:
     classes: tuple[str, ...] | None
     parts: tuple[Part, ...]
     folder: Path | None = None
+    lines: npt.NDArray[np.int32] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def named(self, index: int) -> str:
+        """An image's name in quotes, with the line of the CSV that says its label."""
+        line = 0 if self.lines is None else int(self.lines[index])
+        return f'"{self.names[index]}"' + (f" (line {line})" if line else "")
 
     def payloads(self) -> Iterator[Payload]:
         """Every image, one per name and in that order, streaming: a path, encoded bytes, or pixels."""
@@ -193,6 +202,7 @@ def _csv(path: Path) -> Source:
         classes=None,
         parts=(Files(files),),
         folder=root,
+        lines=np.array([answers[i].line for i in range(len(files))], dtype=np.int32),
     )
 
 
@@ -306,7 +316,7 @@ def _with_labels(source: Source, labels: Any) -> Source:
     else:
         find = tables.Finder([Path("/")], (f"/{name}" for name in source.names))
     answers = tables.match(table, find, lambda: source.names)
-    nothing = tables.Answer(None, None)
+    nothing = tables.Answer(None, None, 0)
     found = [answers.get(i, nothing) for i in range(len(source))]
     return replace(
         source,
@@ -314,6 +324,8 @@ def _with_labels(source: Source, labels: Any) -> Source:
         labels=tuple(answer.label for answer in found),
         splits=tuple(a.split or split for a, split in zip(found, source.splits, strict=True)),
         classes=None,
+        lines=np.array([answer.line for answer in found], dtype=np.int32),
+        notes=tables.overruled(found, source.names, source.labels, source.splits),
     )
 
 
@@ -432,4 +444,10 @@ def _joined(first: Source, second: Source) -> Source:
         splits=(*first.splits, *second.splits),
         classes=first.classes if first.classes == second.classes else None,
         parts=first.parts + second.parts,
+        lines=None if first.lines is second.lines is None else np.concatenate([_lines(first), _lines(second)]),
+        notes=first.notes + second.notes,
     )
+
+
+def _lines(source: Source) -> npt.NDArray[np.int32]:
+    return np.zeros(len(source), np.int32) if source.lines is None else source.lines

@@ -7,11 +7,13 @@ through csv.DictReader without an error, 14 of them with wrong labels: nothing h
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import os
+import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +21,10 @@ from fewlabels.errors import DataError, MissingInput, StorageError, nearest
 
 COLUMNS = ("image", "label", "split")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-MISSING_WORDS = {"nan", "none", "null", "na", "n/a", "-1", "<na>"}
+MISSING_WORDS = {"nan", "nat", "none", "null", "na", "n/a", "<na>", "-1", "-1.0", "?", "unlabeled", "unlabelled"}
+SPREADSHEET_ERRORS = {"#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#num!", "#null!"}
+WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx, .ods and .xls begin
+UTF_16_32 = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 LONGEST_LABEL = 200
 FORMAT = "the first line is image,label or image,label,split; an empty label is an unlabeled image"
 SEARCHED = 2_000  # names compared to find the nearest one; comparing a million takes minutes
@@ -68,31 +73,34 @@ class Answer:
 
     label: str | None
     split: str | None
+    line: int
 
 
 def read_table(path: Path) -> Table:
     """The rows of a labels CSV. Faults that leave nothing to read are raised, the others are in the table."""
     table = Table(path)
     text = read_text(path)
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    lines = list(io.StringIO(text, newline=""))
+    first = next((line for line in lines if line.strip()), "")
     delimiter = max(",;\t", key=lambda mark: ("image" in _cells(first, mark), first.count(mark)))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     order: list[str] = []
-    line = 1
-    try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                if order:
-                    _read_row(table, line, dict(zip(order, cells, strict=False)), len(cells) - len(order))
-                else:
-                    order = _header(table, line, cells)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        table.fault(line, f"the quotes do not close ({error})")
+    for line, written in enumerate(lines, start=1):
+        try:  # one line at a time: a quote that does not close would swallow the lines below it, and their faults
+            cells = next(csv.reader((written,), delimiter=delimiter, strict=True, skipinitialspace=True), [])
+        except csv.Error as error:
+            table.fault(line, f"no cells can be made of it ({error}); do its quotes close? No cell has a line break")
+            if not order:
+                table.refuse()
+            continue
+        if any(cell.strip() for cell in cells):
+            if order:
+                _read_row(table, line, dict(zip(order, cells, strict=False)), len(cells) - len(order))
+            else:
+                order = _header(table, line, cells)
     if not order:
         raise DataError(f"{path} has no header", why="nothing is in it but blank lines", fix=f"write it: {FORMAT}")
     if not table.rows and not table.faults:
-        table.fault(line, "there is a header but not a single image below it")
+        table.fault(len(lines), "there is a header but not a single image below it")
     by_text: dict[str, int] = {}
     for row in table.rows:
         if row.label is not None:
@@ -114,12 +122,12 @@ def match(table: Table, find: Callable[[str], int | str], names: Callable[[], It
         index = find(row.image)
         if isinstance(index, str):
             offered = list(itertools.islice(names(), SEARCHED)) if offered is None else offered
-            hint = nearest(row.image, offered) if not index and len(table.faults) < 50 else ""
+            hint = _meant(row.image, offered) if not index and len(table.faults) < 50 else ""
             table.fault(row.line, index or f'no image "{row.image}"{hint}')
             continue
         if not row.sound:
             continue
-        answer = Answer(row.label, row.split)
+        answer = Answer(row.label, row.split, row.line)
         before = said.setdefault(index, (row, answer))
         if before[1].label != answer.label:
             labels = [f'"{label}"' if label else "no label" for label in (answer.label, before[1].label)]
@@ -130,53 +138,104 @@ def match(table: Table, find: Callable[[str], int | str], names: Callable[[], It
     return {index: answer for index, (_, answer) in said.items()}
 
 
+def overruled(
+    found: Sequence[Answer], names: Sequence[str], labels: Sequence[str | None], splits: Sequence[str]
+) -> tuple[str, ...]:
+    """A note on images that the table takes out of their class folder or out of the held-out ones.
+
+    found: the table's answer for each image; labels, splits: what their places say. A folder's name is a class only
+    where the table has it as a class too: 2024/ and 2025/ are none.
+    """
+    classes = {answer.label for answer in found if answer.label}
+    rows = [
+        f'"{name}" (line {answer.line})'
+        for answer, name, label, split in zip(found, names, labels, splits, strict=True)
+        if (answer.label and label in classes and label != answer.label)
+        or (answer.split and split not in ("train", answer.split))
+    ]
+    words = f"{len(rows):,} image{'s' if len(rows) > 1 else ''} of another class or split than the place says"
+    return (f"{words}; the CSV counts: {', '.join(rows[:3])}{', ...' if len(rows) > 3 else ''}",) if rows else ()
+
+
+def _meant(image: str, names: Iterable[str]) -> str:
+    """' (did you mean "x"?)': an image of this name with an extension, or another one, else the nearest name."""
+    same = next((name for name in names if _stem(name) == _stem(image)), None)
+    return f' (did you mean "{same}"?)' if same else nearest(image, names)
+
+
+def _stem(name: str) -> str:
+    file = re.split(r"[/\\]", name)[-1]
+    return file.rpartition(".")[0] or file
+
+
+@functools.lru_cache(1024)  # few classes, a million lines
 def label_fault(label: str) -> str:
     """What is wrong with a class name, '' if nothing."""
     if label.casefold() in MISSING_WORDS:
         return f'"{label}" is not a class: leave the label empty for an unlabeled image'
+    if label.casefold() in SPREADSHEET_ERRORS:
+        return f'"{label}" is what a spreadsheet writes for an error, not a class'
     if not label.isprintable():
         return f"the class name {label!a} holds control or invisible characters"
     if len(label) > LONGEST_LABEL:
         return f'the class name "{label[:20]}..." has {len(label):,} characters, more than {LONGEST_LABEL}'
+    for word in label.split():
+        if {"LATIN", "CYRILLIC"} <= {unicodedata.name(letter, "").partition(" ")[0] for letter in word}:
+            return f'the class name "{label}" mixes Latin and Cyrillic letters that look alike: {label!a}'
     return ""
 
 
 def twins(labels: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of class names that differ only in case, spacing, leading zeros or Unicode form, in order."""
+    """Pairs of class names that one class may have been given by two hands or programs, in order: see _folded."""
     first: dict[str, str] = {}
-    pairs = []
-    for label in labels:
-        folded = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
-        key = folded.lstrip("0") or "0" if folded.isdecimal() else folded
-        if first.setdefault(key, label) != label:
-            pairs.append((first[key], label))
-    return pairs
+    return [(first[key], label) for label in labels if first.setdefault(key := _folded(label), label) != label]
+
+
+def _folded(label: str) -> str:
+    """label without case, outer quotes, zeros around a whole number ("01", "1.0"), one kind of space ("polar_bear")."""
+    text = unicodedata.normalize("NFKC", label).casefold().strip("'\"`\u2018\u2019\u201c\u201d")
+    text = " ".join(re.sub(r"(?<=\w)[-_](?=\w)", " ", text).split())
+    number = re.fullmatch(r"0*(\d+?)(?:\.0+)?", text)
+    return number[1] if number else text or label
 
 
 def read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise MissingInput(f"{path}: no such file", fix="give the path of a labels CSV") from None
+        raise MissingInput(f"{path}: no such file", why="labels come from it", fix="correct the path") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder", why="labels come from a CSV file", fix=FORMAT) from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from error
     save = 'save it as "CSV UTF-8"'
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:200].count(0) > len(raw[:200]) // 4:
-        raise DataError(f"{path} is in UTF-16", why="labels are read as UTF-8", fix=save)
+    if raw.startswith(WORKBOOKS):
+        raise DataError(f"{path} is a spreadsheet or an archive", why="labels come from a CSV file", fix=save)
+    encoding = next((name for mark, name in UTF_16_32.items() if raw.startswith(mark)), "utf-8-sig")
+    if encoding == "utf-8-sig" and raw[:200].count(0) > len(raw[:200]) // 4:
+        raise DataError(f"{path} is in UTF-16 without a mark that says so", why="labels are read as UTF-8", fix=save)
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode(encoding)
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        wrong = _not_utf_8(raw) if encoding == "utf-8-sig" else ()
         raise DataError(
-            f"{path} line {line}: byte 0x{raw[error.start]:02x} is not UTF-8",
-            why="it was probably saved as Latin-1 or Windows-1252",
+            f"{path} cannot be read as {encoding.removesuffix('-sig').upper()}: {error.reason}",
+            details=[f"line {line}: byte 0x{byte:02x} is not UTF-8" for line, byte in wrong],
+            why="it was saved in another encoding, probably Latin-1 or Windows-1252, or is damaged",
             fix=save,
         ) from None
     if not text.strip():
         raise DataError(f"{path} is empty", why="there is neither a header nor a row", fix=f"write it: {FORMAT}")
     return text
+
+
+def _not_utf_8(raw: bytes) -> Iterator[tuple[int, int]]:
+    """(line, its first wrong byte) of every line that is not UTF-8."""
+    for line, written in enumerate(raw.splitlines(), start=1):
+        try:
+            written.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield line, written[error.start]
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
@@ -202,12 +261,13 @@ def _header(table: Table, line: int, cells: list[str]) -> list[str]:
 def _read_row(table: Table, line: int, cells: Mapping[str, str], surplus: int) -> None:
     if surplus:
         count, wanted = len(cells) + max(surplus, 0), len(cells) - min(surplus, 0)
-        table.fault(line, f"{count} cells where the header has {wanted} (a name with a comma needs quotes)")
+        words = f"{count} cell{'s' if count > 1 else ''} where the header has {wanted}"
+        table.fault(line, f"{words} (a name with a comma needs quotes; there are no comments)")
         return
     image, label, split = cells["image"], cells["label"].strip(), cells.get("split", "").strip().casefold()
     problems = [
         "no image name" if not image.strip() else "",
-        "a line break or NUL in the image's name; do the quotes close?" if set("\n\r\0") & set(image) else "",
+        "a NUL in the image's name" if "\0" in image else "",
         label_fault(label) if label else "",
         "" if split in ("", *SPLITS) else f'unknown split "{split}"{nearest(split, SPLITS)}; use train, val or test',
     ]
