@@ -22,8 +22,9 @@ import fewlabels as fl
 from conftest import same, shapes_images
 from fewlabels import checkpoint, plan
 from fewlabels.data import pixels
-from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
+from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
 from fewlabels.prepare import check_identity
+from fewlabels.stages import loop
 from fewlabels.use import propagate
 
 SMALL = {
@@ -397,12 +398,24 @@ def test_a_second_process_is_kept_out(photos: Path, tmp_path: Path) -> None:
         fl.fit(photos, out=tmp_path / "run", recipe="smoke", **SMALL)
 
 
-def test_divergence_saves_nothing_and_says_so(photos: Path, tmp_path: Path) -> None:
-    from fewlabels.errors import Diverged
+def test_divergence_saves_nothing_and_names_the_images(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[int]] = {}
+    step = loop.step
 
+    def noted(state: Any, batch: Any, *rest: Any) -> Any:
+        seen[state.step + 1] = batch.ids.tolist()
+        return step(state, batch, *rest)
+
+    monkeypatch.setattr(loop, "step", noted)
     settings = SMALL | {"pretrain": SMALL["pretrain"] | {"optimizer": "sgd", "learning_rate": 1e18, "warmup": 0.0}}
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged) as raised:
         fl.fit(photos, out=tmp_path / "run", recipe="smoke", **settings)
+    with (tmp_path / "run" / "images.csv").open(encoding="utf-8") as file:
+        names = [row["image"] for row in csv.DictReader(file)]
+    assert raised.value.details == tuple(names[row] for row in seen[raised.value.step])
+    assert "train/unlabeled/" in raised.value.text()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     saved, _ = checkpoint.latest(tmp_path / "run" / "pretrain")
     assert saved is None or all(t.isfinite().all() for t in saved.tensors.values() if t.is_floating_point())
