@@ -22,7 +22,7 @@ import fewlabels as fl
 from conftest import same, shapes_images
 from fewlabels import checkpoint, plan
 from fewlabels.data import pixels
-from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
+from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, RunAgain, UsageError
 from fewlabels.prepare import check_identity
 from fewlabels.stages import loop
 from fewlabels.use import propagate
@@ -182,6 +182,27 @@ def test_other_images_are_refused_and_the_stored_ones_kept(run: fl.Run, photos: 
     assert same(final_weights(run.path), weights)
     assert (run.path / "data/pixels.u8").read_bytes() == before["data/pixels.u8"]
     assert (run.path / "data.json").read_bytes() != before["data.json"]
+
+
+@pytest.mark.parametrize("name", ["data/pixels.u8", "data.json"])
+def test_damaged_images_are_read_anew(
+    name: str, run: fl.Run, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.path, out)
+    for stage in STAGES[1:]:
+        shutil.rmtree(out / stage)
+    before = {file: (out / file).read_bytes() for file in ("data/pixels.u8", "data/hashes.npy", "data/index.json")}
+    raw = bytearray((out / name).read_bytes())
+    raw[len(raw) // 2] ^= 4
+    (out / name).write_bytes(raw)
+    if name == "data/pixels.u8":
+        with pytest.raises(RunAgain, match="are not those that were written"):
+            fl.fit(photos, out=out, recipe="smoke", **SMALL)
+    fl.fit(photos, out=out, recipe="smoke", **SMALL)
+    assert capsys.readouterr().err.count("the images are read anew") == 1
+    assert {file: (out / file).read_bytes() for file in before} == before
+    assert same(final_weights(out), final_weights(run.path))
 
 
 def test_a_run_keeps_its_recipe_when_none_is_asked_for(run: fl.Run, photos: Path) -> None:

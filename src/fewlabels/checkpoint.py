@@ -149,7 +149,7 @@ def write_manifest(folder: Path) -> None:
     """folder/manifest.json: size and SHA-256 of every file in it, and a SHA-256 of that."""
     files = {name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for name, p in sorted(_inside(folder).items())}
     contents = {"format_version": FORMAT_VERSION, "files": files}
-    text = json.dumps({**contents, "sha256": _seal(contents)}, indent=1)
+    text = json.dumps({**contents, "sha256": seal(contents)}, indent=1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
@@ -159,8 +159,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(contents: Mapping[str, Any]) -> str:
-    """What a manifest says of itself: else one flipped bit in its version would pass for a newer format."""
+def seal(contents: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, to stand among them: one flipped bit in a version would pass for a newer format."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
@@ -175,8 +175,8 @@ def verify(folder: Path, needed: Collection[str] = ()) -> None:
     """Check folder against its manifest, which must list the files needed; Damaged names all that differs."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        seal = manifest.pop("sha256", None)  # older manifests have none
-        if seal not in (None, _seal(manifest)):
+        sealed = manifest.pop("sha256", None)  # older manifests have none
+        if sealed not in (None, seal(manifest)):
             raise ValueError("it differs from its own SHA-256")
         version = int(manifest["format_version"])
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
