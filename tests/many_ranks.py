@@ -25,14 +25,16 @@ from typing import Any
 import numpy as np
 
 from conftest import shapes_images
-from fewlabels import cli, prepare, watch
-from fewlabels.data import pixels, views
-from fewlabels.errors import DataError
+from fewlabels import checkpoint, cli, prepare, watch
+from fewlabels.data import loader, pixels, views
+from fewlabels.errors import DataError, StorageError
 from fewlabels.stages import loop
 from fewlabels.stages.finetune import Finetune
+from fewlabels.stages.pretrain import Pretrain
 
 PATIENCE = 60.0  # seconds until a rank that hangs is killed
 STOPPED_STEP = 3
+SPOILED = 0  # a row whose reading fails
 
 
 def variables(rank: int, world: int, port: int) -> dict[str, str]:
@@ -91,6 +93,50 @@ def bad_data() -> None:
     raise DataError("injected", fix="none")
 
 
+def in_reading(fault: Callable[[], None]) -> None:
+    """Where a thread reads the images of a later step, once some were trained on."""
+    share = loader.Order.share
+
+    def spoiled(self: Any, step: int, *rest: Any) -> Any:
+        rows = share(self, step, *rest)
+        return rows if step < STOPPED_STEP else np.full_like(rows, SPOILED)
+
+    def read(self: Any, ids: Any, **how: Any) -> Any:
+        if SPOILED in ids:
+            fault()
+        return whole(self, ids, **how)
+
+    whole, loader.Order.share, pixels.PixelStore.read = pixels.PixelStore.read, spoiled, read
+
+
+def in_saving(fault: Callable[[], None]) -> None:
+    """Where rank 0 writes a checkpoint and the others wait."""
+    checkpoint.save = lambda *a: fault()
+
+
+def before_saving(fault: Callable[[], None]) -> None:
+    """Where every rank brings to the disk what a checkpoint counts on."""
+    loop.Stage.before_save = lambda self: fault()
+
+
+def full_disk() -> None:
+    raise StorageError("injected", fix="none")
+
+
+def a_loss_of_nan() -> None:
+    """The loss of one step is no number, and the images of that step are told beside the messages."""
+    backward = Pretrain.backward
+
+    def spoiled(self: Any, batch: Any, *rest: Any) -> Any:
+        scalars = backward(self, batch, *rest)
+        if batch.epoch == 1:
+            print("the bad images:", json.dumps(batch.ids.tolist()), file=sys.stderr)
+            scalars["loss"] = scalars["loss"] * float("nan")
+        return scalars
+
+    Pretrain.backward = spoiled
+
+
 # --- cases ----------------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +166,11 @@ def cases(folder: Path) -> dict[str, tuple[list[str], list[str], dict[int, Calla
         "finetune": fault("finetune", 1, at(in_a_step, fail, Finetune), command="finetune"),
         "main": fault("main", 0, at(in_a_step, fail)),
         "stays": fault("stays", 1, at(stay, fail)),
+        "reading": fault("reading", 1, at(in_reading, bad_data)),
+        "saving": fault("saving", 0, at(in_saving, full_disk)),
+        "before saving": fault("before-saving", 1, at(before_saving, bad_data)),
+        "diverged": fault("diverged", 1, a_loss_of_nan),
+        "check": fault("check", 1, at(in_the_store, fail), command="check"),
         "killed": fault("killed", 1, at(in_a_step, at(kill, signal.SIGKILL))),
         "main killed": fault("main-killed", 0, at(in_a_step, at(kill, signal.SIGKILL))),
         "stopped": fault("stopped", 1, at(in_a_step, at(kill, signal.SIGSTOP))),
@@ -127,7 +178,7 @@ def cases(folder: Path) -> dict[str, tuple[list[str], list[str], dict[int, Calla
 
 
 def together(commands: list[list[str]], folder: Path, faults: dict[int, Callable[[], None]]) -> list[tuple[int, str]]:
-    """(exit code, stderr) of every rank's command line."""
+    """(exit code, stdout and stderr) of every rank's command line."""
     port, children = free_port(), []
     for rank, words in enumerate(commands):
         child = os.fork()
@@ -138,9 +189,11 @@ def together(commands: list[list[str]], folder: Path, faults: dict[int, Callable
         try:
             os.environ.update(variables(rank, len(commands), port))
             with (folder / f"{rank}.log").open("w") as log:
+                os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
             faults.get(rank, lambda: None)()
             code = cli.main(words)
+            sys.stdout.flush()
         finally:
             os._exit(code)
     codes: dict[int, int] = {}
@@ -170,7 +223,7 @@ def main() -> None:
         status = Path(first[3], "status.json")
         state = json.loads(status.read_text()) if status.exists() else {}
         found[name] = {"ranks": ranks, "seconds": time.monotonic() - began, "status": state}
-    print("\n" + json.dumps(found))
+    print("\n" + json.dumps(found | {"left behind": [path.name for path in folder.glob(".*")]}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import fewlabels
 import many_ranks
 from fewlabels import agreement
+from fewlabels.errors import SHOWN_DETAILS
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(fewlabels.__file__).parent
@@ -31,6 +33,10 @@ EXPECTED: dict[str, tuple[list[int], int | None, str, str | None]] = {
     "pretrain": ([65, 65], 1, "error: injected", "failed"),
     "finetune": ([1, 1], 1, "ValueError: injected", "failed"),
     "main": ([1, 1], 0, "ValueError: injected", None),
+    "reading": ([65, 65], 1, "error: injected", "failed"),
+    "saving": ([74, 74], 0, "error: injected", "failed"),
+    "before saving": ([65, 65], 1, "error: injected", "failed"),
+    "diverged": ([70, 70], None, "the loss is nan at step ", "failed"),
     "killed": ([75, -9], 0, "rank 1 ended without a word", "failed"),
     "main killed": ([-9, 75], 1, "rank 0 ended without a word", "running"),
     "stopped": ([75, -9], 0, "rank 1 ended without a word", "failed"),
@@ -42,7 +48,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(TESTS / "many_ranks.py"), str(tmp_path_factory.mktemp("ranks"))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(PACKAGE.parent)])},
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=480, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -67,6 +73,21 @@ def test_a_rank_that_waits_in_a_collective_is_fetched(found: dict[str, Any]) -> 
     assert code == 1
     assert found["stays"]["status"]["state"] == "failed"
     assert "ValueError: injected" in found["stays"]["status"]["reason"]
+
+
+def test_the_images_are_those_of_the_rank_whose_loss_is_no_number(found: dict[str, Any]) -> None:
+    told = "".join(text for _, text in found["diverged"]["ranks"])
+    (rows,) = re.findall(r"the bad images: (.*)", found["diverged"]["ranks"][1][1])
+    assert re.findall("  - (.*)", told) == [f"image-{row:06}" for row in json.loads(rows)][:SHOWN_DETAILS]
+
+
+def test_a_check_is_made_and_told_once(found: dict[str, Any]) -> None:
+    """Rank 1 would fail if it decoded too."""
+    (code, told), (other, nothing) = found["check"]["ranks"]
+    assert (code, other) == (0, 0), told + nothing
+    assert told.count(" in all, ") == told.count("pretrain: about ") == 1
+    assert nothing == ""
+    assert found["left behind"] == []
 
 
 def test_ranks_of_another_version_do_not_start(tmp_path: Path) -> None:

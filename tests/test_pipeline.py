@@ -23,7 +23,8 @@ from conftest import same, shapes_images
 from fewlabels import checkpoint, plan, prepare
 from fewlabels.data import pixels
 from fewlabels.data.sources import open_source
-from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
+from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, RunAgain, UsageError
+from fewlabels.stages import loop
 from fewlabels.use import propagate
 
 SMALL = {
@@ -181,6 +182,27 @@ def test_other_images_are_refused_and_the_stored_ones_kept(run: fl.Run, photos: 
     assert same(final_weights(run.path), weights)
     assert (run.path / "data/pixels.u8").read_bytes() == before["data/pixels.u8"]
     assert (run.path / "data.json").read_bytes() != before["data.json"]
+
+
+@pytest.mark.parametrize("name", ["data/pixels.u8", "data.json"])
+def test_damaged_images_are_read_anew(
+    name: str, run: fl.Run, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.path, out)
+    for stage in STAGES[1:]:
+        shutil.rmtree(out / stage)
+    before = {file: (out / file).read_bytes() for file in ("data/pixels.u8", "data/hashes.npy", "data/index.json")}
+    raw = bytearray((out / name).read_bytes())
+    raw[len(raw) // 2] ^= 4
+    (out / name).write_bytes(raw)
+    if name == "data/pixels.u8":
+        with pytest.raises(RunAgain, match="are not those that were written"):
+            fl.fit(photos, out=out, recipe="smoke", **SMALL)
+    fl.fit(photos, out=out, recipe="smoke", **SMALL)
+    assert capsys.readouterr().err.count("the images are read anew") == 1
+    assert {file: (out / file).read_bytes() for file in before} == before
+    assert same(final_weights(out), final_weights(run.path))
 
 
 def test_a_run_keeps_its_recipe_when_none_is_asked_for(run: fl.Run, photos: Path) -> None:
@@ -397,12 +419,24 @@ def test_a_second_process_is_kept_out(photos: Path, tmp_path: Path) -> None:
         fl.fit(photos, out=tmp_path / "run", recipe="smoke", **SMALL)
 
 
-def test_divergence_saves_nothing_and_says_so(photos: Path, tmp_path: Path) -> None:
-    from fewlabels.errors import Diverged
+def test_divergence_saves_nothing_and_names_the_images(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[int]] = {}
+    step = loop.step
 
+    def noted(state: Any, batch: Any, *rest: Any) -> Any:
+        seen[state.step + 1] = batch.ids.tolist()
+        return step(state, batch, *rest)
+
+    monkeypatch.setattr(loop, "step", noted)
     settings = SMALL | {"pretrain": SMALL["pretrain"] | {"optimizer": "sgd", "learning_rate": 1e18, "warmup": 0.0}}
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged) as raised:
         fl.fit(photos, out=tmp_path / "run", recipe="smoke", **settings)
+    with (tmp_path / "run" / "images.csv").open(encoding="utf-8") as file:
+        names = [row["image"] for row in csv.DictReader(file)]
+    assert raised.value.details == tuple(names[row] for row in seen[raised.value.step])
+    assert "train/unlabeled/" in raised.value.text()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     saved, _ = checkpoint.latest(tmp_path / "run" / "pretrain")
     assert saved is None or all(t.isfinite().all() for t in saved.tensors.values() if t.is_floating_point())

@@ -172,7 +172,7 @@ def write_manifest(folder: Path) -> None:
     """folder/manifest.json: size and SHA-256 of every file in it, and a SHA-256 of that."""
     files = {name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for name, p in sorted(_inside(folder).items())}
     contents = {"format_version": FORMAT_VERSION, "files": files}
-    text = json.dumps({**contents, "sha256": _seal(contents)}, indent=1)
+    text = json.dumps({**contents, "sha256": seal(contents)}, indent=1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
@@ -182,8 +182,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(contents: Mapping[str, Any]) -> str:
-    """What a manifest says of itself: else one flipped bit in its version would pass for a newer format."""
+def seal(contents: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, to stand among them: one flipped bit in a version would pass for a newer format."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
@@ -199,8 +199,8 @@ def verify(folder: Path, needed: Collection[str] = ()) -> None:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        seal = manifest.pop("sha256", None)  # older manifests have none
-        if seal not in (None, _seal(manifest)):
+        sealed = manifest.pop("sha256", None)  # older manifests have none
+        if sealed not in (None, seal(manifest)):
             raise ValueError("it differs from its own SHA-256")
         check_format(manifest, path)
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}

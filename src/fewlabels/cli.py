@@ -234,9 +234,11 @@ def _tell(run: Any, *, as_json: bool) -> None:
 
 
 def _check(command: Fit) -> None:
-    from fewlabels import pipeline
+    from fewlabels import pipeline, runtime
 
     found = pipeline.check(_asked(command, "distill"))
+    if not runtime.is_main():
+        return
     if command.json:
         print(json.dumps(found))
     else:

@@ -59,9 +59,21 @@ class MissingInput(FewlabelsError, FileNotFoundError):
 
 
 class Diverged(FewlabelsError):
-    """The loss or the weights stopped being finite numbers; nothing of it was saved."""
+    """The loss or the weights stopped being finite numbers; nothing of it was saved.
+
+    step: the one that did it, counted from 1. rank: where, if not everywhere. images: names of what was seen there.
+    """
 
     exit_code = 70
+
+    def __init__(self, what: str, *, step: int, rank: int | None = None, images: Sequence[str] = ()) -> None:
+        self.step, self.rank = step, rank
+        super().__init__(
+            what + (", with these images:" if images else ""),
+            details=images,
+            why="training diverged; nothing of this step is saved, the last checkpoint is good",
+            fix="lower the stage's learning_rate, raise its warmup, or use precision fp32; give a new --out",
+        )
 
 
 class CannotCreate(FewlabelsError):

@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import resource
 import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fewlabels import agreement, plan, runtime, watch
 from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_wishes
+from fewlabels.data.sources import Source
 from fewlabels.errors import DataError, FewlabelsError, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
@@ -93,10 +96,7 @@ def run(asked: Asked) -> Run:
         raise UsageError(f'until "{asked.until}" is not a stage', fix=f"use one of {', '.join(plan.STAGES)}")
     device = runtime.start(asked.device)
     with watch.ranks() as ranks, Interrupts().watching() as interrupts:
-        agreement.on_wishes(asked)
-        source = open_images(asked)
-        agreement.on_source(source)
-        folder = RunFolder(asked.out)
+        source, folder = _images(asked), RunFolder(asked.out)
 
         def record(error: FewlabelsError) -> None:
             stopped = isinstance(error, Stopped) or error.exit_code > 128  # perhaps the word of another rank
@@ -120,22 +120,44 @@ def check(asked: Asked) -> dict[str, Any]:
     largest_batch (for each stage: asked, fits, with_recompute; measured, where it can be).
     """
     device = runtime.start(asked.device)
+    with watch.ranks(), Interrupts().watching() as interrupts:
+        source = _images(asked)
+        with _scratch(asked.out) as folder:
+            return _found_out(asked, prepare(asked, source, folder, device), interrupts)
+
+
+def _images(asked: Asked) -> Source:
+    """The images, the same for every rank."""
+    agreement.on_wishes(asked)
     source = open_images(asked)
-    place = next(p for p in asked.out.absolute().parents if p.is_dir())  # where the run would be: /tmp may be small
-    with (
-        tempfile.TemporaryDirectory(prefix=".fewlabels-check-", dir=place) as temporary,
-        Interrupts().watching() as interrupts,
-    ):
-        folder = RunFolder(Path(temporary))
-        prepared = prepare(asked, source, folder, device)
-        Worker(prepared, interrupts).try_networks()
-        largest = _largest_batches(prepared, interrupts)
-        prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
-        per_step = Worker(prepared, interrupts).seconds_per_step()
-        seconds = plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size())
-        store = sum(file.stat().st_size for file in folder.data.rglob("*")) / 1e6
-        found = explain(prepared, sums)
-        bad = (folder.path / "bad_images.csv").read_text(encoding="utf-8").splitlines()[1:]
+    agreement.on_source(source)
+    return source
+
+
+@contextlib.contextmanager
+def _scratch(out: Path) -> Iterator[RunFolder]:
+    """One folder for all ranks, gone at the end. It is where the run would be: /tmp may be small."""
+    place = next(p for p in out.absolute().parents if p.is_dir())
+    main = runtime.is_main()
+    with tempfile.TemporaryDirectory(prefix=".fewlabels-check-", dir=place) if main else nullcontext("") as name:
+        folder = RunFolder(Path(runtime.from_main(name)))
+        with folder.locked():
+            agreement.on_folder(folder)
+            yield folder
+        runtime.barrier()  # no rank reads in it any more
+
+
+def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict[str, Any]:
+    """What `check` returns."""
+    folder = prepared.folder
+    Worker(prepared, interrupts).try_networks()
+    largest = _largest_batches(prepared, interrupts)
+    prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
+    per_step = Worker(prepared, interrupts).seconds_per_step()
+    seconds = plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size())
+    store = sum(file.stat().st_size for file in folder.data.rglob("*")) / 1e6
+    found = explain(prepared, sums)
+    bad = (folder.path / "bad_images.csv").read_text(encoding="utf-8").splitlines()[1:]
     weights = 4e-6 * sum(p.numel() for p in build_encoder(prepared.recipe.encoder).parameters())
     disk = store + weights * 3 * 2 * len(seconds)  # weights and two slots of the optimizer, two checkpoints a stage
     if "distill" in seconds and prepared.recipe.distill.replays:

@@ -140,7 +140,8 @@ def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any]
             shutil.rmtree(data, ignore_errors=True)
             bad_csv.unlink(missing_ok=True)
     about |= {"store": "streamed" if store.streamed else "pixels", "kept": kept.tolist()}
-    checkpoint.write_json(note, about | {"unreadable": [asdict(b) for b in bad]})
+    about |= {"unreadable": [asdict(b) for b in bad]}
+    checkpoint.write_json(note, about | {"sha256": checkpoint.seal(about)})
 
 
 def _say_cost(store: pixels.PixelStore, seconds: float) -> None:
@@ -159,13 +160,21 @@ def images_digest(dataset: Dataset) -> str:
 
 def _read_note(note: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    sealed = found.pop("sha256", None)  # those of older versions have none
+    if sealed not in (None, checkpoint.seal(found)):
+        raise ValueError("it differs from its own SHA-256")
     return found
 
 
 def _stored(folder: RunFolder, note: Path, about: Mapping[str, Any]) -> bool:
     if not (note.exists() and folder.data.exists()):
         return False
-    before = _read_note(note)
+    try:
+        before = _read_note(note)
+        pixels.open_store(folder.data, lambda _: None)
+    except checkpoint.UNREADABLE as error:  # a StorageError is an OSError
+        say(f"  warning: {getattr(error, 'what', f'{note} is damaged: {error}')}; the images are read anew")
+        return False
     return all(before.get(name) == value for name, value in about.items())
 
 

@@ -15,6 +15,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image, ImageFile
 from fewlabels import checkpoint
 from fewlabels.data import decode, pixels
 from fewlabels.data.sources import open_source
-from fewlabels.errors import DataError, MissingInput, StorageError
+from fewlabels.errors import DataError, MissingInput, RunAgain, StorageError
 
 
 @pytest.fixture(scope="session")
@@ -391,6 +392,31 @@ def test_a_damaged_store_is_refused(tmp_path: Path, photos: np.ndarray, spoil: C
         pixels.open_store(tmp_path / "data")
     assert refused.value.exit_code == 74
     assert str(tmp_path / "data") in refused.value.fix
+
+
+def test_pixels_that_changed_are_never_given(tmp_path: Path, photos: np.ndarray) -> None:
+    store = built(photos, tmp_path / "data")[0]
+    (whole, extents), file = store.read(np.arange(len(store))), tmp_path / "data" / "pixels.u8"
+    raw, rng, found = file.read_bytes(), np.random.default_rng(0), 0
+    for row, channel, y, x in rng.integers(0, (len(store), 3, store.canvas, store.canvas), (30, 4)).tolist():
+        damaged, place = bytearray(raw), ((row * 3 + channel) * store.canvas + y) * store.canvas + x
+        damaged[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(damaged)
+        fresh, others = pixels.open_store(tmp_path / "data"), np.setdiff1d(np.arange(len(store)), row)
+        assert torch.equal(fresh.read(others)[0], whole[others])
+        if y >= extents[row, 0] or x >= extents[row, 1]:
+            fresh.read(np.array([row]))  # beside the image, where nobody looks
+            continue
+        found += 1
+        with ThreadPoolExecutor(4) as pool:
+            for asked in [pool.submit(fresh.read, np.array([0, row])) for _ in range(4)]:
+                with pytest.raises(RunAgain, match=f"the pixels of image {row} are not those") as refused:
+                    asked.result()
+        assert refused.value.exit_code == 75
+        with pytest.raises(StorageError, match=f"is damaged: the pixels of image {row}"):
+            pixels.open_store(tmp_path / "data")
+        (tmp_path / "data" / pixels.DAMAGED).unlink()
+    assert 10 < found < 30
 
 
 def test_no_store(tmp_path: Path) -> None:

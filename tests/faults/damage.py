@@ -3,8 +3,9 @@
     python tests/faults/damage.py
 
 A damaged checkpoint is never used and never a traceback: the one before it is, and it is said. A damaged model is
-refused in words. Then whole runs, killed and damaged in their newest checkpoint: the same command says so and ends as
-the run that nothing happened to, bit for bit.
+refused in words. Then whole runs, killed and damaged in their newest checkpoint or in what they know of the images:
+the same command says so and ends as the run that nothing happened to, bit for bit. Pixels that have changed are found
+when they are first read, which ends the run with exit code 75: the command after that reads the images anew.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from fewlabels.use import artefact
 from small_model import METRICS, small_card, small_network
 
 PAGE = 4096
+KNOWN = ("data/pixels.u8", "data/pixels.u8", "data/hashes.npy", "data/extents.npy", "data/index.json", "data.json")
+AGAIN = 75  # exit code
 T = TypeVar("T")
 Damage = Callable[[bytes, random.Random], bytes]
 
@@ -143,6 +146,29 @@ def damaged_runs(folder: Path, count: int, rng: random.Random, tally: Tally) -> 
         shutil.rmtree(run, ignore_errors=True)
 
 
+def damaged_stores(folder: Path, count: int, rng: random.Random, tally: Tally) -> None:
+    """A run is killed while it trains, what it knows of the images is damaged, and the same command goes on."""
+    images = runs.make_images(folder)
+    wanted, seconds = runs.unbroken(images, folder)
+    while tally.injected < count:
+        run, log = folder / "run", folder / f"{tally.injected}.log"
+        child = runs.start(runs.command(images, run), log)
+        time.sleep(rng.uniform(0.1, 0.8) * seconds)
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+        name, kind = KNOWN[tally.injected % len(KNOWN)], rng.choice(list(KINDS))
+        if runs.newest(run) and next(damages([run / name], kind, 1, rng), None):
+            with tally.fault(f"{name}: {kind}"):
+                codes = [ended(runs.start(runs.command(images, run), log))]
+                if codes == [AGAIN]:
+                    codes.append(ended(runs.start(runs.command(images, run), log)))
+                assert codes in ([0], [AGAIN, 0]), f"exit codes {codes}: {log.read_text()[-2000:]}"
+                assert "the images are read anew" in log.read_text(), "it is not said"
+                assert (AGAIN in codes) == (name == "data/pixels.u8" and kind != "cut off"), f"exit codes {codes}"
+                runs.same_outcome(run, wanted)
+        shutil.rmtree(run, ignore_errors=True)
+
+
 def main() -> int:
     """All of it."""
     asker = parser(__doc__)
@@ -151,11 +177,13 @@ def main() -> int:
     torch.set_num_threads(1)
     rng = random.Random(asked.seed)
     saves, kept, whole = Tally("damaged checkpoint"), Tally("damaged model"), Tally("damaged checkpoint, whole runs")
+    stores = Tally("damaged pixels and what is known of them")
     with tempfile.TemporaryDirectory(prefix="fewlabels-damage-") as name:
         checkpoints(Path(name) / "stage", {"bit flipped": 1000, "page zeroed": 200, "cut off": 200}, rng, saves)
         models(Path(name) / "model", {"bit flipped": 400, "page zeroed": 100, "cut off": 100}, rng, kept)
         damaged_runs(Path(name), asked.runs, rng, whole)
-    return conclude([saves, kept, whole], asked)
+        damaged_stores(Path(name), 2 * asked.runs, rng, stores)
+    return conclude([saves, kept, whole, stores], asked)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tests/faults/nonfinite.py
 
 Each must stop the run with exit code 70 before anything of it is saved: every number of every checkpoint is finite,
-and the message names the step, and the images where it was their loss. Then the same command goes on from the last
+and the message names the step and its images. Then the same command goes on from the last
 checkpoint, and ends as the run that nothing happened to, bit for bit: what struck was not the data.
 """
 
@@ -13,6 +13,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # forking a process whose threads have worked would hang its child
 
+import csv
 import json
 import random
 import re
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import runs
 from faults.tally import Tally, conclude, ended, parser
 from fewlabels import runtime
+from fewlabels.errors import SHOWN_DETAILS
 from fewlabels.stages import loop, runner
 
 STAGES = ("pretrain", "finetune", "distill", "supervised")
@@ -61,7 +63,9 @@ class Poison:
                 return step(state, batch, *rest)
             first = state.step if first < 0 else first
             if state.step - first == self.after:
-                self.struck.write_text(json.dumps({"step": state.step + 1, "images": batch.ids[:8].tolist()}))
+                self.struck.write_text(
+                    json.dumps({"step": state.step + 1, "images": batch.ids[:SHOWN_DETAILS].tolist()})
+                )
                 getattr(self, f"_{self.place}")(state)
             return step(state, batch, *rest)
 
@@ -135,13 +139,16 @@ def one(run: Path, images: Path, poison: Poison, log: Path) -> None:
     assert code == DIVERGED, f"exit code {code}: {said[-2000:]}"
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
     all_finite(run)
-    named = re.search(r"error: .* (?:at|after) step (\d+)(?: \(images ([\d, ]+), \.\.\.\))?", said)
-    assert named is not None, f"no step is named: {said[-1000:]}"
-    late = int(named[1]) - struck["step"]
-    if poison.place in ("loss", "input"):
-        assert late == 0 and json.loads(f"[{named[2]}]") == struck["images"], f"other images are named: {named[0]}"
-    else:  # found in what is saved, or in the next loss
+    named = re.search(r"error: .* (?:at|after) step (\d+).*, with these images:\n((?:  - .*\n)+)", said)
+    assert named is not None, f"no step, or no image, is named: {said[-1000:]}"
+    late, images = int(named[1]) - struck["step"], re.findall("  - (.*)", named[2])
+    with (run / "images.csv").open(encoding="utf-8", newline="") as file:
+        names = [row["image"] for row in csv.DictReader(file)]
+    if poison.place in ("weight", "momentum"):  # found in what is saved, or where it first spoils a loss or a gradient
         assert 0 <= late <= UNSAVED, f"struck in step {struck['step']}: {named[0]}"
+    else:
+        assert late == 0, f"struck in step {struck['step']}: {named[0]}"
+        assert images == [names[row] for row in struck["images"]], f"other images are named: {named[0]}"
 
 
 def main() -> int:

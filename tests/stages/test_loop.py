@@ -22,12 +22,13 @@ from fewlabels.model import optim
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.model.losses import distillation_loss, nt_xent
+from fewlabels.runfolder import Interrupts, RunFolder
 from fewlabels.stages import loop, runner
 from fewlabels.stages.distill import Distill
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Listeners, Stage, TrainState
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
-from fewlabels.stages.runner import Job
+from fewlabels.stages.runner import Job, Workplace
 
 CPU = torch.device("cpu")
 FP32 = runtime.precision(CPU, "fp32")
@@ -142,6 +143,23 @@ def test_stopped_saved_and_resumed_equals_unbroken(
     assert expected[0] != expected[-1]
 
 
+def test_a_damaged_checkpoint_is_passed_over_in_true_words(
+    dataset: labels.Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = job("finetune", dataset, "sgd")
+    at = Workplace(RunFolder(tmp_path), dataset, CPU, FP32, Interrupts())
+    values = {"surroundings": at.surroundings(), "seconds": 3.0}
+    paths = [checkpoint.save(at.folder.stage("finetune"), n, work.state().tensors(), values) for n in (1, 2)]
+    for path, words, step in zip(paths[::-1], ("that of step 1 is used", "finetune begins anew"), (1, 0), strict=True):
+        (path / checkpoint.VALUES).write_text("")
+        state = work.state()
+        assert runner._resume(work, at, state) == 3.0 * step
+        assert state.step == step
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert path.name in last
+        assert words in last
+
+
 def test_a_stop_saves_first(dataset: labels.Dataset) -> None:
     work = job("finetune", dataset, "sgd")
     state, saved = work.state(), []
@@ -161,30 +179,48 @@ def test_the_teacher_is_frozen_in_inference_mode_and_never_saved(dataset: labels
     assert work.stage.student.training  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("place", ["loss", "weight"])
-def test_not_finite_stops_before_anything_is_saved(place: str, dataset: labels.Dataset) -> None:
+@pytest.mark.parametrize("place", ["input", "gradient", "weight"])
+def test_not_finite_stops_before_anything_is_saved(
+    place: str, dataset: labels.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = job("pretrain", dataset, "sgd")
-    state = work.state()
-    saved: list[int] = []
-
-    def save(state: TrainState) -> None:
-        saved.append(state.step)
-        if state.step == 2:
-            with torch.no_grad():
-                parameter = next(work.stage.parameters())
-                # A huge weight overflows in the next update; NaN reaches the next loss
-                parameter.flatten()[0] = float("nan")
-
+    state, saved = work.state(), list[int]()
+    view, parameter = work.stage.view, list(work.stage.parameters())[-1]
+    if place == "input":
+        monkeypatch.setattr(work.stage, "view", lambda *a: view(*a) * (float("nan") if state.step == 2 else 1))
+    if place == "gradient":
+        parameter.register_hook(lambda gradient: gradient * (float("inf") if state.step == 2 else 1))
+    if place == "weight":
+        monkeypatch.setattr(
+            work.stage, "after_step", lambda: parameter.data.mul_(float("nan") if state.step == 2 else 1)
+        )
     with pytest.raises(Diverged) as raised:
-        if place == "loss":
-            train(work, state, dataset, save=save, save_every=1)
-        else:
-            parameter = list(work.stage.parameters())[-1]
-            parameter.register_hook(lambda gradient: gradient * float("inf"))
-            train(work, state, dataset, save=save, save_every=1)
-    assert saved == ([1, 2] if place == "loss" else [])
+        train(work, state, dataset, save=lambda state: saved.append(state.step), save_every=2)
+    assert saved == [2]
     assert raised.value.exit_code == 70
-    assert ("step 3 (images" if place == "loss" else "after step 1") in raised.value.what
+    assert raised.value.step == 3
+    assert raised.value.what.startswith({
+        "input": "the loss is nan at step 3", "gradient": "1 gradients are not finite at step 3: head",
+        "weight": "1 tensors are not finite after step 3: stage.head",
+    }[place])  # fmt: skip
+    assert (state.step == 3) == (place == "weight"), "the update before which it was found was not made"
+
+
+def test_where_no_loss_is_read_the_first_bad_one_is_found_later(
+    dataset: labels.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_stop_if_not_finite", lambda *a: None)  # as on CUDA
+    work = job("pretrain", dataset, "sgd")
+    state, saved, view = work.state(), list[int](), work.stage.view
+    monkeypatch.setattr(work.stage, "view", lambda *a: view(*a) * (float("nan") if state.step == 3 else 1))
+    with pytest.raises(Diverged, match="the loss is nan at step 4") as raised:
+        train(work, state, dataset, save=lambda state: saved.append(state.step), save_every=2)
+    assert (state.step, raised.value.step, saved) == (4, 4, [2])
+    with pytest.raises(Diverged, match="the loss is nan at step 4"):
+        state = (again := job("pretrain", dataset, "sgd")).state()
+        monkeypatch.setattr(again.stage, "view", lambda *a: view(*a) * (float("nan") if state.step == 3 else 1))
+        train(again, state, dataset, save_every=6)
+    assert state.step == 6
 
 
 def test_pretraining_is_nt_xent_of_two_views_in_one_forward(dataset: labels.Dataset) -> None:

@@ -93,11 +93,11 @@ class Order:
         shuffled: np.ndarray = self.ids[random.permutation(self.seed, epoch, len(self.ids))]
         return shuffled
 
-    def share(self, step: int, permutation: np.ndarray) -> np.ndarray:
-        """(batch / world_size,) this rank's part of step, given its epoch's permutation."""
+    def share(self, step: int, permutation: np.ndarray, rank: int | None = None) -> np.ndarray:
+        """(batch / world_size,) a rank's part of step (this one's), given its epoch's permutation."""
         first = (step % self.steps_per_epoch) * self.batch
         size = self.batch // runtime.world_size()
-        first += runtime.rank() * size
+        first += (runtime.rank() if rank is None else rank) * size
         mine: np.ndarray = permutation[first : first + size]
         return mine
 

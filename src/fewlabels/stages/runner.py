@@ -16,7 +16,7 @@ from fewlabels import checkpoint, runtime
 from fewlabels.config import Schedule
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Order, Waiting, training_batches
-from fewlabels.errors import DataError, Stopped, UsageError
+from fewlabels.errors import DataError, Diverged, Stopped, UsageError
 from fewlabels.model import optim
 from fewlabels.plan import Derived, derive
 from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
@@ -115,6 +115,8 @@ def _run(job: Job, at: Workplace, state: TrainState) -> None:
         spare_rng = torch.random.fork_rng(devices=[at.device] if at.device.type == "cuda" else [])
         with spare_rng, _enough_memory(job, at):
             finished = train(state, waiting, rhythm, listeners, at.precision)
+    except Diverged as error:
+        raise Diverged(error.what, step=error.step, images=_seen(job, at.dataset, error)) from error
     except DataError:
         if runtime.world_size() == 1:  # several processes save together, and only this one knows
             check_finite(state)
@@ -146,6 +148,14 @@ def _enough_memory(job: Job, at: Workplace) -> Iterator[None]:
             fix="repeat the command with --recompute; or, and with a new --out, with a smaller "
             f"--{job.name.partition('_')[0]}.batch or --size{chunks}",
         ) from error
+
+
+def _seen(job: Job, dataset: Dataset, error: Diverged) -> list[str]:
+    """The names of the images of that step, of one rank or of all."""
+    order, step = job.order(), error.step - 1
+    permutation = order.permutation(order.epoch(step))
+    ranks = range(runtime.world_size()) if error.rank is None else [error.rank]
+    return [dataset.names[row] for rank in ranks for row in order.share(step, permutation, rank)]
 
 
 def from_signal(interrupts: Interrupts) -> int:
@@ -185,7 +195,8 @@ def _resume(job: Job, at: Workplace, state: TrainState) -> float:
     """Put the last good checkpoint into state; returns the seconds that were spent before it."""
     saved, passed_over = checkpoint.latest(at.folder.stage(job.name))
     for words in passed_over:
-        say(f"  warning: {words}; the checkpoint before it is used")
+        left = f"{job.name} begins anew, no other is left" if saved is None else f"that of step {saved.step:,} is used"
+        say(f"  warning: {words}; {left}")
     if saved is None:
         return 0.0
     state.load(saved.step, saved.tensors)
