@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import mmap
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -22,12 +24,20 @@ from typing import Any, BinaryIO, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from fewlabels import checkpoint
 from fewlabels.data.decode import Payload
 from fewlabels.errors import DataError, FewlabelsError, UsageError, nearest
 
 CHUNK_BYTES = 4 << 20
 ALLOWED_ARRAYS = "uint8 arrays of shape (N, H, W) for grey or (N, H, W, 3) for RGB images, values 0 to 255"
 PARQUET_ROWS = 64
+MOST_SMALL = 512 << 20  # bytes of labels or class names, which are held whole; a few kB of zip can stand for terabytes
+# What reading an array that anybody may have written can raise: numpy evaluates its header as a Python literal, zipfile
+# has RuntimeError for what is encrypted or compressed in an unknown way
+UNREADABLE = (
+    *checkpoint.UNREADABLE, EOFError, SyntaxError, RuntimeError, MemoryError, IndexError, zipfile.BadZipFile,
+    zlib.error, tokenize.TokenError,
+)  # fmt: skip
 
 
 class Part(Protocol):
@@ -128,7 +138,7 @@ class ArrayFile:
                     if len(raw) < count * size:
                         raise EOFError("it ends before its last image")
                     yield from np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise _damaged(self.path, error) from error
 
     def sample(self, count: int) -> Iterator[Payload]:
@@ -146,7 +156,7 @@ class ArrayFile:
                 _header(stream)
                 stream.seek(row * size, 1)
                 return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise _damaged(self.path, error) from error
 
     def stamps(self) -> Iterator[bytes]:
@@ -191,7 +201,7 @@ class Parquet:
                 for batch in batches:
                     for value in batch.column(0).to_pylist():
                         yield (value.get("bytes") if isinstance(value, dict) else value) or b""
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise _damaged(self.path, error) from error
 
 
@@ -239,7 +249,7 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-    except (OSError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
     if "images" not in names:
         found = ", ".join(sorted(names)) or "nothing"
@@ -260,7 +270,7 @@ def _array_file(path: Path, member: str | None) -> ArrayFile:
             shape, fortran, dtype = _header(stream)
             begin = stream.tell()
             size = (stream.seek(0, 2) if member is None else _member_size(path, member)) - begin
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
     check_images(shape, dtype, where)
     if fortran:
@@ -293,9 +303,11 @@ def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 def _whole(path: Path, member: str) -> npt.NDArray[Any]:
     try:
         with ExitStack() as stack:
-            stream = _stream(stack, path, member)
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            shape, _, dtype = _header(_stream(stack, path, member))
+            if max(_member_size(path, member), prod(shape) * dtype.itemsize) > MOST_SMALL:
+                raise ValueError(f'"{member}" would take more than {MOST_SMALL >> 20} MiB')
+            return np.lib.format.read_array(_stream(stack, path, member), allow_pickle=False)
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
 
 
@@ -355,7 +367,7 @@ def open_parquet(path: Path) -> ParquetFacts:
                 names = [value["path"] for value in file.read(columns=[f"{column}.path"]).column(0).to_pylist()]
             shown = tuple(name or f"{path.name}:{row}" for row, name in enumerate(names))
             return ParquetFacts(Parquet(path, column, rows), shown, labels, _class_names(schema.metadata or {}))
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
 
 
@@ -395,7 +407,7 @@ def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:
             names = json.loads(metadata[b"class_names"])
         else:
             names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, ValueError):
+    except checkpoint.UNREADABLE:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None

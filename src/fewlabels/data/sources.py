@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -18,9 +19,8 @@ import numpy as np
 
 from fewlabels.data import folders, tables
 from fewlabels.data.decode import Payload
-from fewlabels.data.folders import display_name
 from fewlabels.data.parts import ALLOWED_ARRAYS, Array, Files, Part, check_images, open_npy, open_npz, open_parquet
-from fewlabels.errors import DataError, MissingInput, UsageError, nearest
+from fewlabels.errors import DataError, MissingInput, UsageError, nearest, printable
 
 KINDS = 'a folder, a labels CSV, a .parquet, .npz or .npy file, a uint8 array, a list of paths, or "digits"'
 DIGITS_TRAIN = 1200  # of 1,797: the rest is the test split
@@ -105,7 +105,7 @@ def _path(path: Path) -> Source:
     if not path.exists():
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []  # noqa: PTH208 - names, not paths
         raise MissingInput(
-            f"{display_name(str(path))}: no such file or folder{nearest(path.name, siblings)}",
+            f"{path}: no such file or folder{nearest(path.name, siblings)}",
             why=f"images are {KINDS}",
             fix="correct the path",
         )
@@ -117,7 +117,7 @@ def _path(path: Path) -> Source:
     if folders.is_picture(str(path)):
         return _paths([path])
     raise DataError(
-        f"{display_name(str(path))} is no kind of images that is known",
+        f"{path} is no kind of images that is known",
         why=f"images are {KINDS}",
         fix="give the pictures themselves, or the folder that they lie in",
     )
@@ -133,14 +133,14 @@ def _folder(root: Path) -> Source:
         if tables_here:
             return _parquet_folder(root, tables_here)
         raise DataError(
-            f"{display_name(str(root))} holds no pictures",
+            f"{root} holds no pictures",
             why="there is nothing to learn from",
             fix="put pictures (JPEG, PNG, WebP, ...) into it, or into folders named after their classes",
         )
     labels, splits = folders.place(paths, root)
     return Source(
-        description=f"folder {display_name(str(root))}",
-        names=tuple(map(display_name, paths)),
+        description=f"folder {printable(str(root))}",
+        names=tuple(map(printable, paths)),
         labels=tuple(labels),
         splits=tuple(splits),
         classes=None,
@@ -160,7 +160,7 @@ def _paths(images: Sequence[Any]) -> Source:
     if not images:
         raise DataError("the list of images is empty", fix="give at least one path")
     paths = tuple(os.fsdecode(image) for image in images)
-    return _unlabeled(f"{len(paths):,} files", tuple(map(display_name, paths)), Files(paths))
+    return _unlabeled(f"{len(paths):,} files", tuple(map(printable, paths)), Files(paths))
 
 
 def _csv(path: Path) -> Source:
@@ -180,8 +180,8 @@ def _csv(path: Path) -> Source:
     answers = tables.match(table, find, lambda: _names_below(root))
     files = tuple(numbers)
     return Source(
-        description=f"labels CSV {display_name(str(path))}",
-        names=tuple(display_name(os.path.relpath(file, root)) for file in files),
+        description=f"labels CSV {printable(str(path))}",
+        names=tuple(printable(os.path.relpath(file, root)) for file in files),
         labels=tuple(answers[i].label for i in range(len(files))),
         splits=tuple(answers[i].split or "train" for i in range(len(files))),
         classes=None,
@@ -201,8 +201,8 @@ def _names_below(root: Path) -> Iterator[str]:
 def _parquet(path: Path) -> Source:
     facts = open_parquet(path)
     if not facts.names:
-        raise DataError(f"{display_name(str(path))} has no rows", fix="give a file with at least one image")
-    source = _unlabeled(f"parquet {display_name(str(path))}", tuple(map(display_name, facts.names)), facts.part)
+        raise DataError(f"{path} has no rows", fix="give a file with at least one image")
+    source = _unlabeled(f"parquet {printable(str(path))}", tuple(map(printable, facts.names)), facts.part)
     source = replace(source, classes=facts.classes)
     return source if facts.labels is None else _with_sequence(source, facts.labels)
 
@@ -218,7 +218,7 @@ def _parquet_folder(root: Path, files: Sequence[Path]) -> Source:
     source = opened[0]
     for following in opened[1:]:
         source = _joined(source, following)
-    return replace(source, description=f"parquet folder {display_name(str(root))}")
+    return replace(source, description=f"parquet folder {printable(str(root))}")
 
 
 def _npz(path: Path) -> Source:
@@ -227,7 +227,7 @@ def _npz(path: Path) -> Source:
     joined: Source | None = None
     for name, part in images.items():
         split = "test" if name == "test_images" else "train"
-        source = _unlabeled(f"npz {display_name(str(path))}", _numbers(len(part)), part)
+        source = _unlabeled(f"npz {printable(str(path))}", _numbers(len(part)), part)
         source = replace(source, classes=classes, splits=(split,) * len(part))
         labels = small.get(name.replace("images", "labels"))
         source = source if labels is None else _with_sequence(source, labels)
@@ -238,7 +238,7 @@ def _npz(path: Path) -> Source:
 
 def _npy(path: Path) -> Source:
     part = open_npy(path)
-    return _unlabeled(f"npy {display_name(str(path))}", _numbers(len(part)), part)
+    return _unlabeled(f"npy {printable(str(path))}", _numbers(len(part)), part)
 
 
 def _array(images: np.ndarray) -> Source:
@@ -294,7 +294,7 @@ def _with_labels(source: Source, labels: Any) -> Source:
     found = [answers.get(i, nothing) for i in range(len(source))]
     return replace(
         source,
-        description=f"{source.description}, labels from {display_name(str(path))}",
+        description=f"{source.description}, labels from {printable(str(path))}",
         labels=tuple(answer.label for answer in found),
         splits=tuple(a.split or split for a, split in zip(found, source.splits, strict=True)),
         classes=None,
@@ -332,7 +332,7 @@ def _with_list(source: Source, path: Path) -> Source:
             why="each line names an image that is labeled; all others are used without their labels",
             fix="list file names of the images, or give a CSV with the columns image,label",
         )
-    description = f"{source.description}, labels of the images in {display_name(str(path))}"
+    description = f"{source.description}, labels of the images in {printable(str(path))}"
     return replace(source, description=description, labels=tuple(chosen), classes=None)
 
 
@@ -354,7 +354,9 @@ def _with_sequence(source: Source, labels: Iterable[Any]) -> Source:
             why="there must be exactly one label per image, -1 or None for an unlabeled one",
             fix="give the labels in the order of the images, or a CSV that names them",
         )
-    faults: list[str] = []
+    classes = source.classes or ()
+    faults = [f"class {k}: {fault}" for k, name in enumerate(classes) if (fault := tables.name_fault(name))]
+    faults += [f'two classes are called "{name}"' for name, count in Counter(classes).items() if count > 1]
     names: dict[Any, str | None] = {}
     for i, value in enumerate(values):
         try:
