@@ -157,14 +157,17 @@ def images_digest(dataset: Dataset) -> str:
 
 
 def _read_note(note: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(checkpoint.read_text(note))
     return found
 
 
 def _stored(folder: RunFolder, note: Path, about: Mapping[str, Any]) -> bool:
     if not (note.exists() and folder.data.exists()):
         return False
-    before = _read_note(note)
+    try:
+        before = {**_read_note(note)}
+    except checkpoint.UNREADABLE:
+        return False
     return all(before.get(name) == value for name, value in about.items())
 
 
@@ -201,7 +204,9 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
     A run of an older version knows no knob that is newer: it ran with what is now that knob's default.
     """
     known = {name: asdict(kind()) for name, kind in config.SECTIONS.items()}
-    before = {name: known[name] | value if name in known else value for name, value in before.items()}
+    before = dict(before) if isinstance(before, Mapping) else {}  # a checkpoint may come from anywhere
+    for name, value in known.items():
+        before |= {name: value | before[name]} if isinstance(before.get(name), Mapping) else {}
     flat_before, flat_now = flat(before), flat(now)
     differences = [
         f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"

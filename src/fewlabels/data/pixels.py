@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data.decode import BadPicture, Payload, decode, header_size, strict_pillow
-from fewlabels.data.parts import Files
+from fewlabels.data.parts import UNREADABLE, Files
 from fewlabels.data.sources import Source
 from fewlabels.data.streamed import OnDemand, Paths, pixel_hash, write_paths
 from fewlabels.data.tables import cell
@@ -134,7 +134,7 @@ def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) 
     if not (folder / "index.json").is_file():
         raise MissingInput(f"{folder} holds no pixel store", fix="run the command that made it again")
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        index = json.loads(checkpoint.read_text(folder / "index.json"))
         if index["version"] != VERSION:
             raise ValueError(f"version {index['version']}, this program reads {VERSION}")
         count, canvas = int(index["images"]), int(index["canvas"])
@@ -154,7 +154,7 @@ def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) 
                 raise ValueError(f"pixels.u8 has {found:,} bytes instead of {wanted:,}")
             pixels = PixelFile(folder / "pixels.u8")
         return PixelStore(folder, pixels, canvas=canvas, digest=index["digest"], extents=extents)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except UNREADABLE as error:
         raise StorageError(
             f"the pixel store {folder} is damaged: {error}",
             why="training on other pixels than were checked would go wrong in silence",

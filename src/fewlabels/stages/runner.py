@@ -178,12 +178,21 @@ def _resume(job: Job, at: Workplace, state: TrainState) -> float:
         say(f"  warning: {words}; the checkpoint before it is used")
     if saved is None:
         return 0.0
-    state.load(saved.step, {name: tensor.to(at.device) for name, tensor in saved.tensors.items()})
-    before, now = saved.values["surroundings"], at.surroundings()
+    tensors = {name: tensor.to(at.device) for name, tensor in saved.tensors.items()}
+    try:
+        state.load(saved.step, tensors)
+        before, seconds = {**saved.values["surroundings"]}, float(saved.values["seconds"])
+    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"the checkpoints of {at.folder.stage(job.name)} are of another network: {error}",
+            why="going on would mix two runs; nothing was changed",
+            fix=f"rm -r {at.folder.stage(job.name)} to do this stage anew, or give a new --out",
+        ) from error
+    now = at.surroundings()
     moved = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
     if moved and saved.step < job.derived.total_steps:
         say(f"  note: resuming elsewhere ({', '.join(moved)}): results will be close, not bit-identical")
-    return float(saved.values["seconds"])
+    return seconds
 
 
 def _listeners(job: Job, at: Workplace, state: TrainState, clock: _Clock) -> Listeners:
