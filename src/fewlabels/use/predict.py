@@ -30,7 +30,7 @@ from fewlabels.data.sources import Source, open_source
 from fewlabels.data.tables import cell
 from fewlabels.errors import DataError, UsageError, printable
 from fewlabels.model.heads import Classifier
-from fewlabels.runfolder import RunFolder
+from fewlabels.runfolder import read_json
 from fewlabels.use import artefact
 from fewlabels.use.artefact import Card
 
@@ -80,8 +80,8 @@ class Model:
 
     def trained_on(self, images: Path) -> bool:
         """Whether `images` is the path that was given to the run this model lies in."""
-        resolved = RunFolder(self.path.parent).resolved() if self.path else None
-        return resolved is not None and Path(resolved["inputs"].get("images", "")) == images.absolute()
+        inputs = (read_json(self.path.parent / "resolved.json") or {}).get("inputs") if self.path else None
+        return isinstance(inputs, dict) and Path(str(inputs.get("images", ""))) == images.absolute()
 
     @property
     def metrics(self) -> dict[str, Any] | None:
