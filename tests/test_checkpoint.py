@@ -208,3 +208,20 @@ def test_a_glance_reads_plain_values_and_passes_over_what_is_broken(tmp_path: Pa
     assert checkpoint.glance(tmp_path) == {"identity": 2, "step": 2}
     (tmp_path / "step-00000002" / "values.json").write_text("{")
     assert checkpoint.glance(tmp_path) == {"identity": 1, "step": 1}
+
+
+def test_neither_a_pipe_nor_a_device_nor_an_endless_file_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(checkpoint.MOST_TEXT + 1)
+    for name in ("pipe", "zeros", "large"):
+        with pytest.raises(ValueError, match="not a plain file"):
+            checkpoint.read_text(tmp_path / name)
+        for step in (1, 2):
+            newest = checkpoint.save(tmp_path / f"stage-{name}", step, TENSORS, {})
+        (newest / "manifest.json").unlink()
+        (newest / "manifest.json").symlink_to(tmp_path / name)
+        saved, passed_over = checkpoint.latest(tmp_path / f"stage-{name}")
+        assert saved is not None
+        assert (saved.step, len(passed_over)) == (1, 1)

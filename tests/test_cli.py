@@ -100,6 +100,24 @@ def test_a_mistake_gets_a_message_and_its_exit_code(
 
 
 @pytest.mark.parametrize(
+    "words",
+    [["{}"], ["predict", "./{}", "x"], ["predict", "x", "y", "--no{}"], ["fit", "./{}"], ["report", "./{}"],
+     ["fit", "digits", "--labels", "./{}", "--out", "./{}"], ["import", "./{}", "--out", "./{}"]],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["\x1b[2J", "\x1b]0;title\x07", "\x9b2J", "a\rb", "a\nfix: x", "\u202egnp", "\udcff"], ids=ascii
+)
+def test_a_name_on_the_command_line_moves_no_cursor(
+    words: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = answer(capsys, *(word.format(name) for word in words))
+    assert code in (2, 66)
+    assert (out + err).replace("\n", "").isprintable()
+    assert "\nfix: x" not in out + err
+
+
+@pytest.mark.parametrize(
     ("rows", "words"),
     [
         ("image,lable\na.png,cat\n", ['did you mean "label"']),

@@ -73,6 +73,9 @@ def test_toml_round_trip(epochs: float, batch: int, blur: bool, tap: int, encode
 def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(MissingInput):
         config.read_toml(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("size = " + "[" * 10_000)
+    with pytest.raises(UsageError, match="is not TOML"):
+        config.read_toml(tmp_path / "broken.toml")
     (tmp_path / "broken.toml").write_text("size = = 3")
     with pytest.raises(UsageError, match="not TOML"):
         config.read_toml(tmp_path / "broken.toml")

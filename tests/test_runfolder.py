@@ -1,15 +1,19 @@
-"""What a signal does to a run: which exit code it ends with, and which rank it stops."""
+"""What a signal does to a run: which exit code it ends with, and which rank it stops. And folders of strange origin."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from fewlabels import runtime
-from fewlabels.errors import Stopped
-from fewlabels.runfolder import Interrupts
+from fewlabels import checkpoint, runtime
+from fewlabels.errors import CannotCreate, DataError, Stopped
+from fewlabels.runfolder import Interrupts, RunFolder
+
+BEGUN = {"asked": {"recipe": "smoke"}, "recipe": {}, "understood": {"labeled": 4}, "precision": "fp32"}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
@@ -39,3 +43,57 @@ def test_another_rank_waits_for_rank_0_and_ends_with_it(monkeypatch: pytest.Monk
     assert stopped.value.exit_code == 143
     with pytest.raises(RuntimeError, match="another reason"), Interrupts().watching():
         raise RuntimeError("another reason")
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "bad_images.csv", "distill/teacher-logits.f32"])
+def test_a_run_does_not_write_through_a_link(tmp_path: Path, name: str) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    run = RunFolder(tmp_path / "run")
+    with run.locked():
+        run.status("finished")
+    link = run.path / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    for target in (precious, tmp_path / "new"):
+        link.symlink_to(target)
+        with pytest.raises(CannotCreate, match=r"links, pipes or devices|other things"), run.locked():
+            pass
+        link.unlink()
+    assert precious.read_text() == "precious" and not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_a_run_may_lie_elsewhere(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with run.locked():
+        run.status("finished")
+    (tmp_path / "large").mkdir()
+    (run.path / "pretrain").symlink_to(tmp_path / "large")
+    with run.locked():
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes", [{"asked": 1}, {"asked": {}}, {"recipe": []}, {"understood": {}}, {"precision": 3}, {"inputs": 2}]
+)
+def test_facts_of_strange_kinds_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    run = RunFolder(tmp_path)
+    run.resolved_file.write_text(json.dumps(BEGUN))
+    assert run.resolved() == BEGUN | {"inputs": {}, "budget": []}
+    run.resolved_file.write_text(json.dumps(BEGUN | changes))
+    with pytest.raises(DataError, match="does not say what was begun"):
+        run.resolved()
+
+
+@pytest.mark.parametrize("text", ["", "[7]", "null", "[" * 100_000, '"x"', "\udcff"])
+def test_what_is_no_json_of_facts_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "resolved.json").write_bytes(os.fsencode(text))
+    with pytest.raises(DataError, match="not readable"):
+        RunFolder(tmp_path).resolved()
+
+
+def test_odd_bytes_in_a_path_come_back_from_json(tmp_path: Path) -> None:
+    path = os.fsdecode(b"photos\xe9\xff \xc3\xa9")
+    checkpoint.write_json(tmp_path / "resolved.json", BEGUN | {"inputs": {"images": path}})
+    found = RunFolder(tmp_path).resolved()
+    assert found is not None and found["inputs"]["images"] == path

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from fewlabels.errors import DataError, FewlabelsError, StorageError
 FORMAT_VERSION = 1
 KEEP = 2  # the newest, and the one before it to fall back to
 TENSORS, VALUES = "tensors.safetensors", "values.json"
+MOST_TEXT = 1 << 30  # bytes; the confusions of 10,000 classes take 800 MB
 
 # What reading JSON that anybody may have written can raise, if the answer is then used as what it should be
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -108,7 +110,7 @@ def write_text(path: Path, text: str) -> None:
     with storage_errors(path):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own form of odd bytes
             sync(temporary)
             temporary.replace(path)
         finally:
@@ -119,6 +121,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file by one rename."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_text(path: Path, *, errors: str = "strict") -> str:
+    """A text file of a folder that may come from anywhere. ValueError for a pipe, where reading would wait for ever, a
+    device, which may never end, and for a file of absurd size.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_TEXT:
+        raise ValueError(f"{path.name} is not a plain file of at most {MOST_TEXT >> 20:,} MiB")
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 @contextmanager
@@ -198,7 +210,7 @@ def verify(folder: Path, needed: Collection[str] = ()) -> None:
     """Check folder against its manifest, which must list the files needed; Damaged names all that differs."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(path))
         sealed = manifest.pop("sha256", None)  # older manifests have none
         if sealed not in (None, seal(manifest)):
             raise ValueError("it differs from its own SHA-256")
@@ -258,7 +270,7 @@ def read(path: Path) -> Saved:
     """Read one checkpoint folder after verifying it."""
     verify(path, (TENSORS, VALUES))
     try:
-        values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+        values = json.loads(read_text(path / VALUES))
         return Saved(int(values["step"]), load_file(path / TENSORS), values)
     except (*UNREADABLE, SafetensorError) as error:
         raise Damaged(f"{path} is no checkpoint ({error})", why="its files are not what this program writes") from error
@@ -279,7 +291,7 @@ def glance(folder: Path) -> dict[str, Any] | None:
     """The plain values of the newest checkpoint that has readable ones, without its tensors and unverified."""
     for path in _checkpoints(folder):
         try:
-            values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+            values = json.loads(read_text(path / VALUES))
             return {**values}
         except UNREADABLE:
             continue

@@ -6,8 +6,10 @@ immediate. stdout carries the result (--json for machines), stderr everything el
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -23,7 +25,7 @@ from tyro.conf import Positional
 
 import fewlabels
 from fewlabels import config
-from fewlabels.errors import CannotCreate, FewlabelsError, RankFailed, StorageError, UsageError, nearest
+from fewlabels.errors import CannotCreate, FewlabelsError, RankFailed, StorageError, UsageError, nearest, printable
 
 
 def _overrides(kind: type) -> type:
@@ -227,10 +229,15 @@ def _tell(run: Any, *, as_json: bool) -> None:
             if row["accuracy"] is None
             else evaluate.percent({"accuracy": row["accuracy"], "interval": (row["low"], row["high"]), "n": row["n"]})
         )
-        print(f"{row['name']:<46} {told}" + ("  cross-validated" if row["cross_validated"] else ""))
+        _say(f"{row['name']:<46} {told}" + ("  cross-validated" if row["cross_validated"] else ""))
     if results["rows"] and results["held_out"] is None:
         print("to measure all of it: give labeled images that no stage sees, with --test or in a folder named test")
-    print(f"report: {run.path / 'report.html'}")
+    _say(f"report: {run.path / 'report.html'}")
+
+
+def _say(*lines: str) -> None:
+    """The result for a person, on stdout; names in it move no cursor."""
+    print("\n".join(map(printable, lines)))
 
 
 def _check(command: Fit) -> None:
@@ -242,7 +249,7 @@ def _check(command: Fit) -> None:
     if command.json:
         print(json.dumps(found))
     else:
-        print("\n".join(found["lines"]))
+        _say(*found["lines"])
 
 
 def _evaluate(command: Evaluate) -> None:
@@ -262,7 +269,7 @@ def _predict(command: Predict) -> None:
     if command.json:
         print(json.dumps(summary))
     else:
-        print(f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {command.out}")
+        _say(f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {command.out}")
 
 
 def _export(command: Export) -> None:
@@ -271,7 +278,7 @@ def _export(command: Export) -> None:
     from fewlabels.use import export, predict
 
     folder = Path(command.out) if command.out else Path(command.run) / "export"
-    print(export.export(predict.load(command.run), folder, format=command.format))
+    _say(str(export.export(predict.load(command.run), folder, format=command.format)))
 
 
 def _report(command: Report) -> None:
@@ -279,7 +286,7 @@ def _report(command: Report) -> None:
 
     from fewlabels.use import report
 
-    print(report.write(Path(command.run)))
+    _say(str(report.write(Path(command.run))))
 
 
 def _suggest(command: Suggest) -> None:
@@ -297,7 +304,7 @@ def _suggest(command: Suggest) -> None:
     if command.json:
         print(json.dumps({"images": found.images, "out": command.out}))
     elif out:
-        print(f"{len(found.rows):,} images to label: fill in the empty labels of {out}, then give it to fit --labels")
+        _say(f"{len(found.rows):,} images to label: fill in the empty labels of {out}, then give it to fit --labels")
     else:
         print(found.table(), end="")
 
@@ -308,7 +315,7 @@ def _import(command: Import) -> None:
     done = imported.import_reference(
         command.checkpoint, command.out, ema=command.ema, tap=command.tap, classes=command.classes
     )
-    print(json.dumps(imported.facts(*done)) if command.json else "\n".join(imported.told(*done)))
+    _say(*([json.dumps(imported.facts(*done))] if command.json else imported.told(*done)))
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
@@ -375,11 +382,15 @@ def _dispatch(words: list[str]) -> int:
             f'there is no command "{words[0]}"{nearest(words[0], COMMANDS)}', fix=f"use one of {', '.join(COMMANDS)}"
         )
     kind, function, about = COMMANDS[words[0]]
+    spoken = io.StringIO()
+    plain = all(map(str.isprintable, words))  # else the words of tyro, which repeats them, are made so
     try:
-        command: Any = tyro.cli(
-            kind, args=words[1:], prog=f"fewlabels {words[0]}", description=about.capitalize() + "."
-        )
+        with contextlib.nullcontext() if plain else contextlib.redirect_stderr(spoken):
+            command: Any = tyro.cli(
+                kind, args=words[1:], prog=f"fewlabels {words[0]}", description=about.capitalize() + "."
+            )
     except SystemExit as stop:  # tyro has spoken: help (0) or a usage error (2)
+        print("\n".join(map(printable, spoken.getvalue().split("\n"))), end="", file=sys.stderr)
         return int(stop.code or 0)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when it is imported
     function(command)
@@ -399,7 +410,7 @@ def _complain(error: FewlabelsError) -> int:
 
 
 def _bug() -> int:
-    traceback.print_exc()
+    print("\n".join(map(printable, traceback.format_exc().split("\n"))), file=sys.stderr)
     print(
         f"\nerror: this is a bug in fewlabels {fewlabels.__version__}, not your mistake\n"
         "fix: report it with the lines above; what was saved is unharmed, the same command goes on from there",

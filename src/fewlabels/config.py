@@ -296,7 +296,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise MissingInput(f"recipe file {path} is not there", fix="give a recipe's name or the path of a .toml file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"recipe file {path} is not TOML: {error}", fix="mend the line that it names") from error
     values.pop("name", None)
     return values

@@ -7,6 +7,7 @@ Anything that is not a FewlabelsError is our bug and ends with exit code 1.
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 from collections.abc import Iterable, Sequence
 
@@ -18,13 +19,15 @@ class FewlabelsError(Exception):
 
     what: what was found, with the value and the place ("labels.csv line 17: ...").
     why: why that stops the work. fix: what to do, a command to paste where there is one.
-    details: all faults of the same kind at once, one line each.
+    details: all faults of the same kind at once, one line each. Names in them come from anywhere: each is one printable
+    line, whatever it was.
     """
 
     exit_code = 1
 
     def __init__(self, what: str, *, why: str = "", fix: str = "", details: Sequence[str] = ()) -> None:
-        self.what, self.why, self.fix, self.details = what, why, fix, tuple(details)
+        self.what, self.why, self.fix = printable(what), printable(why), printable(fix)
+        self.details = tuple(map(printable, details))
         super().__init__(self.text())
 
     def text(self) -> str:
@@ -113,6 +116,19 @@ class RankFailed(FewlabelsError):
     def __init__(self, words: str, exit_code: int) -> None:
         self.exit_code = exit_code
         super().__init__(words)
+
+
+def printable(text: str) -> str:
+    """text on one line for people, files and pages: what is not UTF-8 or not printable becomes %XX, so that no name
+    moves a terminal's cursor, ends a line or turns the text around.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    is_raw = "\udc80" <= character <= "\udcff"  # a byte that was not UTF-8, as os.fsdecode keeps it
+    raw = os.fsencode(character) if is_raw else character.encode("utf-8", "surrogatepass")
+    return "".join(f"%{byte:02X}" for byte in raw)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

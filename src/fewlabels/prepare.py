@@ -159,7 +159,7 @@ def images_digest(dataset: Dataset) -> str:
 
 
 def _read_note(note: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(checkpoint.read_text(note))
     sealed = found.pop("sha256", None)  # those of older versions have none
     if sealed not in (None, checkpoint.seal(found)):
         raise ValueError("it differs from its own SHA-256")
@@ -211,7 +211,9 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
     A run of an older version knows no knob that is newer: it ran with what is now that knob's default.
     """
     known = {name: asdict(kind()) for name, kind in config.SECTIONS.items()}
-    before = {name: known[name] | value if name in known else value for name, value in before.items()}
+    before = dict(before) if isinstance(before, Mapping) else {}  # a checkpoint may come from anywhere
+    for name, value in known.items():
+        before |= {name: value | before[name]} if isinstance(before.get(name), Mapping) else {}
     flat_before, flat_now = flat(before), flat(now)
     differences = [
         f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from fewlabels import checkpoint, runtime
-from fewlabels.errors import CannotCreate, DataError, Stopped
+from fewlabels.errors import CannotCreate, DataError, Stopped, printable
 
 LOG_SECONDS = 30.0  # one plain line this often where stderr is not a terminal
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -67,16 +67,34 @@ class RunFolder:
                 why="a run needs a folder of its own",
                 fix="give a new folder as --out",
             )
+        odd = [p for p in self.path.rglob("*") if not p.is_dir() and (p.is_symlink() or not p.is_file())]
+        if odd:
+            raise CannotCreate(
+                f"{self.path} holds links, pipes or devices in place of files",
+                details=list(map(str, odd)),
+                why="a run writes its files, and would write elsewhere",
+                fix="put the files themselves there, or give a new folder as --out",
+            )
 
     def stage(self, name: str) -> Path:
         """The folder of a stage's checkpoints."""
         return self.path / name
 
     def resolved(self) -> dict[str, Any] | None:
-        """resolved.json of an earlier start, or None. DataError where a newer fewlabels wrote it."""
+        """resolved.json of an earlier start, or None. DataError for one that a newer fewlabels wrote or
+        that does not say what was begun."""
         found = read_json(self.resolved_file)
-        if found is not None:
-            checkpoint.check_format(found, self.resolved_file)
+        if found is None:
+            return None
+        checkpoint.check_format(found, self.resolved_file)
+        found = {"inputs": {}, "budget": []} | found
+        kinds = {"asked": dict, "recipe": dict, "understood": dict, "inputs": dict, "budget": list, "precision": str}
+        wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+        if wrong or not isinstance(found["asked"].get("recipe"), str) or "labeled" not in found["understood"]:
+            raise DataError(
+                f"{self.resolved_file} does not say what was begun: {', '.join(wrong) or 'the recipe or the labels'}",
+                fix="give a new --out, or restore the file",
+            )
         return found
 
     def status(
@@ -111,8 +129,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found: dict[str, Any] = {**json.loads(checkpoint.read_text(path))}
+    except checkpoint.UNREADABLE as error:
         raise DataError(f"{path} is not readable: {error}", fix="give a new --out, or restore the file") from error
     return found
 
@@ -176,7 +194,7 @@ class Interrupts:
 def say(text: str = "") -> None:
     """One line for the person, on stderr (stdout carries results), from rank 0."""
     if runtime.is_main():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fewlabels.data import pixels
-from fewlabels.data.labels import Dataset, assemble, keep_labels
+from fewlabels.data.labels import Dataset, assemble, keep_labels, read_images
 from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, UsageError
 
@@ -265,3 +265,32 @@ def test_hiding_labels_leaves_held_out_ones(tmp_path: Path) -> None:
     assert kept.understood.notes == ("18 labels hidden on request",)
     with pytest.raises(UsageError, match="no labels"):
         keep_labels(dataset(tmp_path, noise(3)), 1, 0)
+
+
+FACTS: dict[str, Any] = {"images": 2, "train": 2, "val": 0, "test": 0, "labeled": 2, "held_out": 0, "unreadable": 0}
+FACTS |= {"duplicates": 0, "leaks": 0, "hidden": 0, "notes": [], "classes": {"a\x1b[2J": 1, "b": 1}}
+
+
+def test_names_of_a_run_from_anywhere_become_printable(tmp_path: Path) -> None:
+    table = tmp_path / "images.csv"
+    table.write_text("image,label,split\n\x1b[2J.png,a%1B[2J,train\n1.png,b,test\n")
+    found = read_images(table, [0, 1], FACTS)  # type: ignore[arg-type]
+    assert found.names == ("%1B[2J.png", "1.png")
+    assert found.classes == ("a%1B[2J", "b")
+    assert (found.labels.tolist(), found.splits.tolist()) == ([0, 1], [0, 2])
+
+
+@pytest.mark.parametrize(
+    "rows", ["", "x\n", "x,b,train\n", "x,b,train\ny,c,train\n", "x,b,train\ny,b,tarin\n", "x,b\ny,b\n"]
+)
+def test_a_table_that_does_not_fit_its_run_is_refused(tmp_path: Path, rows: str) -> None:
+    (tmp_path / "images.csv").write_text(f"image,label,split\n{rows}")
+    with pytest.raises(DataError, match="does not fit its run"):
+        read_images(tmp_path / "images.csv", [0, 1], FACTS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("facts", [{}, FACTS | {"classes": 3}, {**FACTS, "notes": None}])
+def test_facts_that_do_not_fit_the_table_are_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
+    (tmp_path / "images.csv").write_text("image,label,split\nx,b,train\ny,b,train\n")
+    with pytest.raises(DataError, match="does not fit its run"):
+        read_images(tmp_path / "images.csv", [0, 1], facts)  # type: ignore[arg-type]

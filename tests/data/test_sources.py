@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import socket
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,15 @@ def test_hostile_names_become_printable(tmp_path: Path) -> None:
     }  # fmt: skip
     assert len(decoded(source)) == 6
     assert "".join(source.names).encode("utf-8")
+    (tmp_path.parent / "labels.csv").write_text("image,label\n" + "".join(f'"{n}",a\n' for n in source.names))
+    labeled = open_source(tmp_path, tmp_path.parent / "labels.csv")  # a table finds them by the names we told
+    assert labeled.names == source.names and set(labeled.labels) == {"a"}
+
+
+def test_a_class_is_told_as_a_label_in_a_table_is_read(tmp_path: Path) -> None:
+    for k, name in enumerate((" cat", "dog ", " ")):
+        picture(tmp_path / name / f"{k}.png")
+    assert set(open_source(tmp_path).labels) == {"cat", "dog", None}
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
@@ -197,6 +207,52 @@ def test_npz_with_labels_classes_and_test_images(tmp_path: Path, stack: np.ndarr
     assert source.labels == ("zebra", "ant", None, "ant", "zebra", "zebra", "ant", "ant", "zebra")
     assert source.splits == ("train",) * 7 + ("test",) * 2
     assert source.classes == ("zebra", "ant")
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (["zebra", "a\x1b[2J"], "control or invisible"), (["zebra", "x" * 201], "more than 200"),
+        (["zebra", ""], "without a name"), (["zebra", "zebra"], 'two classes are called "zebra"'),
+    ],
+)  # fmt: skip
+def test_declared_classes_are_checked_as_labels_are(
+    tmp_path: Path, stack: np.ndarray, classes: list[str], words: str
+) -> None:
+    np.savez(tmp_path / "a.npz", images=stack, labels=[0, 1, -1, 1, 0, 0, 1], classes=classes)
+    with pytest.raises(DataError, match=words):
+        open_source(tmp_path / "a.npz")
+
+
+def npy(shape: str) -> bytes:
+    """The header of an array and nothing behind it."""
+    head = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head
+
+
+@pytest.mark.parametrize("shape", ["(999999999999,)", "(-1,)", "(1 << 70,)", "__import__('os')", "(" * 4000, "'", "\0"])
+@pytest.mark.parametrize("name", ["images", "labels", "classes"])
+def test_hostile_headers_are_refused_before_memory_is_taken(
+    tmp_path: Path, stack: np.ndarray, name: str, shape: str
+) -> None:
+    np.savez(tmp_path / "a.npz", **({} if name == "images" else {"images": stack}))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr(f"{name}.npy", npy(shape))
+    with pytest.raises(DataError):
+        open_source(tmp_path / "a.npz")
+
+
+def test_a_few_bytes_that_stand_for_gigabytes_are_refused(tmp_path: Path, stack: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", images=stack)
+    with (
+        zipfile.ZipFile(tmp_path / "a.npz", "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("labels.npy", "w") as file,
+    ):
+        file.write(npy(f"({65 << 20},)"))
+        for _ in range(65):
+            file.write(bytes(8 << 20))
+    with pytest.raises(DataError, match="more than 512 MiB"):
+        open_source(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(

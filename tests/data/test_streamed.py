@@ -143,3 +143,13 @@ def test_damaged_paths_are_refused(photos: Path, tmp_path: Path, name: str) -> N
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(StorageError, match="damaged"):
         pixels.open_store(tmp_path / "data")
+
+
+@pytest.mark.parametrize("place", [0, 7])
+def test_ends_that_go_back_are_refused(photos: Path, tmp_path: Path, place: int) -> None:
+    built(photos, tmp_path / "data", "streamed")
+    ends = np.load(tmp_path / "data" / "ends.npy")
+    ends[place] = -1
+    np.save(tmp_path / "data" / "ends.npy", ends)
+    with pytest.raises(StorageError, match="not of one piece"):
+        pixels.open_store(tmp_path / "data")

@@ -35,7 +35,7 @@ from conftest import SHARED
 from faults.changing import changes
 from faults.tally import Tally, conclude, parser
 from fewlabels.data import pixels
-from fewlabels.data.folders import display_name
+from fewlabels.errors import printable
 
 PASSED_OVER = (".pdf", ".container")  # in a folder: their names are not those of pictures, nor do they begin as one
 CORPUS = SHARED / "data" / "awful-images.tar"
@@ -170,7 +170,7 @@ class Outcome:
 
     def check(self, row: Awful, path: Path, *, named: bool) -> None:
         """Fails unless the file came out as expected. named: it was not found in a folder but given by its name."""
-        name = display_name(row.file)
+        name = printable(row.file)
         read, reason = name in self.rows, self.reasons.get(name, "")
         wanted = {"ok": (True, False), "ok_warn": (True, False), "reject": (False, True)}.get(row.expected)
         if not named and (row.expected == "ignore" or row.file.endswith(PASSED_OVER)):
@@ -233,7 +233,7 @@ def given(tally: Tally, form: str, words: list[str], rows: list[Awful], folder: 
         return
     outcome = Outcome(out)
     for row in rows:
-        with tally.fault(f"{form}, {display_name(row.file)}"):
+        with tally.fault(f"{form}, {printable(row.file)}"):
             outcome.check(row, folder / "pictures" / row.file, named=form in ("csv", "parquet"))
 
 

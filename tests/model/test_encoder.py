@@ -193,6 +193,11 @@ def test_stem_argument_overrules_the_name():
         ("resnet18_sk", "basic blocks have no bottleneck"),
         ("resnet18_0.01x", "width = 0.01"),
         ("timm:resnet1O", "did you mean"),
+        ("timm:resnet18.nothing", "what follows the dot"),
+        ("timm:resnet18.hf-hub:evil/model", "what follows the dot"),
+        ("timm:local-dir:/tmp", "timm has no model"),
+        (f"resnet{'9' * 5000}", "unknown encoder"),  # more digits than Python makes a number of
+        ("resnet\u0661\u0668", "unknown encoder"),
     ],
 )
 def test_names_that_are_none(name, says):

@@ -168,6 +168,11 @@ def _describe(folder: Path, **changes: Any) -> None:
         ({"classes": ["a", "a", "b", "c"]}, "same name"),
         ({"classes": [1, 2, 3, 4]}, "list of names"),
         ({"classes": 5}, "cannot be used"),
+        ({"classes": [[], [], [], []]}, "list of names"),
+        ({"kind": []}, "cannot be used"),
+        ({"temperature": 10**400}, "cannot be used"),
+        ({"encoder": f"resnet{'9' * 5000}"}, "cannot be built"),
+        ({"encoder": "timm:resnet18.hf-hub:evil/model"}, "cannot be built"),
     ],
 )
 def test_descriptions_that_cannot_be_are_refused(folder: Path, changes: dict[str, Any], says: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fewlabels.data.decode import picture_magic
 from fewlabels.data.tables import SPLITS, twins
-from fewlabels.errors import DataError, StorageError
+from fewlabels.errors import DataError, StorageError, printable
 
 # also the pictures that we cannot read, so that they are named and not passed over in silence
 _PICTURES = """
@@ -24,24 +24,6 @@ _CLUTTER = """
 PICTURES, CLUTTER = frozenset(_PICTURES.split()), frozenset(_CLUTTER.split())
 CLUTTER_NAMES = ("readme", "license", "licence", "copying", "makefile", "manifest")
 UNLABELED = ("unlabeled", "unlabelled")
-
-
-def display_name(path: str) -> str:
-    """path for people, files and pages: what is not UTF-8 or not printable becomes %XX, so nothing can inject."""
-    if path.isprintable():
-        return path
-    parts = []
-    for character in path:
-        if character.isprintable():
-            parts.append(character)
-        else:
-            raw = os.fsencode(character) if "\udc80" <= character <= "\udcff" else _bytes(character)
-            parts.append("".join(f"%{byte:02X}" for byte in raw))
-    return "".join(parts)
-
-
-def _bytes(character: str) -> bytes:
-    return character.encode("utf-8", "surrogatepass")
 
 
 def scan(root: Path) -> list[str]:
@@ -85,7 +67,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
             yield from entries
     except OSError as error:
         raise StorageError(
-            f"the folder {display_name(str(folder))} cannot be listed: {error.strerror}",
+            f"the folder {folder} cannot be listed: {error.strerror}",
             fix="give yourself the right to read it, or move it away",
         ) from error
 
@@ -119,9 +101,9 @@ def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
     tops = {top for top in tops if top.casefold() not in UNLABELED}
     splits = {top for top in tops if top.casefold() in SPLITS}
     if len(splits) > 1 and splits != tops:
-        others = ", ".join(sorted(display_name(top) for top in tops - splits)[:5])
+        others = ", ".join(sorted(tops - splits)[:5])
         raise DataError(
-            f"{display_name(str(root))} holds the splits {', '.join(sorted(splits))} and beside them {others}",
+            f"{root} holds the splits {', '.join(sorted(splits))} and beside them {others}",
             why="the folders at the top must be all splits or all classes",
             fix="move the others into train/, or away",
         )
@@ -133,14 +115,14 @@ def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
         if in_splits and folders and folders[0].casefold() in SPLITS:
             split = SPLITS[folders.pop(0).casefold()]
         is_class = bool(folders) and folders[0].casefold() not in UNLABELED
-        labels.append(display_name(folders[0]) if is_class else None)
+        labels.append(printable(folders[0]) if is_class else None)
         found.append(split)
     alike = twins(dict.fromkeys(label for label in labels if label))
     if alike:
         raise DataError(
-            f"{display_name(str(root))}: class folders that look like one class",
+            f"{root}: class folders that look like one class",
             details=[f'"{one}" and "{other}"' for one, other in alike],
             why="two spellings of one class would be learned as two classes",
             fix="merge or rename the folders",
         )
-    return labels, found
+    return [(label and label.strip()) or None for label in labels], found  # as a label in a table is read

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from fewlabels import checkpoint
 from fewlabels.data.pixels import BadImage, PixelStore
 from fewlabels.data.sources import Source
-from fewlabels.errors import DataError, UsageError, nearest
+from fewlabels.errors import DataError, UsageError, nearest, printable
 
 Ints = npt.NDArray[np.int64]
 TRAIN, VAL, TEST, LEAKED = 0, 1, 2, 3  # LEAKED: a training image that is also held out; nobody sees it
@@ -192,25 +192,27 @@ def write_images(dataset: Dataset, path: Path) -> None:
 
 def read_images(path: Path, store: PixelStore, understood: Mapping[str, Any]) -> Dataset:
     """What `write_images` wrote; understood: Understood.as_dict(). Raises DataError where it does not fit."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    facts = {name: understood[name] for name in Understood.__dataclass_fields__}
-    number = {name: k for k, name in enumerate(facts["classes"])} | {"": -1}
-    if len(rows) != len(store) or not {row[1] for row in rows} <= number.keys():
+    numbers = {word: split for split, word in SPLIT_WORDS.items()}
+    try:
+        rows = list(csv.reader(io.StringIO(checkpoint.read_text(path), newline="")))[1:]
+        facts = {name: understood[name] for name in Understood.__dataclass_fields__}
+        number = {printable(name): k for k, name in enumerate(facts["classes"])} | {"": -1}
+        if len(rows) != len(store):
+            raise ValueError(f"{len(rows):,} rows for {len(store):,} images")
+        return Dataset(
+            store=store,
+            names=tuple(printable(name) for name, _, _ in rows),
+            labels=np.array([number[label] for _, label, _ in rows], dtype=np.int64),
+            splits=np.array([numbers[split] for _, _, split in rows], dtype=np.int8),
+            classes=tuple(map(printable, facts["classes"])),
+            understood=Understood(**facts | {"notes": tuple(facts["notes"])}),
+        )
+    except (*checkpoint.UNREADABLE, csv.Error) as error:
         raise DataError(
-            f"{path} does not fit its run: {len(rows):,} rows for {len(store):,} images",
+            f"{path} does not fit its run: {error}",
             why="names and pixels would be confused",
             fix="run the command that made the run again; it writes this file anew",
-        )
-    numbers = {word: split for split, word in SPLIT_WORDS.items()}
-    return Dataset(
-        store=store,
-        names=tuple(row[0] for row in rows),
-        labels=np.array([number[row[1]] for row in rows], dtype=np.int64),
-        splits=np.array([numbers[row[2]] for row in rows], dtype=np.int8),
-        classes=tuple(facts["classes"]),
-        understood=Understood(**facts | {"notes": tuple(facts["notes"])}),
-    )
+        ) from error
 
 
 def _known(known: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from fewlabels.data.decode import Payload
-from fewlabels.data.parts import damaged, spread
+from fewlabels.data.parts import UNREADABLE, damaged, spread
 from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
 from fewlabels.errors import DataError, UsageError, nearest
 
@@ -76,7 +76,7 @@ class Parquet:
         inside = row - (self.ends[group - 1] if group else 0)
         try:
             spans = patiently(self.place, lambda: _spans(self.place, self.column, group, _state(self.place)))
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise damaged(self.place, error) from error
         if spans is None:
             return Cell(self.place, f":{row}", self.column, group, inside)
@@ -90,7 +90,7 @@ class Parquet:
         try:
             with _file(self.place) as file:
                 yield from _images(file, self.column, groups)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise damaged(self.place, error) from error
 
 
@@ -187,7 +187,7 @@ def open_parquet(place: str) -> ParquetFacts:
             ends = tuple(accumulate(int(group.num_rows) for group in groups))
             part = Parquet(place, column, ends, all(_seekable(_chunk(group, column)) for group in groups))
             return ParquetFacts(part, shown, labels, _class_names(schema.metadata or {}))
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise damaged(place, error) from error
 
 
@@ -232,7 +232,7 @@ def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:
             names = json.loads(metadata[b"class_names"])
         else:
             names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, ValueError):
+    except UNREADABLE:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None

@@ -9,7 +9,9 @@ Shapes: N images, H, W their height and width; arrays are (N, H, W), (N, H, W, 1
 from __future__ import annotations
 
 import mmap
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,12 +22,20 @@ from typing import Any, BinaryIO, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from fewlabels import checkpoint
 from fewlabels.data.decode import Payload
 from fewlabels.data.places import is_url, stamp
 from fewlabels.errors import DataError, FewlabelsError, StorageError, nearest
 
 CHUNK_BYTES = 4 << 20
 ALLOWED_ARRAYS = "uint8 arrays of shape (N, H, W) for grey or (N, H, W, 3) for RGB images, values 0 to 255"
+MOST_SMALL = 512 << 20  # bytes of labels or class names, which are held whole; a few kB of zip can stand for terabytes
+# What reading an array that anybody may have written can raise: numpy evaluates its header as a Python literal, zipfile
+# has RuntimeError for what is encrypted or compressed in an unknown way
+UNREADABLE = (
+    *checkpoint.UNREADABLE, EOFError, SyntaxError, RuntimeError, MemoryError, IndexError, zipfile.BadZipFile,
+    zlib.error, tokenize.TokenError,
+)  # fmt: skip
 
 
 class Part(Protocol):
@@ -126,7 +136,7 @@ class ArrayFile:
                     if len(raw) < count * size:
                         raise EOFError("it ends before its last image")
                     yield from np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise damaged(self.path, error) from error
 
     def sample(self, count: int) -> Iterator[Payload]:
@@ -144,7 +154,7 @@ class ArrayFile:
                 _header(stream)
                 stream.seek(row * size, 1)
                 return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise damaged(self.path, error) from error
 
     def stamps(self) -> Iterator[bytes]:
@@ -189,7 +199,7 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-    except (OSError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise damaged(path, error) from error
     if "images" not in names:
         found = ", ".join(sorted(names)) or "nothing"
@@ -210,7 +220,7 @@ def _array_file(path: Path, member: str | None) -> ArrayFile:
             shape, fortran, dtype = _header(stream)
             begin = stream.tell()
             size = (stream.seek(0, 2) if member is None else _member_size(path, member)) - begin
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise damaged(path, error) from error
     check_images(shape, dtype, where)
     if fortran:
@@ -243,9 +253,11 @@ def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 def _whole(path: Path, member: str) -> npt.NDArray[Any]:
     try:
         with ExitStack() as stack:
-            stream = _stream(stack, path, member)
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            shape, _, dtype = _header(_stream(stack, path, member))
+            if max(_member_size(path, member), prod(shape) * dtype.itemsize) > MOST_SMALL:
+                raise ValueError(f'"{member}" would take more than {MOST_SMALL >> 20} MiB')
+            return np.lib.format.read_array(_stream(stack, path, member), allow_pickle=False)
+    except UNREADABLE as error:
         raise damaged(path, error) from error
 
 

@@ -41,7 +41,7 @@ from torch import Tensor
 from fewlabels import checkpoint, runtime
 from fewlabels.data.decode import BadPicture, Payload, decode, header_size, strict_pillow
 from fewlabels.data.parquet import Parquet
-from fewlabels.data.parts import Files
+from fewlabels.data.parts import UNREADABLE, Files
 from fewlabels.data.places import AT_ONCE
 from fewlabels.data.shards import Tars
 from fewlabels.data.sources import Source
@@ -164,10 +164,10 @@ def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) 
     if not (folder / "index.json").is_file():
         raise MissingInput(f"{folder} holds no pixel store", fix="run the command that made it again")
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        index = json.loads(checkpoint.read_text(folder / "index.json"))
         checkpoint.check_format(index, folder / "index.json")
         if (folder / DAMAGED).exists():
-            raise ValueError((folder / DAMAGED).read_text(encoding="utf-8"))
+            raise ValueError(checkpoint.read_text(folder / DAMAGED))
         count, canvas = int(index["images"]), int(index["canvas"])
         extents = np.load(folder / "extents.npy", allow_pickle=False)
         hashes = np.load(folder / "hashes.npy", allow_pickle=False)
@@ -185,7 +185,7 @@ def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) 
                 raise ValueError(f"pixels.u8 has {found:,} bytes instead of {wanted:,}")
             pixels = PixelFile(folder, extents)
         return PixelStore(folder, pixels, canvas=canvas, digest=index["digest"], extents=extents)
-    except (*checkpoint.UNREADABLE, EOFError) as error:
+    except UNREADABLE as error:
         if isinstance(error, DataError) and not isinstance(error, checkpoint.Damaged):
             raise  # of a newer fewlabels
         raise StorageError(

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from fewlabels.data.decode import MAX_BYTES, BadPicture
-from fewlabels.data.folders import display_name
 from fewlabels.errors import FewlabelsError, StorageError, UsageError
 
 T = TypeVar("T")
@@ -107,7 +106,7 @@ def patiently(place: str, work: Callable[[], T], what: str = "") -> T:
             problem = error
     words = " ".join(str(problem).split()) or type(problem).__name__
     raise StorageError(
-        f"{display_name(what or place)} could not be read in {TRIES} tries: {words}",
+        f"{what or place} could not be read in {TRIES} tries: {words}",
         why="what does not arrive may be sound, so it is not passed over",
         fix="run the same command again: it goes on from the last save",
     ) from problem

@@ -29,9 +29,9 @@ import numpy.typing as npt
 from fewlabels import checkpoint, runtime
 from fewlabels.data import folders, places, tables
 from fewlabels.data.decode import Payload
-from fewlabels.data.folders import PICTURES, display_name
+from fewlabels.data.folders import PICTURES
 from fewlabels.data.parts import damaged, spread
-from fewlabels.errors import DataError, MissingInput
+from fewlabels.errors import DataError, MissingInput, printable
 
 ENDINGS = (".tar", ".parquet")
 BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
@@ -66,10 +66,10 @@ def find(images: str) -> Shards:
     names = [file[len(root) :].lstrip("/") if root else file for file in found]
     with ThreadPoolExecutor(places.AT_ONCE) as pool:
         states = list(pool.map(places.stamp, found))
-    missing = [display_name(file) for file, state in zip(found, states, strict=True) if state == b"missing"]
+    missing = [file for file, state in zip(found, states, strict=True) if state == b"missing"]
     if missing or (not found and is_pattern(images)):
         raise MissingInput(
-            f"{display_name(images)}: {len(missing):,} of {len(found):,} files are missing",
+            f"{images}: {len(missing):,} of {len(found):,} files are missing",
             details=missing,
             why="images there are .tar or .parquet files" if is_folder else "every file that is named counts",
             fix="correct the name",
@@ -164,7 +164,7 @@ def open_tars(shards: Shards, where: str) -> TarFacts:
     if not kind or captions:
         labels, inner = _place(["" if i in faults else member for i, member in enumerate(members)], where)
         splits = [own if own != "train" else outer for own, outer in zip(inner, splits, strict=True)]
-    return TarFacts(part, tuple(map(display_name, names)), labels, splits, captions)
+    return TarFacts(part, tuple(map(printable, names)), labels, splits, captions)
 
 
 def _place(members: Sequence[str], where: str) -> tuple[list[str | None], list[str]]:
@@ -271,9 +271,9 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard
         raw = archive.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
         text = raw.decode("utf-8-sig").strip()
         said = json.loads(text) if ending == ".json" else text
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{shard}/{display_name(member.name)} cannot be read: {error}",
+            f"{shard}/{member.name} cannot be read: {error}",
             why="a label that is guessed would be learned",
             fix="write it anew, as UTF-8",
         ) from error

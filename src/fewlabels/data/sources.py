@@ -10,6 +10,7 @@ import functools
 import os
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
@@ -21,10 +22,9 @@ import numpy.typing as npt
 
 from fewlabels.data import folders, shards, tables
 from fewlabels.data.decode import Payload
-from fewlabels.data.folders import display_name
 from fewlabels.data.parquet import open_parquet
 from fewlabels.data.parts import ALLOWED_ARRAYS, Array, Files, Part, check_images, open_npy, open_npz
-from fewlabels.errors import DataError, MissingInput, UsageError, nearest
+from fewlabels.errors import DataError, MissingInput, UsageError, nearest, printable
 
 KINDS = (
     "a folder of pictures, .tar or .parquet files, a labels CSV, a .tar, .parquet, .npz or .npy file, "
@@ -121,7 +121,7 @@ def _path(path: Path) -> Source:
     if not path.exists():
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []  # noqa: PTH208 - names, not paths
         raise MissingInput(
-            f"{display_name(str(path))}: no such file or folder{nearest(path.name, siblings)}",
+            f"{path}: no such file or folder{nearest(path.name, siblings)}",
             why=f"images are {KINDS}",
             fix="correct the path",
         )
@@ -133,7 +133,7 @@ def _path(path: Path) -> Source:
     if folders.is_picture(str(path)):
         return _paths([path])
     raise DataError(
-        f"{display_name(str(path))} is no kind of images that is known",
+        f"{path} is no kind of images that is known",
         why=f"images are {KINDS}",
         fix="give the pictures themselves, or the folder that they lie in",
     )
@@ -148,14 +148,14 @@ def _folder(root: Path) -> Source:
         if shards.find(str(root)).places:
             return _shards(root)
         raise DataError(
-            f"{display_name(str(root))} holds no pictures",
+            f"{root} holds no pictures",
             why="there is nothing to learn from",
             fix="put pictures (JPEG, PNG, WebP, ...) into it, or into folders named after their classes",
         )
     labels, splits = folders.place(paths, root)
     return Source(
-        description=f"folder {display_name(str(root))}",
-        names=tuple(map(display_name, paths)),
+        description=f"folder {printable(str(root))}",
+        names=tuple(map(printable, paths)),
         labels=tuple(labels),
         splits=tuple(splits),
         classes=None,
@@ -175,7 +175,7 @@ def _paths(images: Sequence[Any]) -> Source:
     if not images:
         raise DataError("the list of images is empty", fix="give at least one path")
     paths = tuple(os.fsdecode(image) for image in images)
-    return _unlabeled(f"{len(paths):,} files", tuple(map(display_name, paths)), Files(paths))
+    return _unlabeled(f"{len(paths):,} files", tuple(map(printable, paths)), Files(paths))
 
 
 def _csv(path: Path) -> Source:
@@ -195,8 +195,8 @@ def _csv(path: Path) -> Source:
     answers = tables.match(table, find, lambda: _names_below(root))
     files = tuple(numbers)
     return Source(
-        description=f"labels CSV {display_name(str(path))}",
-        names=tuple(display_name(os.path.relpath(file, root)) for file in files),
+        description=f"labels CSV {printable(str(path))}",
+        names=tuple(printable(os.path.relpath(file, root)) for file in files),
         labels=tuple(answers[i].label for i in range(len(files))),
         splits=tuple(answers[i].split or "train" for i in range(len(files))),
         classes=None,
@@ -216,17 +216,18 @@ def _names_below(root: Path) -> Iterator[str]:
 
 def _shards(images: str | Path) -> Source:
     """Tar or parquet files. In a folder the file's name may say the split: train-00000-of-00001.parquet."""
-    found, shown = shards.find(str(images)), display_name(str(images))
+    found, shown = shards.find(str(images)), printable(str(images))
     is_tar = [place.lower().endswith(".tar") for place in found.places]
     if all(is_tar):
         return _tars(found, shown)
     if any(is_tar):
         raise DataError(f"{shown} holds tar and parquet files", fix="give a folder of one kind")
-    opened = [_parquet(place) for place in found.places]
-    if len(opened) == 1:
-        return replace(opened[0], splits=(found.splits[0],) * len(opened[0]))
-    split = [replace(part, splits=(split,) * len(part)) for part, split in zip(opened, found.splits, strict=True)]
-    return replace(functools.reduce(_joined, split), description=f"parquet files {shown}")
+    opened = [
+        replace(source := _parquet(place), splits=(split,) * len(source))
+        for place, split in zip(found.places, found.splits, strict=True)
+    ]
+    joined = functools.reduce(_joined, opened)
+    return joined if len(opened) == 1 else replace(joined, description=f"parquet files {shown}")
 
 
 def _tars(found: shards.Shards, shown: str) -> Source:
@@ -241,8 +242,8 @@ def _tars(found: shards.Shards, shown: str) -> Source:
 def _parquet(place: str) -> Source:
     facts = open_parquet(place)
     if not facts.names:
-        raise DataError(f"{display_name(place)} has no rows", fix="give a file with at least one image")
-    source = _unlabeled(f"parquet {display_name(place)}", tuple(map(display_name, facts.names)), facts.part)
+        raise DataError(f"{place} has no rows", fix="give a file with at least one image")
+    source = _unlabeled(f"parquet {printable(place)}", tuple(map(printable, facts.names)), facts.part)
     source = replace(source, classes=facts.classes)
     return source if facts.labels is None else _with_sequence(source, facts.labels)
 
@@ -253,7 +254,7 @@ def _npz(path: Path) -> Source:
     joined: Source | None = None
     for name, part in images.items():
         split = "test" if name == "test_images" else "train"
-        source = _unlabeled(f"npz {display_name(str(path))}", _numbers(len(part)), part)
+        source = _unlabeled(f"npz {printable(str(path))}", _numbers(len(part)), part)
         source = replace(source, classes=classes, splits=(split,) * len(part))
         labels = small.get(name.replace("images", "labels"))
         source = source if labels is None else _with_sequence(source, labels)
@@ -264,7 +265,7 @@ def _npz(path: Path) -> Source:
 
 def _npy(path: Path) -> Source:
     part = open_npy(path)
-    return _unlabeled(f"npy {display_name(str(path))}", _numbers(len(part)), part)
+    return _unlabeled(f"npy {printable(str(path))}", _numbers(len(part)), part)
 
 
 def _array(images: np.ndarray) -> Source:
@@ -320,7 +321,7 @@ def _with_labels(source: Source, labels: Any) -> Source:
     found = [answers.get(i, nothing) for i in range(len(source))]
     return replace(
         source,
-        description=f"{source.description}, labels from {display_name(str(path))}",
+        description=f"{source.description}, labels from {printable(str(path))}",
         labels=tuple(answer.label for answer in found),
         splits=tuple(a.split or split for a, split in zip(found, source.splits, strict=True)),
         classes=None,
@@ -360,7 +361,7 @@ def _with_list(source: Source, path: Path) -> Source:
             why="each line names an image that is labeled; all others are used without their labels",
             fix="list file names of the images, or give a CSV with the columns image,label",
         )
-    description = f"{source.description}, labels of the images in {display_name(str(path))}"
+    description = f"{source.description}, labels of the images in {printable(str(path))}"
     return replace(source, description=description, labels=tuple(chosen), classes=None)
 
 
@@ -382,7 +383,9 @@ def _with_sequence(source: Source, labels: Iterable[Any]) -> Source:
             why="there must be exactly one label per image, -1 or None for an unlabeled one",
             fix="give the labels in the order of the images, or a CSV that names them",
         )
-    faults: list[str] = []
+    classes = source.classes or ()
+    faults = [f"class {k}: {fault}" for k, name in enumerate(classes) if (fault := tables.name_fault(name))]
+    faults += [f'two classes are called "{name}"' for name, count in Counter(classes).items() if count > 1]
     names: dict[Any, str | None] = {}
     for i, value in enumerate(values):
         try:
@@ -437,6 +440,7 @@ def _with_test(source: Source, held_out: Source) -> Source:
 
 def _joined(first: Source, second: Source) -> Source:
     """Both sources as one; declared classes stay only where both declare the same."""
+    lines = [np.zeros(len(each), np.int32) if each.lines is None else each.lines for each in (first, second)]
     return replace(
         first,
         names=(*first.names, *second.names),
@@ -444,10 +448,6 @@ def _joined(first: Source, second: Source) -> Source:
         splits=(*first.splits, *second.splits),
         classes=first.classes if first.classes == second.classes else None,
         parts=first.parts + second.parts,
-        lines=None if first.lines is second.lines is None else np.concatenate([_lines(first), _lines(second)]),
+        lines=np.concatenate(lines),
         notes=first.notes + second.notes,
     )
-
-
-def _lines(source: Source) -> npt.NDArray[np.int32]:
-    return np.zeros(len(source), np.int32) if source.lines is None else source.lines

@@ -29,7 +29,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fewlabels.data.decode import BadPicture, Payload, Pixels, decode, strict_pillow
-from fewlabels.data.folders import display_name
 from fewlabels.data.parquet import Cell
 from fewlabels.data.places import AT_ONCE, Span, is_url
 from fewlabels.errors import DataError
@@ -100,7 +99,7 @@ def _is_away(picture: Payload | None) -> bool:
 
 def _changed(picture: Payload, row: int, words: str) -> DataError:
     return DataError(
-        f"{f'image {row}' if isinstance(picture, bytes | np.ndarray) else display_name(str(picture))} {words}",
+        f"{f'image {row}' if isinstance(picture, bytes | np.ndarray) else picture} {words}",
         why="images of this run are decoded anew each time they are seen, and must stay as they were when it began",
         fix="put it back as it was and run the same command again: it goes on from the last save",
     )
@@ -136,7 +135,8 @@ class Paths:
         self._ends = np.asarray(np.load(folder / "ends.npy", mmap_mode="r", allow_pickle=False))  # (N,)
         self._file = os.open(folder / "paths.bin", os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        if self._ends.shape != (count,) or os.fstat(self._file).st_size != self._ends[-1]:
+        fits = self._ends.shape == (count,) and os.fstat(self._file).st_size == self._ends[-1]
+        if not fits or self._ends[0] < 0 or (self._ends[1:] < self._ends[:-1]).any():
             raise ValueError("paths.bin and ends.npy are not of one piece")
 
     def __call__(self, row: int) -> Path | Span | Cell:

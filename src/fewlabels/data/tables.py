@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fewlabels.errors import DataError, MissingInput, StorageError, nearest
+from fewlabels.errors import DataError, MissingInput, StorageError, nearest, printable
 
 COLUMNS = ("image", "label", "split")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -175,14 +175,19 @@ def label_fault(label: str) -> str:
         return f'"{label}" is not a class: leave the label empty for an unlabeled image'
     if label.casefold() in SPREADSHEET_ERRORS:
         return f'"{label}" is what a spreadsheet writes for an error, not a class'
-    if not label.isprintable():
-        return f"the class name {label!a} holds control or invisible characters"
-    if len(label) > LONGEST_LABEL:
-        return f'the class name "{label[:20]}..." has {len(label):,} characters, more than {LONGEST_LABEL}'
     for word in label.split():
         if {"LATIN", "CYRILLIC"} <= {unicodedata.name(letter, "").partition(" ")[0] for letter in word}:
             return f'the class name "{label}" mixes Latin and Cyrillic letters that look alike: {label!a}'
-    return ""
+    return name_fault(label)
+
+
+def name_fault(name: str) -> str:
+    """What is wrong with the name of a class that a file declares, '' if nothing."""
+    if not name.isprintable():
+        return f"the class name {name!a} holds control or invisible characters"
+    if len(name) > LONGEST_LABEL:
+        return f'the class name "{name[:20]}..." has {len(name):,} characters, more than {LONGEST_LABEL}'
+    return "" if name.strip() else "a class without a name"
 
 
 def twins(labels: Iterable[str]) -> list[tuple[str, str]]:
@@ -291,6 +296,10 @@ class Finder:
         for index, file in enumerate(files):
             self.number[os.path.normpath(file)] = index
             self.by_name.setdefault(os.path.basename(file), []).append(index)  # noqa: PTH119 - 1 us, not 5
+            if not file.isprintable():  # as our own tables call it
+                for folder in self.folders:
+                    inside = file.removeprefix(folder + os.sep)
+                    self.number.setdefault(f"{folder}{os.sep}{printable(inside)}", index)
 
     def __call__(self, image: str) -> int | str:
         """The image's number, or why there is none ("" = unknown)."""
@@ -315,10 +324,5 @@ class Finder:
 
 def cell(text: str) -> str:
     """text on one line, and with a leading apostrophe where a spreadsheet would run it (OWASP, CSV injection)."""
-    text = printed(text)
+    text = printable(text)
     return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
-
-
-def printed(text: str) -> str:
-    """text without what moves a cursor or ends a line."""
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -46,7 +46,7 @@ def encoder(name: str, *, stem: str | None = None) -> Encoder:
         if stem is not None:
             raise UsageError(f'stem="{stem}" was given for "{name}"', fix="timm models have their own stems")
         return TimmEncoder(name.removeprefix("timm:"))
-    match = re.fullmatch(r"resnet(\d+)(?:_(\d+(?:\.\d+)?)x)?(_sk)?(_small)?", name)
+    match = re.fullmatch(r"resnet(\d{2,3})(?:_(\d+(?:\.\d+)?)x)?(_sk)?(_small)?", name, re.ASCII)
     if match is None or int(match[1]) not in BLOCKS:
         names = [f"resnet{depth}{ending}" for depth in BLOCKS for ending in ("", "_2x", "_sk", "_2x_sk", "_small")]
         raise UsageError(
@@ -317,7 +317,10 @@ class TimmEncoder(Encoder):
                 f'timm has no model "{name}"{nearest(name, timm.list_models())}',
                 fix='see timm.list_models("*resnet*") for names',
             )
-        self.model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+        try:
+            self.model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+        except (RuntimeError, ValueError) as error:  # what follows a dot names weights, which are not loaded
+            raise UsageError(f'timm cannot make "{name}": {error}', fix="leave out what follows the dot") from error
         self.feature_dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)  # type: ignore[arg-type]
 
     @property

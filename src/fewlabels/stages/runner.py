@@ -199,13 +199,21 @@ def _resume(job: Job, at: Workplace, state: TrainState) -> float:
         say(f"  warning: {words}; {left}")
     if saved is None:
         return 0.0
-    state.load(saved.step, saved.tensors)
-    before, now = saved.values["surroundings"], _surroundings(job, at)
+    try:
+        state.load(saved.step, saved.tensors)
+        before, seconds = {**saved.values["surroundings"]}, float(saved.values["seconds"])
+    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"the checkpoints of {at.folder.stage(job.name)} are of another network: {error}",
+            why="going on would mix two runs; nothing was changed",
+            fix=f"rm -r {at.folder.stage(job.name)} to do this stage anew, or give a new --out",
+        ) from error
+    now = _surroundings(job, at)
     names = [name for name in now | before if before.get(name) != now.get(name)]
     moved = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]
     if moved and saved.step < job.derived.total_steps:
         say(f"  note: resuming elsewhere ({', '.join(moved)}): results will be close, not bit-identical")
-    return float(saved.values["seconds"])
+    return seconds
 
 
 def _listeners(job: Job, at: Workplace, state: TrainState, clock: _Clock) -> Listeners:

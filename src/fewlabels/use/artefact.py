@@ -195,9 +195,9 @@ def _card(path: Path) -> Card:
     try:
         card = Card(**{name: value for name, value in found.items() if name in known})
         card = dataclasses.replace(card, classes=tuple(card.classes))
-    except TypeError as error:
+        faults = _faults(card, found.get("num_classes"))
+    except (TypeError, OverflowError) as error:
         raise _unusable(path, str(error)) from error
-    faults = _faults(card, found.get("num_classes"))
     if faults:
         raise _unusable(path, "; ".join(faults))
     return card
@@ -207,7 +207,7 @@ def _faults(card: Card, num_classes: object) -> list[str]:
     faults = []
     if not all(isinstance(name, str) for name in card.classes):
         faults.append("classes must be a list of names")
-    if len(set(card.classes)) != len(card.classes):
+    elif len(set(card.classes)) != len(card.classes):
         faults.append("two classes have the same name")
     if num_classes != len(card.classes):
         faults.append(f"num_classes is {num_classes!r}, but {len(card.classes)} classes are named")

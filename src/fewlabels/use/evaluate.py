@@ -22,12 +22,13 @@ from sklearn.model_selection import StratifiedKFold
 
 from fewlabels.data import parts
 from fewlabels.data.sources import Source, open_source
-from fewlabels.errors import DataError
+from fewlabels.errors import DataError, printable
 from fewlabels.use.predict import Model
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.integer[Any]]
 
+LONGEST_NAME = 40  # characters of a class in the table
 NUM_BINS = 15  # equal-width confidence bins, as in Guo et al. 2017 (arXiv 1706.04599)
 VOTE_TEMPERATURE = 0.1  # of the weighted kNN vote; Wu et al. 2018 (arXiv 1805.01978) use 0.07
 COLDEST, HOTTEST = 0.05, 20.0
@@ -383,7 +384,7 @@ def percent(part: dict[str, Any]) -> str:
 
 
 def format_table(measurement: dict[str, Any]) -> str:
-    """A measurement as plain text for the terminal; class names are made printable."""
+    """A measurement as plain text for the terminal; class names are made printable and short."""
     lines = [f"accuracy            {percent(measurement['top1'])}"]
     if "top5" in measurement:
         lines.append(f"top-5 accuracy      {percent(measurement['top5'])}")
@@ -395,16 +396,11 @@ def format_table(measurement: dict[str, Any]) -> str:
         lines.append(f"unlabeled           {measurement['unlabeled']:,} images passed over")
     if measurement.get("unreadable"):
         lines.append(f"unreadable          {len(measurement['unreadable']):,} images passed over")
-    names = [_printable(row["name"]) for row in measurement["per_class"]]
+    names = [printable(row["name"]) for row in measurement["per_class"]]
+    names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "~" for name in names]
     width = max([len(name) for name in names] + [5])
     lines += ["", f"{'class':{width}}  precision  recall      f1       n"]
     for name, row in zip(names, measurement["per_class"], strict=True):
         cells = [f"{100 * row[key]:.1f}" if row[key] is not None else "-" for key in ("precision", "recall", "f1")]
         lines.append(f"{name:{width}}  {cells[0]:>9}  {cells[1]:>6}  {cells[2]:>6}  {row['n']:>6,}")
     return "\n".join(lines)
-
-
-def _printable(name: str) -> str:
-    """name without what moves a terminal's cursor, at most 40 characters."""
-    clean = "".join(c if c.isprintable() else "?" for c in name)
-    return clean if len(clean) <= 40 else clean[:39] + "~"

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from fewlabels import checkpoint
+from fewlabels.data.parts import UNREADABLE
 
 Facts = dict[str, Any]
 
 LONGEST_TEXT = 2000
+MOST_BYTES = 1 << 30  # of evaluation.npz unpacked, where a few kB can stand for terabytes
 # C0 and C1 controls but the line break, line separators, and the marks that turn the direction of text around
 UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
 
@@ -70,7 +71,7 @@ def clean(value: Any) -> Any:
 
 def _json(path: Path) -> Facts:
     try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        found = json.loads(checkpoint.read_text(path, errors="replace"))
     except (OSError, ValueError, RecursionError):
         return {}
     return clean(found) if isinstance(found, dict) else {}
@@ -80,8 +81,8 @@ def _metrics(path: Path) -> dict[str, list[Facts]]:
     """Lines of metrics.jsonl by stage; a line torn by a kill is passed over."""
     stages: dict[str, list[Facts]] = {}
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = checkpoint.read_text(path, errors="replace").splitlines()
+    except (OSError, ValueError):
         return {}
     for line in lines:
         try:
@@ -97,6 +98,9 @@ def _arrays(path: Path, results: Facts | None) -> dict[str, np.ndarray]:
     """evaluation.npz, {} unless its shapes fit each other and the classes."""
     classes = len(results["classes"]) if results else 0
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                return {}
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in ("ids", "labels", "probabilities", "map", "map_labels")}
         count, points = len(found["ids"]), len(found["map"])
@@ -105,7 +109,7 @@ def _arrays(path: Path, results: Facts | None) -> dict[str, np.ndarray]:
         fits = fits and found["map"].shape == (points, 2) and found["map_labels"].shape == (points,)
         fits = fits and all(np.isfinite(a).all() for a in found.values())
         fits = fits and (not len(numbers) or (numbers.min() >= -1 and numbers.max() < max(classes, 1)))
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except UNREADABLE:
         return {}
     return found if fits else {}
 

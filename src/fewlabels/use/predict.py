@@ -27,8 +27,8 @@ from torch import Tensor
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
 from fewlabels.data.sources import Source, open_source
-from fewlabels.data.tables import cell, printed
-from fewlabels.errors import DataError, UsageError
+from fewlabels.data.tables import cell
+from fewlabels.errors import DataError, UsageError, printable
 from fewlabels.model.heads import Classifier
 from fewlabels.runfolder import read_json
 from fewlabels.use import artefact
@@ -80,8 +80,8 @@ class Model:
 
     def trained_on(self, images: Path) -> bool:
         """Whether `images` is the path that was given to the run this model lies in."""
-        resolved = read_json(self.path.parent / "resolved.json") if self.path else None
-        return resolved is not None and Path(resolved["inputs"].get("images", "")) == images.absolute()
+        inputs = (read_json(self.path.parent / "resolved.json") or {}).get("inputs") if self.path else None
+        return isinstance(inputs, dict) and Path(str(inputs.get("images", ""))) == images.absolute()
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -312,7 +312,7 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
 
 def _write_rows(file: TextIO, model: Model, source: Source) -> Iterator[Prediction]:
     writer = csv.writer(file)
-    writer.writerow(["image", "label", "confidence", *(f"p:{name}" for name in map(printed, model.classes)), "error"])
+    writer.writerow(["image", "label", "confidence", *(f"p:{name}" for name in map(printable, model.classes)), "error"])
     for prediction in model.each(source):
         row = prediction.probabilities
         if row is None:
