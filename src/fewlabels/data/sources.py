@@ -192,7 +192,8 @@ def _csv(path: Path) -> Source:
                 return numbers.setdefault(file, len(numbers))
         return inside(image)
 
-    answers = tables.match(table, find, lambda: _names_below(root))
+    near = (os.path.relpath(path, root) for path in root.rglob("*") if folders.is_picture(str(path)))
+    answers = tables.match(table, find, lambda: near)
     files = tuple(numbers)
     return Source(
         description=f"labels CSV {printable(str(path))}",
@@ -204,11 +205,6 @@ def _csv(path: Path) -> Source:
         folder=root,
         lines=np.array([answers[i].line for i in range(len(files))], dtype=np.int32),
     )
-
-
-def _names_below(root: Path) -> Iterator[str]:
-    """Pictures near root, to offer for a name that is not there."""
-    return (os.path.relpath(path, root) for path in root.rglob("*") if folders.is_picture(str(path)))
 
 
 # --- tables and arrays -------------------------------------------------------------------------------------------
