@@ -13,7 +13,13 @@ from fewlabels import checkpoint, runtime
 from fewlabels.errors import CannotCreate, DataError, Stopped
 from fewlabels.runfolder import Interrupts, RunFolder
 
-BEGUN = {"asked": {"recipe": "smoke"}, "recipe": {}, "understood": {"labeled": 4}, "precision": "fp32"}
+BEGUN = {
+    "format_version": checkpoint.FORMAT_VERSION,
+    "asked": {"recipe": "smoke"},
+    "recipe": {},
+    "understood": {"labeled": 4},
+    "precision": "fp32",
+}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])

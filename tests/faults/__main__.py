@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults.tally import parser
 
-CLASSES = ("storage", "damage", "signals", "nonfinite", "ranks")
+CLASSES = ("storage", "damage", "payloads", "names", "mistakes", "awful", "signals", "nonfinite", "ranks")
 
 
 def main() -> int:

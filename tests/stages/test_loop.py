@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_true_words(
 ) -> None:
     work = job("finetune", dataset, "sgd")
     at = Workplace(RunFolder(tmp_path), dataset, CPU, FP32, Interrupts())
-    values = {"surroundings": at.surroundings(), "seconds": 3.0}
+    values = {"surroundings": runner._surroundings(work, at), "seconds": 3.0}
     paths = [checkpoint.save(at.folder.stage("finetune"), n, work.state().tensors(), values) for n in (1, 2)]
     for path, words, step in zip(paths[::-1], ("that of step 1 is used", "finetune begins anew"), (1, 0), strict=True):
         (path / checkpoint.VALUES).write_text("")
