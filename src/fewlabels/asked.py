@@ -15,6 +15,7 @@ from typing import Any
 
 from fewlabels import config, plan, recipes
 from fewlabels.config import Recipe
+from fewlabels.data.places import is_url
 from fewlabels.errors import CannotCreate, UsageError
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder
@@ -44,7 +45,7 @@ class Asked:
         """Paths that a later command on the same run folder may leave out."""
         found = {"images": self.images, "labels": self.labels, "test": self.test}
         words = {name: str(value) for name, value in found.items() if isinstance(value, str | Path)}
-        local = {name for name, word in words.items() if Path(word).exists() or ("{" in word and "://" not in word)}
+        local = {name for name, word in words.items() if Path(word).exists() or ("{" in word and not is_url(word))}
         return {name: str(Path(word).absolute()) if name in local else word for name, word in words.items()}
 
     def wishes(self) -> dict[str, Any]:

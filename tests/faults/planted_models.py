@@ -173,7 +173,7 @@ def _dcp(place: Place, step: Path) -> None:
     (step / "__0_0.distcp").write_bytes(place.torch_pickled())
 
 
-in_each("a checkpoint that", 0, "the checkpoint before it is used", {
+in_each("a checkpoint that", 0, "is used", {
     "is a pickle": lambda place, step: (step / checkpoint.TENSORS).write_bytes(place.torch_pickled()),
     "is one of torch.distributed": _dcp,
     "has values nested 100,000 deep": lambda _, step: (step / checkpoint.VALUES).write_text(DEEP),
@@ -248,7 +248,7 @@ in_each("a run's evaluation.npz", 0, "report.html", {
                           "report"),
 }, run_with)  # fmt: skip
 in_each("a run's results.json", 0, "report.html", {
-    "has keys of object formats": ("resolved.json", json.dumps(HOSTILE_KEYS), "report"),
+    "has keys of object formats": ("resolved.json", json.dumps(HOSTILE_KEYS | {"format_version": 1}), "report"),
     "is a pickle": ("resolved.json", Place.pickled, "report"),
 }, run_with)  # fmt: skip
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from fewlabels.data.decode import MAX_BYTES, BadPicture
 from fewlabels.errors import FewlabelsError, StorageError, UsageError
 
+URL = re.compile(r"([a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # in a path it means nothing
 T = TypeVar("T")
 
 TRIES = 4
@@ -65,7 +67,7 @@ class Span:
 
 def is_url(place: str) -> bool:
     """Whether fsspec is to be asked."""
-    return "://" in place
+    return URL.match(place) is not None
 
 
 def reach(place: str) -> tuple[Any, str]:
