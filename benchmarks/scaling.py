@@ -1,6 +1,7 @@
 """What the paper's largest run costs on many GPUs, and whether the counting behind that is right.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --memory     only what lies on one of 1, 8 and 64 GPUs, sharded or not
 
 Counted: the real encoder and head run on the meta device as one rank of many; every operation's FLOPs and bytes, what
 autograd keeps, and every collective are written down. Predicted: each operation takes the longer of its arithmetic and
@@ -39,6 +40,8 @@ from fewlabels import runtime
 from fewlabels.model.encoder import Residual, encoder
 from fewlabels.model.heads import ProjectionHead
 from fewlabels.model.losses import nt_xent
+from fewlabels.stages.memory import held
+from fewlabels.stages.pretrain import PretrainWithMomentum
 
 # --- what is assumed of the machines ------------------------------------------------------------------------------
 
@@ -176,14 +179,15 @@ def count(name: str, *, world: int, views: int = 4, side: int = 224) -> dict[str
 # --- the paper's run ------------------------------------------------------------------------------------------------
 
 
-def memory(counted: dict[str, Any]) -> dict[str, Any]:
-    """Bytes on one GPU, and how many views fit beside them."""
-    n = counted["parameters"]
-    state = {
-        "weights, float32": 4 * n, "their bf16 copies under autocast": 2 * n, "gradients": 4 * n,
-        "gradients in one piece for the all-reduce": 4 * n, "momentum of LARS": 4 * n,
-        "momentum encoder of the recipe": 4 * n,
-    }  # fmt: skip
+def memory(counted: dict[str, Any], gpus: int = 8, *, shard: bool = False) -> dict[str, Any]:
+    """Bytes on one of so many GPUs in the paper's pretraining, and how many views fit beside them."""
+    with torch.device("meta"):
+        pair = Pair(PAPER)
+        stage = PretrainWithMomentum(
+            pair.encoder, pair.head, view=lambda *_: torch.empty(0), temperature=0.1, momentum=0.999, queue=0
+        )
+    state = held(stage, "lars", ranks=gpus, shard=shard, bf16=True)
+    state = {name: size for name, size in state.items() if size}
     left = MEMORY - sum(state.values())
     return {
         "state": state, "state_total": sum(state.values()),
@@ -317,9 +321,13 @@ def main() -> None:
     """Count, predict, check, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank-part", type=Path)
+    parser.add_argument("--memory", action="store_true")
     asked = parser.parse_args()
     if asked.rank_part:
         one_rank(asked.rank_part)
+        return
+    if asked.memory:
+        tell_shares()
         return
     counted = {"of many": count(PAPER, world=8), "alone": count(PAPER, world=1)}
     fits = memory(counted["of many"])
@@ -358,6 +366,18 @@ def tell_memory(counted: dict[str, Any], fits: dict[str, Any]) -> None:
     print(f"  views within {MEMORY / 1e9:.0f} GB: {fits['views_eager']}, with blocks computed again ", end="")
     print(f"{fits['views_blocks_recomputed']}; {counted['flops'] / 1e9:,.0f} GFLOP and ", end="")
     print(f"{counted['bytes'] / 1e6:,.0f} MB moved a view, {counted['collectives']} small collectives a step")
+
+
+def tell_shares() -> None:
+    """Print what lies on one GPU, sharded or not, as the table of docs/scaling.md."""
+    counted = count(PAPER, world=8)
+    names = list(memory(counted, shard=True)["state"] | memory(counted)["state"])
+    print("| GPUs | sharded | " + " | ".join(names) + " | in all, GB | views | views with --recompute |")
+    for gpus, shard in ((1, False), (8, False), (8, True), (64, False), (64, True)):
+        found = memory(counted, gpus, shard=shard)
+        sizes = [f"{found['state'].get(name, 0) / 1e9:.2f}" for name in names]
+        print(f"| {gpus} | {'yes' if shard else 'no'} | " + " | ".join(sizes), end="")
+        print(f" | {found['state_total'] / 1e9:.1f} | {found['views_eager']} | {found['views_blocks_recomputed']} |")
 
 
 def tell_prediction(row: dict[str, Any]) -> None:

@@ -53,3 +53,14 @@ def test_the_largest_network_is_the_papers() -> None:
     assert counted["parameters"] == pytest.approx(795e6 + 2 * 6144**2 + 6144 * 128, rel=0.001)
     few, many = (scaling.predict(counted, gpus, scaling.memory(counted)) for gpus in (64, 512))
     assert few["network_share"] > many["network_share"]
+
+
+def test_sharding_divides_all_but_the_copies_and_what_is_on_its_way() -> None:
+    counted = {"kept_bytes": 342e6, "block_inputs_bytes": 79e6, "largest_block_bytes": 0.0}
+    alone, whole, shared = (scaling.memory(counted, *how, shard=how == (8,)) for how in ((1,), (64,), (8,)))
+    weights = 4 * (795e6 + 2 * 6144**2 + 6144 * 128)
+    assert alone["state_total"] == pytest.approx(4.5 * weights, rel=0.001)  # weights, average, gradients, momentum
+    assert whole["state_total"] == pytest.approx(5.5 * weights, rel=0.001)  # and the all-reduce
+    # The first block of group 4, but for its small layers: shortcut, 1x1, both branches of 3x3, 1x1
+    largest = 4 * (3072 * 6144 + 3072 * 1536 + 1536 * 3072 * 9 + 1536 * 6144)
+    assert shared["state_total"] == pytest.approx(0.5 * weights + 4 * weights / 8 + 4 * largest, rel=0.03)

@@ -151,6 +151,7 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     """What `check` returns."""
     folder = prepared.folder
     Worker(prepared, interrupts).try_networks()
+    held = Worker(prepared, interrupts).held()
     largest = _largest_batches(prepared, interrupts)
     prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
     per_step = Worker(prepared, interrupts).seconds_per_step()
@@ -166,6 +167,9 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     lines = [prepared.dataset.understood.line(), *prepared.dataset.understood.notes]
     lines += [f"unreadable: {line}" for line in bad[:20]] + found + _told(largest)
+    lines += [
+        f"{name}: {sum(parts.values()) / 1e6:,.0f} MB a process whatever the batch" for name, parts in held.items()
+    ]
     lines += [f"{name}: about {duration(value)} at the measured speed" for name, value in seconds.items()]
     lines += [f"about {duration(sum(seconds.values()))} in all, {memory:,.0f} MB of memory, {disk:,.0f} MB of disk"]
     return {

@@ -313,6 +313,17 @@ class Worker:
         jobs = [self._job(name, stage) for name, stage in self._throwaways().items()]
         return runtime.from_main({job.name: runner.seconds_per_step(job, self.workplace) for job in jobs})
 
+    def held(self) -> dict[str, dict[str, int]]:
+        """Bytes that a process holds at the peak of a step whatever the batch, for every stage, by what they are."""
+        bf16, ranks = self.prepared.precision.autocast is not None, runtime.world_size()
+        jobs = [self._job(name, stage) for name, stage in self._throwaways().items()]
+        return {
+            job.name: memory.held(
+                job.stage, job.schedule.optimizer, ranks=ranks, shard=self.recipe.shard and ranks > 1, bf16=bf16
+            )
+            for job in jobs
+        }
+
     def largest_batches(self) -> dict[str, int]:
         """About the largest batch of every stage that the memory holds, where that can be measured."""
         jobs = [self._job(name, stage) for name, stage in self._throwaways().items()]
