@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -225,3 +226,16 @@ def test_neither_a_pipe_nor_a_device_nor_an_endless_file_is_read(tmp_path: Path)
         saved, passed_over = checkpoint.latest(tmp_path / f"stage-{name}")
         assert saved is not None
         assert (saved.step, len(passed_over)) == (1, 1)
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    checkpoint.write_text(pipe, "told")
+    assert os.read(reader, 100) == b"told"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    with pytest.raises(StorageError, match="full"):
+        checkpoint.write_text(Path("/dev/full"), "told")
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)

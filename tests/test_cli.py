@@ -227,3 +227,18 @@ def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.nda
     assert fitted.predict_proba(images).shape == (64, 4)
     assert fitted.transform(images).shape[0] == 64
     assert 0 <= fitted.score(images, classes * 10) <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["photos", "--recompute"], ["photos", "--recompute", "True"]),
+        (["--recompute", "photos"], ["--recompute", "True", "photos"]),
+        (["--recompute", "False", "x"], ["--recompute", "False", "x"]),
+        (["--no-compile", "--shard"], ["--compile", "False", "--shard", "True"]),
+        (["--distill.self_first", "--no-pretrain.blur"], ["--distill.self_first", "True", "--pretrain.blur", "False"]),
+        (["--json", "--no-such"], ["--json", "--no-such"]),
+    ],
+)
+def test_a_switch_needs_no_value(words: list[str], told: list[str]) -> None:
+    assert cli._spelled_out(words) == told

@@ -44,9 +44,7 @@ class Asked:
     def inputs(self) -> dict[str, str]:
         """Paths that a later command on the same run folder may leave out."""
         found = {"images": self.images, "labels": self.labels, "test": self.test}
-        words = {name: str(value) for name, value in found.items() if isinstance(value, str | Path)}
-        local = {name for name, word in words.items() if Path(word).exists() or ("{" in word and not is_url(word))}
-        return {name: str(Path(word).absolute()) if name in local else word for name, word in words.items()}
+        return {name: _absolute(str(value)) for name, value in found.items() if isinstance(value, str | Path)}
 
     def wishes(self) -> dict[str, Any]:
         """What decides the recipe, as plain values."""
@@ -58,6 +56,12 @@ class Asked:
             "keep_labels": self.keep_labels,
             "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
         }
+
+
+def _absolute(word: str) -> str:
+    """A path, or pattern of paths, from the root; a URL or a source's name as it is."""
+    local = Path(word).exists() or ("{" in word and not is_url(word))
+    return str(Path(word).absolute()) if local else word
 
 
 def of_run(asked: Asked, folder: RunFolder) -> Asked:
@@ -170,6 +174,8 @@ def on_command_line(**values: Any) -> Asked:
     """Asked from the words of a command line. Images, labels and test left out are those that the run folder knows."""
     out = Path(values["out"])
     known = (RunFolder(out).resolved() or {}).get("inputs", {})
+    if values.get("images") is not None and known.get("images") not in (values["images"], _absolute(values["images"])):
+        known = {}  # other images have other labels
     for name in ("images", "labels", "test"):
         if values.get(name) is None:
             values[name] = known.get(name)

@@ -106,8 +106,11 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file by one rename."""
+    """Replace a small file by one rename; /dev/stdout, a pipe or a device is written to, not replaced."""
     with storage_errors(path):
+        if path.absolute().parts[1] == "dev" or (path.exists() and not (path.is_file() or path.is_dir())):
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own form of odd bytes

@@ -348,7 +348,7 @@ def _overview() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (design.md section 3)."""
+    """Run one command; returns the exit code (docs/reference.md)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -387,7 +387,7 @@ def _dispatch(words: list[str]) -> int:
     try:
         with contextlib.nullcontext() if plain else contextlib.redirect_stderr(spoken):
             command: Any = tyro.cli(
-                kind, args=words[1:], prog=f"fewlabels {words[0]}", description=about.capitalize() + "."
+                kind, args=_spelled_out(words[1:]), prog=f"fewlabels {words[0]}", description=about.capitalize() + "."
             )
     except SystemExit as stop:  # tyro has spoken: help (0) or a usage error (2)
         print("\n".join(map(printable, spoken.getvalue().split("\n"))), end="", file=sys.stderr)
@@ -399,6 +399,27 @@ def _dispatch(words: list[str]) -> int:
 
         runtime.finish()
     return 0
+
+
+def _spelled_out(words: list[str]) -> list[str]:
+    """--recompute as --recompute True, --no-recompute as --recompute False: tyro wants a value for what may be None."""
+    parts = [("", config.Recipe), *((f"{name}.", kind) for name, kind in config.SECTIONS.items())]
+    flags = {
+        f"--{prefix}{item.name}".replace("_", "-")
+        for prefix, kind in parts
+        for item in dataclasses.fields(kind)
+        if isinstance(item.default, bool)
+    }
+    told = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        plain = word.replace("_", "-")
+        if plain.removeprefix("--no-") != plain and f"--{plain[5:]}" in flags:
+            told += [f"--{plain[5:]}", "False"]
+        elif plain in flags and following not in ("True", "False", "None"):
+            told += [word, "True"]
+        else:
+            told.append(word)
+    return told
 
 
 def _complain(error: FewlabelsError) -> int:

@@ -60,7 +60,7 @@ def smoke(facts: Facts) -> Recipe:
 
 
 def simclrv2(facts: Facts) -> Recipe:
-    """The paper's method and settings (method.md sections 6 and 7), sized for the data.
+    """The paper's method and settings, sized for the data.
 
     Small images take the reference's CIFAR command (temperature 0.5, jitter 0.5, no blur, small stem); photos take
     the ImageNet settings. Batch and epochs are what the data and the machine can carry; the learning rate follows
@@ -128,7 +128,7 @@ def auto(facts: Facts) -> Recipe:
 
 
 def paper_imagenet(depth: int, width: int, *, selective_kernel: bool) -> Callable[[Facts], Recipe]:
-    """The paper's own settings for ImageNet (method.md sections 6 and 7): 800 epochs at batch 4096 and 224 px on 128
+    """The paper's own settings for ImageNet: 800 epochs at batch 4096 and 224 px on 128
     TPU cores, and what it says of 1 %, 10 % and all of the labels.
 
     Views have TensorFlow 1's form. The student of --student is taught by the big network after that was distilled into

@@ -219,7 +219,7 @@ def _seconds_per_convolution(form: Precision, device: torch.device) -> float:
 class _Gather(torch.autograd.Function):
     """All-gather along dim 0 whose backward sums what every rank's loss says about our rows.
 
-    A plain all_gather would drop those cross terms (method.md section 8).
+    A plain all_gather would drop those cross terms.
     """
 
     @staticmethod

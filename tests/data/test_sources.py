@@ -471,3 +471,14 @@ def test_all_faults_of_a_list_are_told(tmp_path: Path) -> None:
         'line 2: "loose.png" is in no class folder',
         'line 3: "none.png" is the name of no images',
     )
+
+
+def test_held_out_images_keep_their_class_under_a_labels_csv(tmp_path: Path) -> None:
+    for name in ("a.png", "test/cat/b.png", "test/dog/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "labels.csv").write_text("image,label\na.png,cat\ntest/dog/c.png,cat\n")
+    source = open_source(tmp_path, tmp_path / "labels.csv")
+    assert dict(zip(source.names, source.labels, strict=True)) == {
+        "a.png": "cat", "test/cat/b.png": "cat", "test/dog/c.png": "cat"
+    }  # fmt: skip

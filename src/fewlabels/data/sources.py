@@ -313,8 +313,9 @@ def _with_labels(source: Source, labels: Any) -> Source:
     else:
         find = tables.Finder([Path("/")], (f"/{name}" for name in source.names))
     answers = tables.match(table, find, lambda: source.names)
-    nothing = tables.Answer(None, None, 0)
-    found = [answers.get(i, nothing) for i in range(len(source))]
+    # Held-out images that the table does not name keep the class of their place: they are there to measure
+    places = enumerate(zip(source.labels, source.splits, strict=True))
+    found = [answers.get(i) or tables.Answer(None if s == "train" else own, None, 0) for i, (own, s) in places]
     return replace(
         source,
         description=f"{source.description}, labels from {printable(str(path))}",

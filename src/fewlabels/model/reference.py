@@ -2,7 +2,7 @@
 
 What the network is (depth, width, selective kernels, stem) is found out from the shapes; which layer of the head the
 classifier sits on, which no shape tells, from the published folders' names and step numbers.
-Source: google-research/simclr at 383d414; its variables' names and order in method.md section 10.
+Source: google-research/simclr at 383d414.
 """
 
 from __future__ import annotations

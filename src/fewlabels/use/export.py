@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fewlabels import checkpoint
 from fewlabels.data import views
-from fewlabels.errors import DataError, UsageError
+from fewlabels.errors import CannotCreate, DataError, UsageError
 from fewlabels.use.predict import Model
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -62,6 +62,8 @@ def export(model: Model, folder: str | os.PathLike[str], *, format: str) -> Path
     needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
     _require(needed)
     target = Path(folder) / FORMATS[format]
+    if target.parent.exists() and not target.parent.is_dir():
+        raise CannotCreate(f"{folder} is a file", why="a program is written into a folder", fix="give another --out")
     card = model.card
     program = Program(model.network.to("cpu"), size=card.size, kind=card.kind, temperature=card.temperature).eval()
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
