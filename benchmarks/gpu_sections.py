@@ -252,6 +252,18 @@ def _shares(at: Place, title: str, state: loop.TrainState, dataset: Any, batch: 
             yield row(f"{title}: {part}", 100 * share, "%", "of the eager step")
 
 
+def _ways(at: Place, name: str, *, least: float, **settings: Any) -> Iterator[tuple[str, loop.TrainState]]:
+    """A network to pretrain as it is, and another compiled by blocks where `least` seconds are left for it."""
+    for way in at.pick(("eager", "by blocks"), ("eager",)):
+        if way != "eager" and at.left() < least:
+            return
+        state = workload.pretraining(name, at.device, **settings)
+        if way != "eager":
+            state.stage.encoder.compile_blocks()  # type: ignore[union-attr, operator]
+        yield way, state
+        del state  # before the next one takes memory
+
+
 def cifar(at: Place) -> Rows:
     """ResNet-18 on 50,000 random images of 32 px through the real loader: eager and compiled by blocks."""
     count, batch, steps = at.pick((50_000, 512, 200), (24, 8, 4))
@@ -260,12 +272,7 @@ def cifar(at: Place) -> Rows:
     with tempfile.TemporaryDirectory() as temporary:
         dataset = workload.stored(images, Path(temporary))
         found: dict[str, float] = {}
-        for way in at.pick(("eager", "by blocks"), ("eager",)):
-            if way != "eager" and at.left() < 30:
-                break
-            state = workload.pretraining(name, at.device, **settings)
-            if way != "eager":
-                state.stage.encoder.compile_blocks()  # type: ignore[union-attr, operator]
+        for way, state in _ways(at, name, least=30, **settings):
             batches = workload.batches(dataset, batch, at.device, steps=steps)
             found[way], waited = speed(state, batches, steps=steps, warm=steps // 4)
             yield row(f"cifar {way}", batch / found[way], "pairs/s", f"waited {100 * waited:.2f} %")
@@ -314,12 +321,7 @@ def imagenet(at: Place) -> Rows:
             "JPEG files into the store", rate, "images/s", f"{bytes_each / 1000:.0f} KB each, {os.cpu_count()} cores"
         )
         found: dict[str, float] = {}
-        for way in at.pick(("eager", "by blocks"), ("eager",)):
-            if way != "eager" and at.left() < 60:
-                break
-            state = workload.pretraining(name, at.device, size=size, strength=1.0, blur=True)
-            if way != "eager":
-                state.stage.encoder.compile_blocks()  # type: ignore[union-attr, operator]
+        for way, state in _ways(at, name, least=60, size=size, strength=1.0, blur=True):
             batches = workload.batches(dataset, batch, at.device, steps=steps)
             found[way], waited = speed(state, batches, steps=steps, warm=steps // 3)
             yield row(f"imagenet {way}", 2 * batch / found[way], "views/s", f"the loop waited {100 * waited:.2f} %")
@@ -372,12 +374,7 @@ def wide(at: Place) -> Rows:
     name, size = at.pick(("resnet152_3x_sk", 224), ("resnet50_0.125x_sk", 32))
     memory = torch.cuda.get_device_properties(at.device).total_memory if at.device.type == "cuda" else 1 << 30
     most, best = 0, 0.0
-    for way in at.pick(("eager", "by blocks"), ("eager",)):
-        if way != "eager" and at.left() < 60:
-            break
-        state = workload.pretraining(name, at.device, size=size, strength=1.0, blur=True)
-        if way != "eager":
-            state.stage.encoder.compile_blocks()  # type: ignore[union-attr, operator]
+    for way, state in _ways(at, name, least=60, size=size, strength=1.0, blur=True):
         pairs, note = _largest(at, state, memory, size)
         yield row(f"wide {way}, most views", 2 * pairs, "views", note)
         spent = at.seconds(functools.partial(_step_of, at, state, pairs, size), within=5.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +51,26 @@ def shapes_images(count: int, size: int = 16, seed: int = 0) -> tuple[np.ndarray
 def visible_images() -> tuple[np.ndarray, np.ndarray]:
     """64 images of 16 pixels whose class can be seen."""
     return shapes_images(64)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """Launches of Triton's kernels compile them for a Hopper GPU that need not be there, and do no more: those made."""
+    triton, compiler = (pytest.importorskip(name) for name in ("triton", "triton.backends.compiler"))
+    target = compiler.GPUTarget("cuda", 90, 32)
+    driver = SimpleNamespace(
+        get_current_device=lambda: "none", get_current_stream=lambda device: 0, get_current_target=lambda: target
+    )
+    made: list[Any] = []
+    run = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        made.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from conftest import shapes_images
+from faults.tally import before_forking
 from fewlabels import checkpoint, cli, prepare, watch
-from fewlabels.data import loader, pixels, views
+from fewlabels.data import loader, pixels
 from fewlabels.errors import DataError, StorageError
 from fewlabels.stages import loop
 from fewlabels.stages.finetune import Finetune
@@ -174,6 +175,7 @@ def cases(folder: Path) -> dict[str, tuple[list[str], list[str], dict[int, Calla
         "killed": fault("killed", 1, at(in_a_step, at(kill, signal.SIGKILL))),
         "main killed": fault("main-killed", 0, at(in_a_step, at(kill, signal.SIGKILL))),
         "stopped": fault("stopped", 1, at(in_a_step, at(kill, signal.SIGSTOP))),
+        "main stopped": fault("main-stopped", 0, at(in_a_step, at(kill, signal.SIGSTOP))),
     }
 
 
@@ -214,7 +216,7 @@ def together(commands: list[list[str]], folder: Path, faults: dict[int, Callable
 def main() -> None:
     """Run the cases and print name -> [[exit code, stderr] of each rank, seconds, status.json."""
     folder = Path(sys.argv[1])
-    views.compiled()  # the children inherit it
+    before_forking()
     watch.BEAT, watch.GRACE, watch.SILENCE = 0.2, 2.0, 5.0
     found: dict[str, Any] = {}
     for name, (first, second, faults) in cases(folder).items():

@@ -40,6 +40,7 @@ EXPECTED: dict[str, tuple[list[int], int | None, str, str | None]] = {
     "killed": ([75, -9], 0, "rank 1 ended without a word", "failed"),
     "main killed": ([-9, 75], 1, "rank 0 ended without a word", "running"),
     "stopped": ([75, -9], 0, "rank 1 ended without a word", "failed"),
+    "main stopped": ([-9, 75], 1, "rank 0 ended without a word", "running"),  # and with it the board of all ranks
 }
 
 

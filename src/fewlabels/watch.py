@@ -36,13 +36,15 @@ class Ranks:
     def __init__(self) -> None:
         self.number, self.world = runtime.rank(), runtime.world_size()
         self.record: Callable[[FewlabelsError], None] = lambda _: None  # what this rank writes down of an end
-        self._done, self._thread = threading.Event(), threading.Thread(target=self._look, name="watch", daemon=True)
+        self._done, self._looks = threading.Event(), 0
+        self._threads = [threading.Thread(target=f, name="watch", daemon=True) for f in (self._look, self._guard)]
         self._board: Any = None
         if self.world > 1:
             self._board = runtime.board(SILENCE)
             self._board.set(f"beat {self.number}", "0")
             runtime.barrier()  # every rank has beaten once
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
 
     # --- what went wrong ---
 
@@ -75,10 +77,11 @@ class Ranks:
             error.add_note(f"met by rank {self.number} of {self.world} first; all of them end")
         return error
 
-    def _orphaned(self) -> BaseException:
+    def _orphaned(self) -> FewlabelsError:
         """The board is gone, and so is rank 0 that held it; of those that are left rank 1 says so."""
         error = _killed([0])
-        return self._telling(error) if self.number == 1 else RankFailed(error.what, error.exit_code)
+        self._telling(error)
+        return error if self.number == 1 else RankFailed(error.what, error.exit_code)
 
     def _note(self) -> tuple[int, str, int] | None:
         """The rank that failed first, what it met, and its exit code."""
@@ -102,11 +105,11 @@ class Ranks:
 
     def _look(self) -> None:
         neighbour = (self.number + 1) % self.world
-        heard, last, count = time.monotonic(), b"", 0
+        heard, last = time.monotonic(), b""
         while not self._done.wait(BEAT):
-            count += 1
+            self._looks += 1
             try:
-                self._board.set(f"beat {self.number}", str(count))
+                self._board.set(f"beat {self.number}", str(self._looks))
                 beat = self._board.get(f"beat {neighbour}")
                 if beat != last or beat == LEFT:
                     heard, last = time.monotonic(), beat
@@ -119,14 +122,31 @@ class Ranks:
             except RuntimeError:
                 self._end(self._orphaned())
 
+    def _guard(self) -> None:
+        """End where the board answers no more: a call to a process that is stopped never returns, whatever its timeout.
+
+        Nor does any later one, so nothing is written on it. Counted, and not timed: a job may be suspended as a whole.
+        """
+        before, beats = self._looks, 0
+        while not self._done.wait(BEAT):
+            before, beats = self._looks, beats + 1 if self._looks == before else 0
+            if beats * BEAT > SILENCE:
+                error = self._orphaned()
+                self._tell(error)
+                os._exit(error.exit_code)
+
+    def _tell(self, error: FewlabelsError) -> None:
+        """What an end says that does not come out of the main thread."""
+        self.record(error)
+        if not isinstance(error, RankFailed):
+            print("\n".join([f"\nerror: {error.text()}", *error.__notes__]), file=sys.stderr, flush=True)
+
     def _end(self, error: BaseException) -> None:
         """Leave, if the main thread does not: it may wait in a collective for ranks that will never come."""
         assert isinstance(error, FewlabelsError)
         if self._done.wait(GRACE):
             return
-        self.record(error)
-        if not isinstance(error, RankFailed):
-            print("\n".join([f"\nerror: {error.text()}", *error.__notes__]), file=sys.stderr, flush=True)
+        self._tell(error)
         with contextlib.suppress(RuntimeError):
             self._board.add("left", 1)
         os._exit(error.exit_code)
@@ -144,7 +164,8 @@ class Ranks:
                 time.sleep(0.02)
                 left = self._board.add("left", 0)
         self._done.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         with contextlib.suppress(RuntimeError):
             self._board.set(f"beat {self.number}", LEFT)
 

@@ -18,10 +18,8 @@ import torch
 from fewlabels import random
 from fewlabels.data import colour, views
 
-triton = pytest.importorskip("triton")  # there is none for Windows and macOS
-from triton.backends.compiler import GPUTarget  # noqa: E402
-
-from fewlabels.data import views_triton  # noqa: E402
+pytest.importorskip("triton")  # there is none for Windows and macOS
+from fewlabels.data import views_triton
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # made, expected
 CLOSE = 1e-5  # on noise; the issue asks for 5e-4
@@ -32,34 +30,6 @@ SHAPES = [(20, 30, 8, 6), (32, 32, 32, 4), (150, 40, 61, 2), (40, 44, 70, 2), (1
 
 
 # --- compiled for a GPU that need not be there ---------------------------------------------------------------------
-
-
-class Hopper:
-    """What Triton asks a driver before it compiles."""
-
-    def get_current_device(self) -> str:
-        return "none"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
-    """Launches compile, and do no more; the kernels that were to be launched."""
-    compiled: list[Any] = []
-    run = triton.JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-
-    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
-    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    return compiled
 
 
 @pytest.mark.parametrize(

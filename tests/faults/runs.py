@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from conftest import shapes_images
-from faults.tally import ended, forked
+from faults.tally import before_forking, ended, forked
 from fewlabels import checkpoint, cli
-from fewlabels.data import views
 from fewlabels.use import artefact
 
 STAGES = ("pretrain", "finetune", "distill_self", "distill", "supervised")
@@ -49,7 +48,7 @@ def start(words: list[str], log: Path, before: Callable[[], None] = lambda: None
 
 def unbroken(images: Path, folder: Path, *options: str) -> tuple[dict[str, str], float]:
     """The outcome of a run that nothing happens to (in folder/unbroken), and its seconds."""
-    views.compiled()  # once here, not in every child
+    before_forking()
     log, began = folder / "unbroken.log", time.monotonic()
     assert ended(start(command(images, folder / "unbroken", *options), log)) == 0, log.read_text()
     seconds = time.monotonic() - began

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from fewlabels.data import views
 
 
 class Tally:
@@ -62,6 +65,15 @@ def conclude(tallies: Sequence[Tally], asked: argparse.Namespace) -> int:
     if asked.json:
         asked.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return 1 if any(tally.failures or not (tally.injected or tally.skipped) for tally in tallies) else 0
+
+
+def before_forking() -> None:
+    """Load here, and not in every child, what a run loads late: torch's compiler, which an optimizer brings along
+    (1 s), the report and its figures (2 s), the compiled views.
+    """
+    for name in ("torch._dynamo", "fewlabels.pipeline"):
+        importlib.import_module(name)
+    views.compiled()
 
 
 def forked(work: Callable[[], int | None], log: Path) -> int:
