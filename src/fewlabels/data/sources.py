@@ -26,10 +26,8 @@ from fewlabels.data.parquet import open_parquet
 from fewlabels.data.parts import ALLOWED_ARRAYS, Array, Files, Part, check_images, open_npy, open_npz
 from fewlabels.errors import DataError, MissingInput, UsageError, nearest, printable
 
-KINDS = (
-    "a folder of pictures, .tar or .parquet files, a labels CSV, a .tar, .parquet, .npz or .npy file, "
-    'shards-{000..127}.tar, a URL of such files, a uint8 array, a list of paths, or "digits"'
-)
+KINDS = """a folder of pictures, .tar or .parquet files, a labels CSV, a .tar, .parquet, .npz or .npy file, \
+shards-{000..127}.tar, a URL of such files, a uint8 array, a list of paths, or "digits\""""
 DIGITS_TRAIN = 1200  # of 1,797: the rest is the test split
 
 
@@ -313,9 +311,10 @@ def _with_labels(source: Source, labels: Any) -> Source:
     else:
         find = tables.Finder([Path("/")], (f"/{name}" for name in source.names))
     answers = tables.match(table, find, lambda: source.names)
-    # Held-out images that the table does not name keep the class of their place: they are there to measure
-    places = enumerate(zip(source.labels, source.splits, strict=True))
-    found = [answers.get(i) or tables.Answer(None if s == "train" else own, None, 0) for i, (own, s) in places]
+    # Held-out images that the table does not name keep the class of their place, if it is one of the table's
+    told, places = {a.label for a in answers.values()}, zip(source.labels, source.splits, strict=True)
+    owns = (own if split != "train" and own in told else None for own, split in places)
+    found = [answers.get(i) or tables.Answer(own, None, 0) for i, own in enumerate(owns)]
     return replace(
         source,
         description=f"{source.description}, labels from {printable(str(path))}",
