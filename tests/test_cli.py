@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from conftest import shapes_images
-from fewlabels import cli
+from fewlabels import checkpoint, cli
+from fewlabels.asked import Asked, on_command_line
 
 TINY = ["--recipe", "smoke", "--pretrain.epochs", "1", "--distill.epochs", "1"]
 
@@ -238,7 +239,32 @@ def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.nda
         (["--no-compile", "--shard"], ["--compile", "False", "--shard", "True"]),
         (["--distill.self_first", "--no-pretrain.blur"], ["--distill.self_first", "True", "--pretrain.blur", "False"]),
         (["--json", "--no-such"], ["--json", "--no-such"]),
+        ([], []),
     ],
 )
 def test_a_switch_needs_no_value(words: list[str], told: list[str]) -> None:
     assert cli._spelled_out(words) == told
+
+
+def test_another_set_of_images_takes_nothing_from_the_run_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "others", "held"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "labels.csv").write_text("image,label\n")
+    begun = Asked(images="photos", labels="labels.csv", test="held", out=Path("run"))
+    facts = {"asked": begun.wishes(), "recipe": {}, "understood": {"labeled": 0}, "precision": "fp32"}
+    facts |= {"inputs": begun.inputs(), "budget": [], "format_version": checkpoint.FORMAT_VERSION}
+    (tmp_path / "run").mkdir()
+    checkpoint.write_json(tmp_path / "run" / "resolved.json", facts)
+    for images in ("photos", "photos/", str(tmp_path / "photos"), None):
+        found = on_command_line(images=images, out="run")
+        assert (found.labels, found.test) == (str(tmp_path / "labels.csv"), str(tmp_path / "held"))
+    found = on_command_line(images="others", out="run")
+    assert (found.images, found.labels, found.test) == ("others", None, None)
+
+
+def test_a_command_alone_is_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["fit"]) == 66

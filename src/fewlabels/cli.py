@@ -411,7 +411,7 @@ def _spelled_out(words: list[str]) -> list[str]:
         if isinstance(item.default, bool)
     }
     told = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         plain = word.replace("_", "-")
         if plain.removeprefix("--no-") != plain and f"--{plain[5:]}" in flags:
             told += [f"--{plain[5:]}", "False"]
