@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -239,3 +240,31 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="full"):
         checkpoint.write_text(Path("/dev/full"), "told")
     assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+
+
+def test_a_file_below_dev_is_replaced_and_standard_output_is_not(tmp_path: Path) -> None:
+    """/dev/shm is a disk like any other, and a run may lie there; /dev/stdout may lead to a file that is open."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else tmp_path) as name:
+        file = Path(name) / "status.json"
+        checkpoint.write_text(file, "before")
+        inode = file.stat().st_ino
+        checkpoint.write_text(file, "after")
+        assert file.read_text() == "after"
+        assert file.stat().st_ino != inode
+    code = (
+        "from pathlib import Path; from fewlabels import checkpoint; checkpoint.write_text(Path('/dev/stdout'), 'told')"
+    )
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "told"
+    assert Path("/dev/stdout").is_symlink()
+
+
+def test_a_flipped_bit_in_sealed_json_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "facts.json"
+    contents = {"kept": [0, 1, 2], "names": ["\udcff", "é"]}
+    checkpoint.write_sealed(file, contents)
+    assert checkpoint.read_sealed(file) == contents
+    file.write_text(file.read_text().replace("2", "3", 1))
+    with pytest.raises(ValueError, match="SHA-256"):
+        checkpoint.read_sealed(file)

@@ -52,13 +52,19 @@ def test_everything_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_probe_is_where_fine_tuning_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a step the fine-tuned network is logistic regression on the tap, from zero it knows nothing."""
+    """Without a step the network is the linear form of logistic regression on the tap; from zero it knows nothing."""
     made = laboratory(tmp_path)
-    body = Body(TINY)
-    made.pretrained(body)
+    body, few = Body(TINY), made.few("10%", 0)
+    see = compare.tapped(*made.pretrained(body))
+    known, held = (
+        compare.outputs(few, ids, made.setting, lambda view: [see(view)[1]])[0] for ids in (few.labeled, few.held_out)
+    )
+    fitted = evaluate.logistic_regression(known, few.labels[few.labeled], num_classes=few.num_classes)
     monkeypatch.setattr(workload, "trained", lambda *_: None)
-    tuned = made.accuracy(made.finetuned(body, 1, "10%", 0))
-    assert tuned == pytest.approx(made.linear(body, "10%", 0, tap=1), abs=2.6)  # two of 80 images: near ties
+    tuned = made.finetuned(body, 1, "10%", 0).eval()
+    (told,) = compare.outputs(few, few.held_out, made.setting, lambda view: [tuned(view)])
+    weight, bias = fitted.linear()
+    np.testing.assert_allclose(told, held @ weight.T + bias, rtol=1e-4, atol=1e-4)
     blank = made.finetuned(body, 1, "10%", 0, start="zero")
     assert not blank.linear.weight.any()
 

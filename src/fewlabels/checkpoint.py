@@ -31,6 +31,7 @@ from fewlabels.errors import DataError, FewlabelsError, StorageError
 FORMAT_VERSION = 1
 KEEP = 2  # the newest, and the one before it to fall back to
 TENSORS, VALUES = "tensors.safetensors", "values.json"
+STREAMS = ("/dev", "/dev/fd", "/proc/self/fd")  # folders of what is no file, though /dev/stdout may lead to one
 MOST_TEXT = 1 << 30  # bytes; the confusions of 10,000 classes take 800 MB
 
 # What reading JSON that anybody may have written can raise, if the answer is then used as what it should be
@@ -108,7 +109,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Replace a small file by one rename; /dev/stdout, a pipe or a device is written to, not replaced."""
     with storage_errors(path):
-        if path.absolute().parts[1] == "dev" or (path.exists() and not (path.is_file() or path.is_dir())):
+        if str(path.absolute().parent) in STREAMS or (path.exists() and not (path.is_file() or path.is_dir())):
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -187,7 +188,7 @@ def write_manifest(folder: Path) -> None:
     """folder/manifest.json: size and SHA-256 of every file in it, and a SHA-256 of that."""
     files = {name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for name, p in sorted(_inside(folder).items())}
     contents = {"format_version": FORMAT_VERSION, "files": files}
-    text = json.dumps({**contents, "sha256": seal(contents)}, indent=1)
+    text = json.dumps({**contents, "sha256": _seal(contents)}, indent=1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
@@ -197,9 +198,22 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(contents: Mapping[str, Any]) -> str:
+def _seal(contents: Mapping[str, Any]) -> str:
     """SHA-256 of JSON values, to stand among them: one flipped bit in a version would pass for a newer format."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, contents: Mapping[str, Any]) -> None:
+    """The same as write_json, with the SHA-256 of contents among them."""
+    write_json(path, {**contents, "sha256": _seal(contents)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What write_sealed or write_manifest wrote; files of older versions have no SHA-256. Raises one of UNREADABLE."""
+    found = {**json.loads(read_text(path))}
+    if found.pop("sha256", None) not in (None, _seal(found)):
+        raise ValueError("it differs from its own SHA-256")
+    return found
 
 
 def _inside(folder: Path) -> dict[str, Path]:
@@ -213,10 +227,7 @@ def verify(folder: Path, needed: Collection[str] = ()) -> None:
     """Check folder against its manifest, which must list the files needed; Damaged names all that differs."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(read_text(path))
-        sealed = manifest.pop("sha256", None)  # older manifests have none
-        if sealed not in (None, seal(manifest)):
-            raise ValueError("it differs from its own SHA-256")
+        manifest = read_sealed(path)
         check_format(manifest, path)
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
         if manifest.keys() != {"format_version", "files"}:

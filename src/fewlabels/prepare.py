@@ -6,7 +6,6 @@ Nothing here trains. `fewlabels check` ends after it; `pipeline.py` goes on from
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shutil
 import sys
@@ -103,7 +102,7 @@ def store_images(source: Source, folder: RunFolder, recipe: Recipe, max_bad: flo
             if not _stored(folder, note, about):
                 say(f"reading {source.description} ...")
                 _decode(source, folder, note, about, max_bad)
-    facts = _read_note(note)
+    facts = checkpoint.read_sealed(note)
     kept = np.asarray(facts["kept"], dtype=np.int64)
     store = pixels.open_store(folder.data, lambda row: source.at(int(kept[row])))
     bad = [pixels.BadImage(**b) for b in facts["unreadable"]]
@@ -141,7 +140,7 @@ def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any]
             bad_csv.unlink(missing_ok=True)
     about |= {"store": "streamed" if store.streamed else "pixels", "kept": kept.tolist()}
     about |= {"unreadable": [asdict(b) for b in bad]}
-    checkpoint.write_json(note, about | {"sha256": checkpoint.seal(about)})
+    checkpoint.write_sealed(note, about)
 
 
 def _say_cost(store: pixels.PixelStore, seconds: float) -> None:
@@ -158,19 +157,11 @@ def images_digest(dataset: Dataset) -> str:
     return hashlib.sha256(dataset.store.hashes[dataset.train].tobytes()).hexdigest()[:16]
 
 
-def _read_note(note: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(checkpoint.read_text(note))
-    sealed = found.pop("sha256", None)  # those of older versions have none
-    if sealed not in (None, checkpoint.seal(found)):
-        raise ValueError("it differs from its own SHA-256")
-    return found
-
-
 def _stored(folder: RunFolder, note: Path, about: Mapping[str, Any]) -> bool:
     if not (note.exists() and folder.data.exists()):
         return False
     try:
-        before = _read_note(note)
+        before = checkpoint.read_sealed(note)
         pixels.open_store(folder.data, lambda _: None)
     except checkpoint.UNREADABLE as error:  # a StorageError is an OSError
         say(f"  warning: {getattr(error, 'what', f'{note} is damaged: {error}')}; the images are read anew")

@@ -81,8 +81,10 @@ class RunFolder:
         return self.path / name
 
     def resolved(self) -> dict[str, Any] | None:
-        """resolved.json of an earlier start, or None. DataError for one that a newer fewlabels wrote or
-        that does not say what was begun."""
+        """resolved.json of an earlier start, or None.
+
+        Raises DataError for one that a newer fewlabels wrote, or that does not say what was begun.
+        """
         found = read_json(self.resolved_file)
         if found is None:
             return None

@@ -391,8 +391,9 @@ def whole_on_main(x: Tensor) -> Tensor:
 
 
 def fill(x: Tensor, rows: Tensor) -> None:
-    """x <- rows, a whole tensor that every rank has; a sharded x takes its part."""
-    assert x.shape == rows.shape, f"{tuple(rows.shape)} does not fit into {tuple(x.shape)}"
+    """x <- rows, a whole tensor that every rank has; a sharded x takes its part. ValueError for another shape."""
+    if x.shape != rows.shape:
+        raise ValueError(f"{tuple(rows.shape)} does not fit into {tuple(x.shape)}")
     if is_sharded(x):
         from torch.distributed.tensor import distribute_tensor
 

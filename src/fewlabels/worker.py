@@ -315,11 +315,11 @@ class Worker:
 
     def held(self) -> dict[str, dict[str, int]]:
         """Bytes that a process holds at the peak of a step whatever the batch, for every stage, by what they are."""
-        bf16, ranks = self.prepared.precision.autocast is not None, runtime.world_size()
+        bf16 = self.prepared.precision.autocast is not None
         jobs = [self._job(name, stage) for name, stage in self._throwaways().items()]
         return {
             job.name: memory.held(
-                job.stage, job.schedule.optimizer, ranks=ranks, shard=self.recipe.shard and ranks > 1, bf16=bf16
+                job.stage, job.schedule.optimizer, ranks=runtime.world_size(), shard=job.sharded, bf16=bf16
             )
             for job in jobs
         }

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fewlabels import checkpoint, runtime
 from fewlabels.config import Schedule
 from fewlabels.data import labels, pixels, sources, views
 from fewlabels.data.loader import Batch, training_batches
-from fewlabels.errors import Diverged
+from fewlabels.errors import DataError, Diverged
 from fewlabels.model import optim
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
@@ -304,3 +305,18 @@ def test_buffers_come_back_in_the_layout_of_their_parameters(name: str) -> None:
     assert buffers
     assert all(buffer.stride() == weight.stride() for buffer in buffers)
     assert same(resumed.tensors(), saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t.pop("stage.network.linear.bias"), lambda t: t.update({"optimizer.99.momentum": torch.ones(1)})],
+)
+def test_tensors_of_another_network_are_refused(
+    dataset: labels.Dataset, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], Any]
+) -> None:
+    work, at = job("finetune", dataset, "lars"), Workplace(RunFolder(tmp_path), dataset, CPU, FP32, Interrupts())
+    tensors = work.state().tensors()
+    change(tensors)
+    checkpoint.save(at.folder.stage("finetune"), 1, tensors, {"surroundings": {}, "seconds": 0.0})
+    with pytest.raises(DataError, match="of another network"):
+        runner._resume(work, at, work.state())

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fewlabels.data import views
-from fewlabels.errors import DataError, StorageError, UsageError
+from fewlabels.errors import CannotCreate, DataError, StorageError, UsageError
 from fewlabels.use import export
 from fewlabels.use.predict import Model
 from small_model import CLASSES, small_card, small_model, small_network
@@ -226,3 +226,10 @@ def test_a_full_disk_leaves_the_old_file(tiny: Model, tmp_path: Path, monkeypatc
         export.export(tiny, tmp_path, format="torch")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
     assert (tmp_path / "model.pt2").read_text() == "before"
+
+
+def test_a_file_in_place_of_the_folder_is_named(tiny: Model, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(CannotCreate, match="file is a file"):
+        export.export(tiny, tmp_path / "file", format="torch")
+    assert (tmp_path / "file").read_text() == "precious"

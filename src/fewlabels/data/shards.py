@@ -39,7 +39,7 @@ SPLIT = re.compile(r"(?:^|[-_./])(train|val|valid|validation|test)(?![a-z])")
 LABELS = (".cls", ".json", ".txt")  # the first that any shard has counts
 LARGEST_LABEL = 1 << 20
 CAPTION_WORDS = 5  # class names have fewer
-VERSION = 1  # of the kept index
+VERSION = 2  # of the kept index
 
 
 class Shards(NamedTuple):
@@ -141,15 +141,7 @@ class TarFacts(NamedTuple):
 
 def open_tars(shards: Shards, where: str) -> TarFacts:
     """The images of tar shards. where: what they are called together. Raises DataError for a damaged one."""
-    # Ranks begin at different shards, and find the others' indices in the cache
-    first = runtime.rank() * len(shards.places) // runtime.world_size()
-    order = [*range(first, len(shards.places)), *range(first)]
-    with ThreadPoolExecutor(places.AT_ONCE, thread_name_prefix="index") as pool:
-        jobs = {i: pool.submit(_index, shards.places[i], shards.states[i]) for i in order}
-        try:
-            found = [jobs[i].result() for i in range(len(order))]
-        finally:
-            pool.shutdown(cancel_futures=True)
+    found = _indices(shards)
     counts = [len(index["members"]) for index in found]
     ends = np.cumsum(counts)
     members = [member for index in found for member in index["members"]]
@@ -184,19 +176,31 @@ def _are_captions(texts: Sequence[str | None]) -> bool:
 # --- the index of one shard --------------------------------------------------------------------------------------
 
 
+def _indices(shards: Shards) -> list[dict[str, Any]]:
+    """Of every shard. Ranks begin at different ones, and find the others' in the cache."""
+    first = runtime.rank() * len(shards.places) // runtime.world_size()
+    order = [*range(first, len(shards.places)), *range(first)]
+    with ThreadPoolExecutor(places.AT_ONCE, thread_name_prefix="index") as pool:
+        jobs = {i: pool.submit(_index, shards.places[i], shards.states[i]) for i in order}
+        try:
+            return [jobs[i].result() for i in range(len(order))]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def _index(shard: str, state: bytes) -> dict[str, Any]:
     """members (n), spans (n, 2), faults [(row, words)] and labels {ending: (n)} of a shard, kept or read."""
     where = shard if places.is_url(shard) else str(Path(shard).absolute())
     key = hashlib.sha256(b"\0".join([str(VERSION).encode(), os.fsencode(where), state])).hexdigest()[:32]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewlabels" / "shards" / f"{key}.json"
     found: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        found = json.loads(kept.read_text(encoding="utf-8"))
+    with suppress(*checkpoint.UNREADABLE):
+        found = checkpoint.read_sealed(kept)
     if not found:
         found = places.patiently(shard, lambda: _read(shard))
         with suppress(OSError):  # a home that cannot be written costs time
             kept.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(kept, json.dumps(found))
+            checkpoint.write_sealed(kept, found)
     return found | {"spans": np.array(found["spans"], np.int64).reshape(-1, 2)}
 
 

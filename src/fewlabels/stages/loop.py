@@ -72,10 +72,14 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` gave at that step, with any number of ranks, sharded or not."""
+        """Put back what `tensors` gave at that step, with any number of ranks, sharded or not.
+
+        Raises ValueError or IndexError for tensors of another network or optimizer.
+        """
         mine = {n.removeprefix("stage."): t for n, t in tensors.items() if n.startswith("stage.")}
         ours = self.stage.trained()
-        assert mine.keys() == ours.keys(), f"not the same: {sorted(mine.keys() ^ ours.keys())[:3]}"
+        if mine.keys() != ours.keys():
+            raise ValueError(f"only one of the two has {', '.join(sorted(mine.keys() ^ ours.keys())[:3])}")
         for name, tensor in ours.items():
             runtime.fill(tensor, mine[name])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -202,7 +202,7 @@ def _resume(job: Job, at: Workplace, state: TrainState) -> float:
     try:
         state.load(saved.step, saved.tensors)
         before, seconds = {**saved.values["surroundings"]}, float(saved.values["seconds"])
-    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"the checkpoints of {at.folder.stage(job.name)} are of another network: {error}",
             why="going on would mix two runs; nothing was changed",
