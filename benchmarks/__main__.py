@@ -20,12 +20,12 @@ SUITES = ("distill", "jpeg", "loss", "step", "views")
 
 
 def main() -> None:
-    """Run what was asked for and keep its results."""
+    """Run what was asked for and, unless it was only a try, keep its results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=(*SUITES, "curves", "plot"))
     parser.add_argument("--peers", nargs="*", default=[], help="other libraries to compare with, if installed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, help="in place of each suite's own number")
+    parser.add_argument("--rounds", type=int, help="in place of each suite's own number; nothing is kept")
     parser.add_argument("--data", type=Path, help="curves: a folder or file of images with labels; digits without")
     parser.add_argument("--seeds", type=int, default=3, help="curves: runs of either kind")
     asked = parser.parse_args()
@@ -39,7 +39,8 @@ def main() -> None:
     else:
         found = importlib.import_module(f"benchmarks.{asked.suite}").run(peers=asked.peers)
         name = f"{asked.suite}-{asked.threads}-threads"
-    harness.keep(name, found)
+    if asked.rounds is None:  # fewer would stand as the published figures
+        harness.keep(name, found)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> fl.Run:
     return fl.fit(photos, out=tmp_path_factory.mktemp("runs") / "whole", recipe="smoke", **SMALL)
 
 
-def final_weights(run: Path) -> dict[str, object]:
+def final_weights(run: Path, stages: Sequence[str] = STAGES) -> dict[str, object]:
     found = {}
-    for stage in STAGES:
+    for stage in stages:
         saved, _ = checkpoint.latest(run / stage)
         assert saved is not None, stage
         found |= {f"{stage}.{name}": tensor for name, tensor in saved.tensors.items()}
@@ -250,6 +251,31 @@ def test_a_seed_that_cannot_be_used(photos: Path, tmp_path: Path, seed: float) -
 def test_stages_one_by_one_equal_one_fit(run: fl.Run, photos: Path, tmp_path: Path) -> None:
     for until in plan.STAGES:
         fl.fit(photos, out=tmp_path / "run", recipe="smoke", until=until, **SMALL)
+    assert same(final_weights(tmp_path / "run"), final_weights(run.path))
+
+
+def test_pretraining_needs_no_labels_where_only_held_out_images_have_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, classes = shapes_images(80, size=16)
+    given = {"out": tmp_path / "run", "test": (images[60:], classes[60:]), "recipe": "smoke", **SMALL}
+    first = fl.fit(images[:60], until="pretrain", **given)
+    assert first.metrics["rows"] == []
+    assert "only held-out images have labels" in capsys.readouterr().err
+    pretrained = final_weights(tmp_path / "run", ("pretrain",))
+    with pytest.raises(DataError, match="only held-out images are labeled"):
+        fl.fit(images[:60], **given)
+    second = fl.fit(images[:60], [*classes[:12], *[None] * 48], until="finetune", **given)
+    assert same(final_weights(tmp_path / "run", ("pretrain",)), pretrained)
+    assert {row["key"]: row for row in second.metrics["rows"]}["finetune"]["accuracy"] is not None
+
+
+def test_a_budget_for_what_is_done_is_told_to_change_nothing(
+    run: fl.Run, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", budget="2m", **SMALL)
+    assert "--budget changes nothing" in capsys.readouterr().err
     assert same(final_weights(tmp_path / "run"), final_weights(run.path))
 
 

@@ -31,6 +31,15 @@ def test_a_signal_outside_of_training_stops_at_once(number: signal.Signals, code
     assert signal.getsignal(number) is before
 
 
+def test_what_a_signal_cut_short_may_call_it_by_another_name() -> None:
+    with pytest.raises(Stopped, match="SIGUSR1") as stopped, Interrupts().watching():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        except Stopped as error:
+            raise ImportError("cannot import name") from error  # so do packages that import something optional
+    assert stopped.value.exit_code == 75
+
+
 def test_while_training_it_only_raises_a_flag() -> None:
     with Interrupts().watching() as interrupts:
         interrupts.patient = True

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 import fewlabels as fl
+import many_ranks
 from conftest import shapes_images
 from fewlabels import runtime
-from fewlabels.errors import UsageError
+from fewlabels.errors import RunAgain, UsageError
 from fewlabels.runtime import Precision
 
 CPU = torch.device("cpu")
@@ -104,3 +106,25 @@ print(resident() - before)
     if found["usual"] > 32e6:
         pytest.skip("this malloc keeps what is freed by itself")
     assert found["keep"] > 60e6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_comes_is_not_waited_for_long(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = many_ranks.free_port()
+    for name, value in many_ranks.variables(rank, 2, port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime, "JOINING", timedelta(seconds=2))
+    # as under torchrun, whose agent holds the store: it is there, but the other process is not
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    agent = torch.distributed.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    with pytest.raises(RunAgain, match="not all of the 2 processes came"):
+        runtime.start("cpu")
+    del agent
+
+
+def test_without_a_store_to_meet_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in many_ranks.variables(1, 2, many_ranks.free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime, "JOINING", timedelta(seconds=2))
+    with pytest.raises(RunAgain, match="not all of the 2 processes came"):
+        runtime.start("cpu")

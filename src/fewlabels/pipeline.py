@@ -105,7 +105,7 @@ def run(asked: Asked) -> Run:
         with folder.locked():
             agreement.on_folder(folder)
             asked = of_run(asked, folder)
-            with ranks.recording(record):
+            with ranks.recording(record), interrupts.naming():
                 folder.status("running", "prepare")
                 prepared = prepare(asked, source, folder, device)
                 del source  # the paths of ten million files are 1 GB
@@ -212,6 +212,8 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
     known = folder.resolved()
     fresh = known is None or not same_wishes(known, asked, len(prepared.dataset.labeled))
     sums: list[str] = known["budget"] if known and not fresh else []
+    if known and asked.budget not in (None, known["asked"]["budget"]) and begun_stages(folder) >= set(stages):
+        say("  note: every stage has begun already, and keeps its length: --budget changes nothing")
     if fresh:
         prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
     check_resumable(prepared)

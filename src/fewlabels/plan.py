@@ -86,6 +86,8 @@ def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[
                 else "whole batch's statistics, and in its gradient the chunk's means for the batch's"
             )
         )
+    elif isinstance(schedule, PretrainRecipe) and schedule.chunk:
+        lines.append(f"{stage}: chunk {schedule.chunk} changes nothing: a batch has {derived.batch} images")
     if recipe.shard and ranks > 1:
         lines.append(f"{stage}: each process keeps 1/{ranks} of weights, gradients and optimizer state")
     elif recipe.shard:
@@ -93,6 +95,9 @@ def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[
     if isinstance(schedule, DistillRecipe) and schedule.replays:
         asked = f"{schedule.teacher_epochs} of {schedule.epochs:g} epochs"
         lines.append(f"{stage}: the teacher is asked in {asked}, then views come again")
+    elif isinstance(schedule, DistillRecipe) and schedule.teacher_epochs:
+        asked = f"{schedule.teacher_epochs} epochs and there are {schedule.epochs:g}"
+        lines.append(f"{stage}: teacher_epochs changes nothing: it asks for {asked}")
     return [
         *lines,
         f"{stage}: steps {derived.total_steps:,} = {derived.images:,} images x {schedule.epochs:g} epochs "

@@ -273,6 +273,9 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
         on_gpu=device.type == "cuda",
         threads=runtime.threads(),
     )
+    if asked.until == "pretrain" and not rough.labeled and rough.classes:
+        say("  note: only held-out images have labels: pretraining goes without")
+        source = replace(source, labels=(None,) * len(source.names))
     first = resolve(asked, rough, stored, begun)
     known = artefact.read_card(Path(first.pretrained)).classes if first.pretrained is not None else ()
     dataset = store_images(source, folder, first, asked.max_bad, known)

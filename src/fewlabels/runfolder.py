@@ -20,10 +20,11 @@ from types import FrameType
 from typing import Any
 
 from fewlabels import checkpoint, runtime
-from fewlabels.errors import CannotCreate, DataError, Stopped, printable
+from fewlabels.errors import CannotCreate, DataError, FewlabelsError, Stopped, printable
 
 LOG_SECONDS = 30.0  # one plain line this often where stderr is not a terminal
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+OUTSIDE = "outside of training; finished stages are saved"
 
 
 class RunFolder:
@@ -171,19 +172,29 @@ class Interrupts:
             return
         before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
-            yield self
-        except RuntimeError as error:  # rank 0 has gone, and with it the connection
-            if self.received is None or runtime.is_main():
-                raise
-            raise Stopped(self.received, "together with rank 0") from error
+            with self.naming():
+                yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """After a signal every error of the block is Stopped: what was cut short, an import say, may raise its own."""
+        try:
+            yield
+        except FewlabelsError:
+            raise
+        except Exception as error:
+            if self.received is None:
+                raise
+            rest = OUTSIDE if runtime.is_main() else "together with rank 0"  # which has gone, and so has the connection
+            raise Stopped(self.received, rest) from error
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or number
         if not self.patient and runtime.is_main():
-            raise Stopped(number, "outside of training; finished stages are saved")
+            raise Stopped(number, OUTSIDE)
 
     def pending(self) -> bool:
         """Whether a signal has come."""

@@ -27,34 +27,52 @@ T = TypeVar("T")
 
 CLEARLY = 1.2  # times as fast: a measurement's noise must not decide
 
+JOINING = timedelta(minutes=5)  # to wait for the other processes, which are started together
+COLLECTIVE = timedelta(minutes=30)  # to wait for the other ranks in a collective
+
 # The group of the hosts, over gloo: what is said in it never makes a host wait for its device. In it others wait for
 # rank 0, which may decode or compare for hours; one that dies is noticed at once.
 _hosts: list[Any] = []
 
 
-def start(name: str = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
-    """Join the process group when torchrun started us (WORLD_SIZE > 1), and return this rank's device."""
+def start(name: str = "auto") -> torch.device:
+    """Join the process group when torchrun started us (WORLD_SIZE > 1), and return this rank's device.
+
+    Raises RunAgain where not all of the processes come.
+    """
     chosen = device(name)
     keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
-        store, number, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        try:
+            store, number, world = next(dist.rendezvous("env://", timeout=JOINING))  # type: ignore[attr-defined]
+            meeting = _meet(store, number, world)
+        except dist.DistError as error:  # a time-out, or the store that rank 0 or torchrun holds is not there
+            raise _not_all_came() from error
+        store.set_timeout(COLLECTIVE)
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, rank=number, world_size=world,
-            store=dist.PrefixStore(_meet(store, number, world, timeout), store),  # type: ignore[attr-defined]
+            "nccl" if chosen.type == "cuda" else "gloo", timeout=COLLECTIVE, rank=number, world_size=world,
+            store=dist.PrefixStore(meeting, store),  # type: ignore[attr-defined]
         )  # fmt: skip
         _hosts[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=30))]
     return chosen
 
 
-def _meet(store: Any, number: int, world: int, timeout: timedelta) -> str:
+def _not_all_came() -> RunAgain:
+    return RunAgain(
+        f"not all of the {os.environ['WORLD_SIZE']} processes came",
+        why="another failed to start, was stopped or cannot be reached",
+        fix="run the same command (torchrun --max-restarts 3 does so by itself)",
+    )
+
+
+def _meet(store: Any, number: int, world: int) -> str:
     """A name that only the processes of this start of the job know.
 
     torchrun keeps one store over its restarts, in which the addresses of dead processes stand: gloo called those and
     failed ("connectFullMesh ... connection refused"). So every rank says a word that was never said before, and
     rank 0 answers each of them, until all have heard the name.
     """
-    mine, until = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    mine, until = secrets.token_hex(8), time.monotonic() + JOINING.total_seconds()
     if number > 0:
         store.set(f"hello {number}", mine)
         name: str = store.get(f"welcome {mine}").decode()
@@ -62,7 +80,7 @@ def _meet(store: Any, number: int, world: int, timeout: timedelta) -> str:
         return name
     while store.add(f"heard {mine}", 0) < world - 1:
         if time.monotonic() > until:
-            raise RunAgain(f"not all of {world} processes came", why="the others may have failed to start")
+            raise _not_all_came()
         for hello in (f"hello {other}" for other in range(1, world)):
             if store.check([hello]):
                 store.set(f"welcome {store.get(hello).decode()}", mine)

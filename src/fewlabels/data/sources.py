@@ -147,7 +147,7 @@ def _folder(root: Path) -> Source:
             return _shards(root)
         raise DataError(
             f"{root} holds no pictures",
-            why="there is nothing to learn from",
+            why="there is nothing to look at",
             fix="put pictures (JPEG, PNG, WebP, ...) into it, or into folders named after their classes",
         )
     labels, splits = folders.place(paths, root)
