@@ -28,7 +28,7 @@ from conftest import shapes_images
 from faults.tally import before_forking
 from fewlabels import checkpoint, cli, prepare, watch
 from fewlabels.data import loader, pixels
-from fewlabels.errors import DataError, StorageError
+from fewlabels.errors import DataError, Stopped, StorageError
 from fewlabels.stages import loop
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.pretrain import Pretrain
@@ -88,6 +88,10 @@ def stay(fault: Callable[[], None]) -> None:
     """Fail and do not end, so that the others wait in a collective that never fails."""
     in_a_step(fault)
     watch.Ranks.leave = lambda self: time.sleep(2 * PATIENCE)
+
+
+def asked_to_stop() -> None:
+    raise Stopped(signal.SIGUSR1, "here")
 
 
 def bad_data() -> None:
@@ -166,6 +170,7 @@ def cases(folder: Path) -> dict[str, tuple[list[str], list[str], dict[int, Calla
         "pretrain": fault("pretrain", 1, at(in_a_step, bad_data)),
         "finetune": fault("finetune", 1, at(in_a_step, fail, Finetune), command="finetune"),
         "main": fault("main", 0, at(in_a_step, fail)),
+        "signal": fault("signal", 1, at(in_a_step, asked_to_stop)),
         "stays": fault("stays", 1, at(stay, fail)),
         "reading": fault("reading", 1, at(in_reading, bad_data)),
         "saving": fault("saving", 0, at(in_saving, full_disk)),

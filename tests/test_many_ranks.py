@@ -33,6 +33,7 @@ EXPECTED: dict[str, tuple[list[int], int | None, str, str | None]] = {
     "pretrain": ([65, 65], 1, "error: injected", "failed"),
     "finetune": ([1, 1], 1, "ValueError: injected", "failed"),
     "main": ([1, 1], 0, "ValueError: injected", None),
+    "signal": ([75, 75], 1, "error: stopped by SIGUSR1 here", "stopped"),
     "reading": ([65, 65], 1, "error: injected", "failed"),
     "saving": ([74, 74], 0, "error: injected", "failed"),
     "before saving": ([65, 65], 1, "error: injected", "failed"),

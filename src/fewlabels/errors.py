@@ -111,10 +111,13 @@ class Stopped(FewlabelsError):
 
 
 class RankFailed(FewlabelsError):
-    """Another rank met an error before this one, and tells it; this rank ends with the same exit code."""
+    """Another rank met an error before this one, and tells it; this rank ends with the same exit code.
 
-    def __init__(self, words: str, exit_code: int) -> None:
-        self.exit_code = exit_code
+    stopped: that error was Stopped.
+    """
+
+    def __init__(self, words: str, exit_code: int, *, stopped: bool = False) -> None:
+        self.exit_code, self.stopped = exit_code, stopped
         super().__init__(words)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from fewlabels import agreement, plan, runtime, watch
 from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_wishes
 from fewlabels.data.sources import Source
-from fewlabels.errors import DataError, FewlabelsError, RunAgain, Stopped, UsageError
+from fewlabels.errors import DataError, FewlabelsError, RankFailed, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
 from fewlabels.prepare import (
@@ -99,7 +99,7 @@ def run(asked: Asked) -> Run:
         source, folder = _images(asked), RunFolder(asked.out)
 
         def record(error: FewlabelsError) -> None:
-            stopped = isinstance(error, Stopped) or error.exit_code > 128  # perhaps the word of another rank
+            stopped = isinstance(error, Stopped) or (isinstance(error, RankFailed) and error.stopped)
             folder.status("stopped" if stopped else "failed", reason=error.what)
 
         with folder.locked():

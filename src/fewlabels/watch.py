@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fewlabels import runtime
-from fewlabels.errors import FewlabelsError, RankFailed, RunAgain
+from fewlabels.errors import FewlabelsError, RankFailed, RunAgain, Stopped
 
 BEAT = 1.0  # seconds between two beats, and between two looks at the board
 SILENCE = 60.0  # seconds without a beat: the process is stopped, or its machine is gone
@@ -65,11 +65,9 @@ class Ranks:
 
     def _post(self, error: BaseException, words: str, code: int) -> BaseException:
         """Write down that this rank failed, unless another did before: then the error is that one's."""
-        self._board.compare_set("failure", "", json.dumps([self.number, words, code]))
-        rank, words, code = self._note() or (self.number, words, code)
-        if rank != self.number:
-            return RankFailed(f"rank {rank} failed: {words}", code)
-        return self._telling(error)
+        self._board.compare_set("failure", "", json.dumps([self.number, words, code, isinstance(error, Stopped)]))
+        rank, of_others = self._note() or (self.number, None)
+        return of_others if of_others and rank != self.number else self._telling(error)
 
     def _telling(self, error: BaseException) -> BaseException:
         """error, marked as the one that is told to the user."""
@@ -83,12 +81,12 @@ class Ranks:
         self._telling(error)
         return error if self.number == 1 else RankFailed(error.what, error.exit_code)
 
-    def _note(self) -> tuple[int, str, int] | None:
-        """The rank that failed first, what it met, and its exit code."""
+    def _note(self) -> tuple[int, RankFailed] | None:
+        """The rank that failed first, and the error with which the others end."""
         if not self._board.check(["failure"]):
             return None
-        rank, words, code = json.loads(self._board.get("failure"))
-        return rank, words, code
+        rank, words, code, stopped = json.loads(self._board.get("failure"))
+        return rank, RankFailed(words if stopped else f"rank {rank} failed: {words}", code, stopped=stopped)
 
     def _gone(self) -> list[int]:
         """The ranks that beat no more; looked for until they can be told from living ones, or one has spoken."""
@@ -115,7 +113,7 @@ class Ranks:
                     heard, last = time.monotonic(), beat
                 note = self._note()
                 if note is not None and note[0] != self.number:
-                    self._end(RankFailed(f"rank {note[0]} failed: {note[1]}", note[2]))
+                    self._end(note[1])
                 elif note is None and time.monotonic() - heard > SILENCE:
                     error = _killed([neighbour])
                     self._end(self._post(error, error.what, error.exit_code))
