@@ -172,7 +172,7 @@ class Lab:
         torch.manual_seed(0)
         network = encoder(body.encoder)
         head = ProjectionHead(network.feature_dim, settings.head_out, body.layers)
-        view = self._view(views.pretrain, 0, strength=settings.strength, blur=settings.blur)
+        view = self.view(views.pretrain, 0, strength=settings.strength, blur=settings.blur)
 
         def train() -> None:
             stage: Stage = Pretrain(network, head, view=view, temperature=settings.temperature)
@@ -180,7 +180,7 @@ class Lab:
                 stage = PretrainWithMomentum(
                     network, head, view=view, temperature=settings.temperature, momentum=body.momentum, queue=body.queue
                 )
-            self._train(stage, settings, self.dataset, self.dataset.train, 0)
+            self.train(stage, settings, self.dataset, self.dataset.train, 0)
 
         self.kept(f"{body}, {self.epochs:g} epochs", nn.ModuleDict({"encoder": network, "head": head}), train)
         return network, head
@@ -205,7 +205,7 @@ class Lab:
     def supervised(self, name: str, amount: str | int, draw: int) -> Classifier:
         """The same network from random weights, on the labels alone, three times the steps of fine-tuning."""
         few = self.few(amount, draw)
-        classifier = self._fresh(name, draw)
+        classifier = self.fresh(name, draw)
         settings = plan.baseline(self.recipe(len(few.labeled)).finetune, len(few.labeled), 1)
         self.kept(
             f"supervised {name}, {amount}, draw {draw}", classifier,
@@ -215,11 +215,12 @@ class Lab:
 
     def distilled(
         self, name: str, teacher: Classifier, taught: str, few: Dataset, draw: int, *, ids: np.ndarray | None = None,
-        label_weight: float = 0.0, body: Body | None = None,
+        label_weight: float = 0.0, body: Body | None = None, epochs: float | None = None,
     ) -> Classifier:  # fmt: skip
         """A student called `name` of a teacher; taught names both what it learned from. body: pretrained start."""
         settings = self.recipe(len(few.labeled)).distill
-        student = self._fresh(name, draw)
+        settings = replace(settings, epochs=epochs or settings.epochs)
+        student = self.fresh(name, draw)
         if body is not None:
             student = Classifier(
                 copy.deepcopy(self.pretrained(body)[0]), None, tap=0, num_classes=self.dataset.num_classes
@@ -228,21 +229,22 @@ class Lab:
             tuple(p.shape) for p in student.encoder.parameters()
         ]
         stage = Distill(
-            copy.deepcopy(teacher), student, view=self._view(views.finetune, 3), label_weight=label_weight,
+            copy.deepcopy(teacher), student, view=self.view(views.finetune, 3), label_weight=label_weight,
             temperature=settings.self_temperature if same else settings.temperature,
         )  # fmt: skip
         ids = few.train if ids is None else ids
         # as many steps whatever the images are: few images are seen more often
         settings = replace(settings, epochs=settings.epochs * len(few.train) / len(ids))
-        self.kept(f"distilled {name}, {taught}", student, lambda: self._train(stage, settings, few, ids, draw))
+        self.kept(f"distilled {name}, {taught}", student, lambda: self.train(stage, settings, few, ids, draw))
         return student
 
-    def _fresh(self, name: str, draw: int) -> Classifier:
+    def fresh(self, name: str, draw: int) -> Classifier:
+        """Encoder `name` from random weights, the same for all rows of a draw, and a classifier at zero."""
         torch.manual_seed(1000 + draw)
         return Classifier(encoder(name), None, tap=0, num_classes=self.dataset.num_classes)
 
     def _start_from_probe(self, network: Classifier, few: Dataset) -> None:
-        """The classifier becomes the logistic regression on what it sees, as `fewlabels fit` begins."""
+        """The classifier becomes the logistic regression on what it sees: `fewlabels fit` without label propagation."""
         network.to(self.device).eval()
         (features,) = compare.outputs(few, few.labeled, self.setting, lambda view: [network.features(view)])
         fitted = evaluate.logistic_regression(features, few.labels[few.labeled], num_classes=few.num_classes)
@@ -253,13 +255,15 @@ class Lab:
     def _on_labels(self, classifier: Classifier, settings: Any, few: Dataset, draw: int, *, longer: int = 1) -> None:
         derived = plan.derive(settings, len(few.labeled), 1)
         settings = replace(settings, epochs=settings.epochs * min(1.0, longer * MOST_LABEL_STEPS / derived.total_steps))
-        self._train(Finetune(classifier, view=self._view(views.finetune, 2)), settings, few, few.labeled, draw)
+        self.train(Finetune(classifier, view=self.view(views.finetune, 2)), settings, few, few.labeled, draw)
 
-    def _train(self, stage: Stage, settings: Any, dataset: Dataset, ids: np.ndarray, seed: int) -> None:
+    def train(self, stage: Stage, settings: Any, dataset: Dataset, ids: np.ndarray, seed: int) -> None:
+        """All steps of a stage on the images ids."""
         derived = plan.derive(settings, len(ids), 1)
         workload.trained(stage, settings, derived, self.precision, dataset, ids, seed, self.device)
 
-    def _view(self, make: Callable[..., torch.Tensor], stream: int, **more: Any) -> Any:
+    def view(self, make: Callable[..., torch.Tensor], stream: int, **more: Any) -> Any:
+        """make (of fewlabels.data.views) for this laboratory's images, with random numbers of its own a stream."""
         general = self.general
         return workload.viewer(make, self.precision, size=general.size, kind=general.kind, seed=stream << 32, **more)
 

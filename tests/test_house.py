@@ -18,8 +18,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION, MOST_KNOBS = 450, 60, 60
 # The agreement is about 8,000. Beyond it are TensorFlow's checkpoints (700), twins that are compiled (fused, shrink,
 # views and loss by Triton: 1,300), chunks and the largest batch, ranks that watch each other, streamed stores, suggest,
-# shards of tar and parquet (600), parameters shared out over ranks (180), refusals of hostile files
-MOST_LINES = 15_300
+# shards of tar and parquet (600), parameters shared out over ranks (180), self-training (150), refusals of hostile
+# files
+MOST_LINES = 15_450
 
 # Floor of every module; an import goes down only, or stays inside one folder
 FLOORS = {
@@ -126,7 +127,8 @@ def test_knobs_are_counted() -> None:
     # 48: store, for sets whose pixels no disk holds, and for disks that are wanted for something else
     # 49: compile, which costs minutes and no longer gives the same bits
     # 50: shard, for networks whose weights and optimizer state are beyond the memory
-    assert len(names) == 50, sorted(names)
+    # 51: distill.self_training, another way to stage 3
+    assert len(names) == 51, sorted(names)
     assert len(names) <= MOST_KNOBS
     for section in config.SECTIONS:
         assert sum(name.startswith(f"{section}.") for name in names) <= 15

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import lab, paper, workload
+from benchmarks import lab, paper, selftraining, workload
 from benchmarks.lab import Body, Lab
 
 from conftest import shapes_images
@@ -104,6 +104,14 @@ def test_every_table(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     paper.told("made", rows)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == len(rows) + 2
+
+
+def test_the_table_of_self_training(tmp_path: Path) -> None:
+    rows = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12])
+    assert len(rows) == 5
+    for row in rows.values():
+        assert len(row["12 labels"]) == 2
+        assert all(0 <= value <= 100 for value in row["12 labels"])
 
 
 def test_images_of_parquet_and_idx(tmp_path: Path) -> None:

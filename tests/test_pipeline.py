@@ -319,6 +319,31 @@ def test_a_student_of_another_size(photos: Path, tmp_path: Path) -> None:
     assert run.model.predict(photos / "test").shape == (40,)
 
 
+def test_a_network_that_teaches_itself(photos: Path, tmp_path: Path) -> None:
+    """Alone, and then a smaller one; stopped in the middle it comes to the same."""
+    wishes = {**SMALL, "distill": {**SMALL["distill"], "self_training": 0.3}}
+    whole = fl.fit(photos, out=tmp_path / "whole", recipe="smoke", **wishes)
+    rows = {row["key"]: row["name"] for row in whole.metrics["rows"]}
+    assert rows["distill"] == "self-trained"
+    assert whole.model.card.tap == 1, "the kept layer of the head belongs to the network"
+    assert whole.model.predict(photos / "test").shape == (40,)
+    plan_text = json.loads((whole.path / "resolved.json").read_text())["why"]
+    assert any("teaches itself" in line for line in plan_text)
+    rest = shutil.copytree(whole.path, tmp_path / "rest")
+    saves = sorted((rest / "distill").glob("step-*"))
+    assert len(saves) == 2
+    shutil.rmtree(saves[-1])
+    shutil.rmtree(rest / "model")
+    fl.fit(photos, out=rest, recipe="smoke", **wishes)
+    assert same(final_weights(rest), final_weights(whole.path))
+    both = fl.fit(photos, out=tmp_path / "both", recipe="smoke", student="resnet18_0.0625x_small", **wishes)
+    rows = {row["key"]: row["name"] for row in both.metrics["rows"]}
+    assert (rows["distill_self"], rows["distill"]) == ("self-trained", "distilled student")
+    itself, _ = checkpoint.latest(tmp_path / "both" / "distill_self")
+    assert itself is not None
+    assert itself.tensors["stage.average.linear.weight"].shape[0] == 4
+
+
 # --- killed and resumed ---------------------------------------------------------------------------------------
 
 # 20 ms a step, so that the signal lands inside the stage

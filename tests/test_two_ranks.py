@@ -6,6 +6,7 @@ Run as a script it is one rank's part of that; see two_ranks.py.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from conftest import shapes_images
 from fewlabels import runtime
 from fewlabels.config import Schedule
 from fewlabels.data import labels, pixels, sources, views
-from fewlabels.data.loader import Batch, training_batches
+from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.stages import loop
@@ -28,8 +29,9 @@ from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
 from fewlabels.stages.runner import Job
+from fewlabels.stages.selftrain import SelfTrain
 
-STAGES = ("pretrain", "recompute", "momentum", "chunk", "batch", "finetune", "distill")
+STAGES = ("pretrain", "recompute", "momentum", "chunk", "batch", "finetune", "distill", "selftrain")
 STEPS = 3
 
 
@@ -42,6 +44,11 @@ def two_views(batch: Batch, number: int) -> torch.Tensor:
 def crop(batch: Batch, number: int) -> torch.Tensor:
     view = views.finetune(batch.pixels, batch.extent, batch.ids, size=16, epoch=batch.epoch, seed=2, view=number)
     return view.double()
+
+
+def nothing(_: int) -> Iterator[Batch]:
+    """The labeled images of a stage that will be given others."""
+    return iter(())
 
 
 def build(name: str) -> Stage:
@@ -59,6 +66,8 @@ def build(name: str) -> Stage:
     torch.nn.init.normal_(teacher.linear.weight)
     if name == "finetune":
         return Finetune(teacher, view=crop)
+    if name == "selftrain":
+        return SelfTrain(teacher, labeled=nothing, weak=crop, strong=two_views, threshold=0.5)
     student = Classifier(encoder("resnet18_0.125x_small"), None, tap=0, num_classes=4)
     torch.nn.init.normal_(student.linear.weight)
     return Distill(teacher, student, view=crop, temperature=0.5, label_weight=0.3)
@@ -85,6 +94,10 @@ def run(folder: Path) -> dict[str, Any]:
         stage = build(name).double()
         schedule = Schedule(epochs=9, batch=16, optimizer="lars", learning_rate=0.5, scaling="none", warmup=0.0)
         ids = dataset.labeled if name == "finetune" else dataset.train
+        if isinstance(stage, SelfTrain):
+            stage.labeled = lambda first: training_batches(
+                dataset, Order(dataset.labeled, 4, 7), first_step=first, last_step=STEPS, device=torch.device("cpu")
+            )
         work = Job(name=name, stage=stage, schedule=schedule, ids=ids, seed=3, identity={})
         state = work.state()
         stage.train()

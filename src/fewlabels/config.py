@@ -88,6 +88,13 @@ class DistillRecipe(Schedule):
         choices=("scratch", "pretrained"),
     )
 
+    self_training: float = knob(
+        0.0,
+        "into the same network: no teacher, but its own answers of at least this probability (0.95); 0 = off",
+        least=0,
+        most=1,
+    )
+
     @property
     def replays(self) -> bool:
         """Whether views come again with answers that the teacher gave before."""
@@ -139,6 +146,8 @@ class Recipe:
             faults.append("pretrain.queue needs a momentum encoder: set pretrain.momentum, e.g. 0.999")
         if self.chunk_norm == "batch" and self.encoder.startswith("timm:"):
             faults.append(f'chunk_norm = "batch", but the batch norms of {self.encoder} are its own: use "chunk"')
+        if self.distill.self_training and self.distill.teacher_epochs:
+            faults.append("distill.teacher_epochs needs a teacher that stays: not with distill.self_training")
         if self.shard and self.compile:
             faults.append("shard and compile do not go together: blocks are compiled whole and would be sharded")
         if faults:

@@ -257,7 +257,9 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
 def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
     """The table, the artefact and the report, from trained networks."""
     recipe, path = prepared.recipe, prepared.folder.path
-    results, arrays = compare.compare(prepared.dataset, worker.pretrain(), worker.classifiers, final, prepared.setting)
+    results, arrays = compare.compare(
+        prepared.dataset, worker.pretrain(), worker.classifiers, final, prepared.setting, worker.names()
+    )
     compare.write(path, results, arrays)
     classifier, head = worker.classifiers.get(final), None
     if final == "pretrain":  # a model too: it has features, and --pretrained can begin with it
@@ -267,7 +269,7 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
         card = Card(
             encoder=student or recipe.encoder,
             stem=None,
-            tap=recipe.finetune.tap if final == "finetune" else 0,
+            tap=classifier.tap,
             head_layers=recipe.pretrain.head_layers,
             head_out=recipe.pretrain.head_out,
             whole_head=head is not None,

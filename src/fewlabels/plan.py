@@ -19,6 +19,7 @@ TRAINING_SHARE = 0.9  # of a budget; the rest is for reading images, evaluation 
 LABELS_SHARE = 0.25  # of the training time, at most, for fine-tuning and its baseline
 BASELINE_LENGTH = 3  # the supervised baseline starts from nothing: it gets three times the steps of fine-tuning
 LARGE_LABEL_SET = 256  # batches of labels from which the baseline takes larger ones
+LABELED_SHARE = 4  # self-training: images beside each labeled one (FixMatch: 7)
 MOST_EPOCHS = {"pretrain": 1000.0, "distill": 600.0}  # a bigger budget than these need is not spent
 
 
@@ -58,6 +59,11 @@ def derive(schedule: Schedule, images: int, ranks: int) -> Derived:
         warmup_steps=optim.warmup_steps(images, schedule.warmup * schedule.epochs, batch),
         peak=optim.peak_learning_rate(schedule.learning_rate, batch, schedule.scaling),
     )
+
+
+def beside(batch: int, labeled: int, ranks: int) -> int:
+    """Labeled images beside a batch of self-training."""
+    return fitted_batch(batch // LABELED_SHARE, labeled, ranks)
 
 
 def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[str]:
@@ -122,8 +128,19 @@ def reasons(recipe: Recipe, facts: Facts) -> list[str]:
         f"finetune from layer {recipe.finetune.tap} of the head: {facts.labeled:,} labels in {facts.classes} classes"
         if facts.labeled or not recipe.pretrained
         else f"no labels: the model's own classifier of {facts.classes} classes is the teacher",
-        f"distill into {recipe.distill.student or 'the same network'}",
+        _taught(recipe, facts),
     ]
+
+
+def _taught(recipe: Recipe, facts: Facts) -> str:
+    """Who learns in stage 3."""
+    student = recipe.distill.student
+    itself = recipe.distill.self_training and facts.labeled and (student is None or recipe.distill.self_first)
+    if not itself:
+        return f"distill into {student or 'the same network'}"
+    then = f"; then distill into {student}" if student else ""
+    sure = recipe.distill.self_training
+    return f"the same network teaches itself, by its answers of at least {sure:g} and the labels beside them{then}"
 
 
 def baseline(finetune: Schedule, images: int, ranks: int) -> Schedule:

@@ -53,6 +53,11 @@ class Prepared:
         return compare.Setting(self.recipe.size, self.recipe.kind, self.device, self.precision)
 
     @property
+    def self_trains(self) -> bool:
+        """Whether the network teaches itself: asked for, and with labels, which a given model may do without."""
+        return self.recipe.distill.self_training > 0 and len(self.dataset.labeled) > 0
+
+    @property
     def images(self) -> dict[str, int]:
         """How many images each stage trains on."""
         train, labeled = len(self.dataset.train), len(self.dataset.labeled)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fewlabels import plan, runtime
 from fewlabels.asked import begun_stages
 from fewlabels.data import views
-from fewlabels.data.loader import Batch
+from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.errors import UsageError
 from fewlabels.model.encoder import Encoder
 from fewlabels.model.encoder import encoder as build_encoder
@@ -33,6 +34,7 @@ from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum, View
 from fewlabels.stages.runner import Job, Workplace
+from fewlabels.stages.selftrain import SelfTrain
 from fewlabels.use import artefact, compare, evaluate, propagate
 
 T = TypeVar("T", bound=nn.Module)
@@ -46,7 +48,7 @@ class Pretrained(NamedTuple):
 
 
 # Independent streams of random numbers, so that no stage sees another's views
-STREAMS = {"pretrain": 1, "finetune": 2, "distill": 3, "supervised": 4, "distill_self": 5}
+STREAMS = {"pretrain": 1, "finetune": 2, "distill": 3, "supervised": 4, "distill_self": 5, "labeled": 6}
 
 
 class Worker:
@@ -74,11 +76,11 @@ class Worker:
             network.compile_blocks()
         return module
 
-    def _view(self, stage: str) -> View:
-        """The views of a stage, as a function of a batch and the view's number."""
+    def _view(self, stage: str, *, strong: bool = False) -> View:
+        """The views of a stage, weak or strong, as a function of a batch and the view's number."""
         recipe, seed = self.recipe, self.prepared.seed + (STREAMS[stage] << 32)
         make: Callable[..., Tensor] = functools.partial(views.finetune, size=recipe.size, seed=seed, kind=recipe.kind)
-        if stage == "pretrain":
+        if strong:
             settings = recipe.pretrain
             make = functools.partial(
                 views.pretrain, size=recipe.size, seed=seed, kind=recipe.kind, strength=settings.strength,
@@ -101,7 +103,7 @@ class Worker:
         def build() -> Pretrain:
             network = build_encoder(self.recipe.encoder)
             head = ProjectionHead(network.feature_dim, settings.head_out, settings.head_layers)
-            view, temperature = self._view("pretrain"), settings.temperature
+            view, temperature = self._view("pretrain", strong=True), settings.temperature
             chunks = Chunks(settings.chunk, self.recipe.chunk_norm) if settings.chunk else None
             if not settings.momentum:
                 return Pretrain(network, head, view=view, temperature=temperature, chunks=chunks)
@@ -238,8 +240,32 @@ class Worker:
         last = ("distill", self.recipe.distill.student)
         return [("distill_self", None), last] if last[1] and self.recipe.distill.self_first else [last]
 
+    def names(self) -> dict[str, str]:
+        """What the results call the networks."""
+        itself = [name for name, student in self._students() if student is None] if self.prepared.self_trains else []
+        return compare.NAMES | dict.fromkeys(itself, compare.SELF_TRAINED)
+
+    def _self_train(self, name: str, teacher: Classifier) -> SelfTrain:
+        """A copy of the fine-tuned network that goes on learning from labels and its own answers."""
+        ids, ranks = self.dataset.labeled, runtime.world_size()
+        batch = plan.beside(self.prepared.derived("distill").batch, len(ids), ranks)
+        order = Order(ids, batch, self.prepared.seed + (STREAMS["labeled"] << 32))
+
+        def labeled(first: int) -> Iterator[Batch]:
+            return training_batches(self.dataset, order, first_step=first, last_step=sys.maxsize, device=self.device)
+
+        network = self._seeded(name, lambda: copy.deepcopy(teacher))
+        return SelfTrain(
+            network, labeled=labeled, weak=self._view(name), strong=self._view(name, strong=True),
+            threshold=self.recipe.distill.self_training,
+        )  # fmt: skip
+
     def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:
-        if name not in self.classifiers:
+        if name not in self.classifiers and student is None and self.prepared.self_trains:
+            itself = self._self_train(name, teacher)
+            self._train(name, itself)
+            self.classifiers[name] = itself.average
+        elif name not in self.classifiers:
             network, settings = self._student(name, student, self.pretrain()), self.recipe.distill
             stage = Distill(
                 teacher, network, view=self._view(name),
@@ -304,8 +330,11 @@ class Worker:
             if len(self.dataset.labeled) >= 2 * runtime.world_size():
                 found["finetune"] = Finetune(self._teacher("finetune", outline), view=self._view("finetune"))
             for name, student in self._students():
-                network = self._student(name, student, outline)
-                found[name] = Distill(teacher, network, view=self._view(name), temperature=1.0)
+                if student is None and self.prepared.self_trains:
+                    found[name] = self._self_train(name, self._teacher("finetune", outline))
+                else:
+                    network = self._student(name, student, outline)
+                    found[name] = Distill(teacher, network, view=self._view(name), temperature=1.0)
         return found
 
     def seconds_per_step(self) -> dict[str, float]:

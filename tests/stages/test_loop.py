@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from conftest import same, shapes_images
 from fewlabels import checkpoint, runtime
 from fewlabels.config import Schedule
 from fewlabels.data import labels, pixels, sources, views
-from fewlabels.data.loader import Batch, training_batches
+from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.errors import DataError, Diverged
 from fewlabels.model import optim
 from fewlabels.model.encoder import encoder
@@ -30,6 +31,7 @@ from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Listeners, Stage, TrainState
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
 from fewlabels.stages.runner import Job, Workplace
+from fewlabels.stages.selftrain import SelfTrain
 
 CPU = torch.device("cpu")
 FP32 = runtime.precision(CPU, "fp32")
@@ -80,6 +82,8 @@ def build(name: str) -> Stage:
         return PretrainWithMomentum(body, head, view=two_views, temperature=0.2, momentum=0.9, queue=24)
     if name == "finetune":
         return Finetune(classifier(0), view=crop)
+    if name == "selftrain":
+        return SelfTrain(classifier(5), labeled=lambda _: iter(()), weak=crop, strong=two_views, threshold=0.5)
     return Distill(classifier(5), classifier(6), view=crop, temperature=0.5, label_weight=0.3)
 
 
@@ -90,10 +94,17 @@ def with_dropout() -> Stage:
     return Finetune(network, view=crop)
 
 
+def labeled_images(dataset: labels.Dataset, first: int) -> Iterator[Batch]:
+    return training_batches(dataset, Order(dataset.labeled, 6, 7), first_step=first, last_step=1000, device=CPU)
+
+
 def job(name: str, dataset: labels.Dataset, optimizer: str) -> Job:
     schedule = Schedule(epochs=3, batch=16, optimizer=optimizer, learning_rate=0.05, scaling="none", warmup=0.2)
     ids = dataset.labeled if name in ("finetune", "dropout") else dataset.train
-    return Job(name=name, stage=build(name), schedule=schedule, ids=ids, seed=3, identity={})
+    stage = build(name)
+    if isinstance(stage, SelfTrain):
+        stage.labeled = functools.partial(labeled_images, dataset)
+    return Job(name=name, stage=stage, schedule=schedule, ids=ids, seed=3, identity={})
 
 
 def train(
@@ -120,7 +131,7 @@ def train(
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-@pytest.mark.parametrize("name", ["pretrain", "momentum", "finetune", "distill", "dropout"])
+@pytest.mark.parametrize("name", ["pretrain", "momentum", "finetune", "distill", "selftrain", "dropout"])
 def test_stopped_saved_and_resumed_equals_unbroken(
     name: str, optimizer: str, dataset: labels.Dataset, tmp_path: Path
 ) -> None:
@@ -231,6 +242,36 @@ def test_pretraining_is_nt_xent_of_two_views_in_one_forward(dataset: labels.Data
     body, head = networks()
     projections = head(body(torch.cat([two_views(batch, 0), two_views(batch, 1)])))
     assert got.item() == nt_xent(projections[:16], projections[16:], 0.2).item()
+
+
+def test_self_training_counts_sure_answers_only(dataset: labels.Dataset) -> None:
+    """The loss by hand from weak and strong views, and what moves: the network by its gradient, the average after."""
+    for share in (0.0, 0.5, 1.0):
+        work = job("selftrain", dataset, "sgd")
+        stage = work.stage.train()
+        assert isinstance(stage, SelfTrain)
+        (batch,) = training_batches(dataset, work.order(), first_step=0, last_step=1, device=CPU)
+        known = next(labeled_images(dataset, 0))
+        twin = copy.deepcopy(stage.network).train()
+        logits = twin(torch.cat([crop(known, 2), two_views(batch, 1)]))
+        answers = copy.deepcopy(stage.network).eval()(crop(batch, 0)).softmax(dim=1).detach()
+        sure = answers.max(dim=1).values
+        stage.threshold = float(sure.quantile(share)) + 1e-6
+        counted = sure >= stage.threshold
+        learned = nn.functional.cross_entropy(logits[6:], answers.argmax(dim=1), reduction="none")
+        expected = nn.functional.cross_entropy(logits[:6], known.labels) + (counted * learned).sum() / len(batch.ids)
+        found = stage(batch)
+        torch.testing.assert_close(found["loss"], expected)
+        assert found["sure"] == counted.float().mean()
+        assert counted.sum() == {0.0: 15, 0.5: 8, 1.0: 0}[share]
+        found["loss"].backward()
+        assert all(p.grad is None for p in stage.average.parameters())
+        before = stage.average.linear.weight.clone()
+        with torch.no_grad():
+            stage.network.linear.weight.add_(1.0)
+        stage.after_step()  # the mean of both
+        torch.testing.assert_close(stage.average.linear.weight, before + 0.5)
+        assert not stage.average.training
 
 
 def test_distillation_weighs_labels_and_sees_one_view(dataset: labels.Dataset) -> None:

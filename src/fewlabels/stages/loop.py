@@ -55,6 +55,21 @@ class Stage(nn.Module):
         return self
 
 
+@torch.no_grad()
+def follow(average: nn.Module, live: nn.Module, share: float | Tensor) -> None:
+    """average <- average + share x (live - average), weights and batch norm statistics alike; counters are copied.
+
+    share: a number, or a scalar tensor on their device. Sharded tensors move part by part.
+    """
+    found = live.state_dict()
+    for name, tensor in average.state_dict().items():
+        mine, theirs = runtime.part(tensor), runtime.part(found[name])
+        if tensor.is_floating_point():
+            mine.lerp_(theirs, share.to(mine.dtype) if isinstance(share, Tensor) else share)
+        else:
+            mine.copy_(theirs)
+
+
 @dataclass
 class TrainState:
     """The step and the tensors: all that a resumed run needs."""

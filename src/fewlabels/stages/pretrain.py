@@ -22,7 +22,7 @@ from fewlabels.model.encoder import Encoder
 from fewlabels.model.heads import ProjectionHead
 from fewlabels.model.losses import contrast_accuracy, nt_xent, nt_xent_with_queue
 from fewlabels.stages.chunks import Chunks
-from fewlabels.stages.loop import Stage
+from fewlabels.stages.loop import Stage, follow
 
 View = Callable[[Batch, int], Tensor]  # (batch, number of the view) -> (B, 3, size, size) in [0, 1]
 
@@ -113,12 +113,7 @@ class PretrainWithMomentum(Pretrain):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        live = nn.ModuleDict({"encoder": self.encoder, "head": self.head}).state_dict()
-        for name, average in self.average.state_dict().items():
-            if average.is_floating_point():
-                runtime.part(average).lerp_(runtime.part(live[name]), 1 - self.momentum)
-            else:
-                average.copy_(live[name])
+        follow(self.average, nn.ModuleDict({"encoder": self.encoder, "head": self.head}), 1 - self.momentum)
         if len(self.queue):
             rows = (self.next_row + torch.arange(len(self._keys), device=self._keys.device)) % len(self.queue)
             self.queue[rows] = self._keys.to(self.queue.dtype)

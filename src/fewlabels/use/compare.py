@@ -43,6 +43,7 @@ NAMES = {
     "distill": "distilled student",
     "supervised": "same network, labels alone",
 }
+SELF_TRAINED = "self-trained"  # in place of distilled
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def costs(network: nn.Module, setting: Setting) -> dict[str, Any]:
 class Comparison:
     """Collects rows on one dataset: measured on held-out images where there are any, else cross-validated."""
 
-    def __init__(self, dataset: Dataset, setting: Setting) -> None:
-        self.dataset, self.setting = dataset, setting
+    def __init__(self, dataset: Dataset, setting: Setting, names: Mapping[str, str] = NAMES) -> None:
+        self.dataset, self.setting, self.names = dataset, setting, names
         self.labeled, self.held = dataset.labeled, dataset.held_out
         self.known, self.truth = dataset.labels[self.labeled], dataset.labels[self.held]
         self.rows: list[dict[str, Any]] = []
@@ -187,7 +188,7 @@ class Comparison:
             softened = lambda view: [(network(view).float() / temperature).softmax(dim=1)]  # noqa: E731
             (probabilities,) = outputs(self.dataset, self.held, self.setting, softened)
             measured = self.measure(probabilities)
-        name = NAMES[key] if key != "finetune" or len(self.labeled) else "the given model"
+        name = self.names[key] if key != "finetune" or len(self.labeled) else "the given model"
         self.rows.append(row(key, name, measured, **costs(network, self.setting)))
         return measured, probabilities, temperature
 
@@ -204,9 +205,10 @@ def compare(
     networks: Mapping[str, Classifier],
     final: str,
     setting: Setting,
+    names: Mapping[str, str] = NAMES,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Every row of the table, and the arrays that the report draws. `final` is the key of the deployed network."""
-    comparison = Comparison(dataset, setting)
+    comparison = Comparison(dataset, setting, names)
     measured, probabilities, temperature = None, np.zeros((0, dataset.num_classes), dtype=np.float32), 1.0
     expected = None
     if len(comparison.labeled):

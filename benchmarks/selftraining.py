@@ -1,0 +1,131 @@
+"""Self-training on weak and strong views, from a pretrained network and (FixMatch, arXiv 2001.07685) from nothing:
+
+    python -m benchmarks.selftraining --data digits --labels 20 40 100 --out runs/selftraining
+
+The network tells the class of a weak view (crop and flip) and learns it from a strong one (that of pretraining), beside
+the labels. Rows: logistic regression and fine-tuning on one pretraining, then distillation into itself and
+self-training for as many views as that, and FixMatch from random weights for as many views as pretraining and
+self-training together. Draws of labels are the same in all rows; numbers are of the last step. What is made is kept
+in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, lab
+from benchmarks.lab import Body, Lab
+from benchmarks.paper import Rows, told
+from fewlabels import plan
+from fewlabels.data import views
+from fewlabels.data.loader import Order, training_batches
+from fewlabels.model.heads import Classifier
+from fewlabels.stages.selftrain import SelfTrain
+
+# Of the network forward and backward for an image: its strong view, a third for its weak one, and labeled images
+PASSES = 1 + 1 / 3 + 1 / plan.LABELED_SHARE
+THRESHOLD = 0.95
+
+
+class FixMatch(SelfTrain):
+    """The network itself answers, in one batch with what it learns, as in the paper."""
+
+    def look(self, shown: list[Tensor], weak: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.network(torch.cat([*shown, weak])).float()
+        return logits[: -len(weak)], logits[-len(weak) :].detach()
+
+
+class Comparison:
+    """The rows of the table, each a number a draw of labels."""
+
+    def __init__(self, laboratory: Lab, body: Body, draws: int) -> None:
+        self.lab, self.body, self.draws = laboratory, body, range(draws)
+
+    def rows(self, amounts: list[int]) -> Rows:
+        """Every way to learn, by the number of labels."""
+        ways = {
+            "logistic regression, tap 0": lambda a, n: self.lab.linear(self.body, a, n),
+            "fine-tuned": lambda a, n: self.lab.accuracy(self._finetuned(a, n)),
+            "distilled into itself": self._distilled,
+            "self-trained": self._selftrained,
+            "FixMatch from random weights": self._fixmatch,
+        }
+        return {
+            name: {
+                f"{a} labels": [
+                    self.lab.cell(f"{name}, {self.body}, {a} labels, draw {n}", partial(way, a, n)) for n in self.draws
+                ]
+                for a in amounts
+            }
+            for name, way in ways.items()
+        }
+
+    def _finetuned(self, amount: int, draw: int) -> Classifier:
+        return self.lab.finetuned(self.body, 1, amount, draw)
+
+    def _distilled(self, amount: int, draw: int) -> float:
+        few, teacher = self.lab.few(amount, draw), self._finetuned(amount, draw)
+        epochs = self.lab.distill_epochs * PASSES / (1 + 1 / 3)
+        student = self.lab.distilled(
+            self.body.encoder, teacher, f"itself, {self.body}, {amount}, draw {draw}, {epochs:g} epochs", few, draw,
+            body=self.body, epochs=epochs,
+        )  # fmt: skip
+        return self.lab.accuracy(student)
+
+    def _selftrained(self, amount: int, draw: int) -> float:
+        name = f"self-trained {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
+        return self._trained(name, SelfTrain, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
+
+    def _fixmatch(self, amount: int, draw: int) -> float:
+        epochs = self.lab.distill_epochs + 2 * self.lab.epochs / PASSES
+        name = f"FixMatch {self.body.encoder}, {amount}, draw {draw}, {epochs:g} epochs"
+        return self._trained(name, FixMatch, self.lab.fresh(self.body.encoder, draw), amount, draw, epochs)
+
+    def _trained(
+        self, name: str, kind: type[SelfTrain], network: Classifier, amount: int, draw: int, epochs: float
+    ) -> float:
+        few, general = self.lab.few(amount, draw), self.lab.general
+        settings = replace(self.lab.recipe(len(few.labeled)).distill, epochs=epochs)
+        beside = plan.beside(plan.derive(settings, len(few.train), 1).batch, len(few.labeled), 1)
+        order = Order(few.labeled, beside, 1000 + draw)
+        stage = kind(
+            network, weak=self.lab.view(views.finetune, 4), threshold=THRESHOLD,
+            strong=self.lab.view(views.pretrain, 5, strength=general.pretrain.strength, blur=general.pretrain.blur),
+            labeled=lambda first: training_batches(
+                few, order, first_step=first, last_step=sys.maxsize, device=self.lab.device
+            ),
+        )  # fmt: skip
+        self.lab.kept(name, stage.average, lambda: self.lab.train(stage, settings, few, few.train, draw))
+        return self.lab.accuracy(stage.average)
+
+
+def main() -> None:
+    """Make the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, fashion, or a folder with train and test.parquet")
+    parser.add_argument("--labels", type=int, nargs="+", default=[20, 40, 100])
+    parser.add_argument("--encoder", default="resnet18_0.25x_small")
+    parser.add_argument("--train", type=int, default=10_000, help="training images")
+    parser.add_argument("--epochs", type=float, default=60.0, help="of pretraining")
+    parser.add_argument("--again", type=float, default=30.0, help="epochs of self-training")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/selftraining"))
+    asked = parser.parse_args()
+    source = lab.images(asked.data, train=asked.train, test=asked.train)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    laboratory = Lab(source, asked.out, epochs=asked.epochs, distill_epochs=asked.again, device=device)
+    rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels)
+    told(f"{Path(asked.data).name}, {asked.encoder}", rows)
+    words = {name: str(value) for name, value in vars(asked).items()}
+    harness.keep(f"selftraining-{Path(asked.data).name}", {"asked": words, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
