@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,13 +95,16 @@ class Comparison:
         few, general = self.lab.few(amount, draw), self.lab.general
         settings = replace(self.lab.recipe(len(few.labeled)).distill, epochs=epochs)
         beside = plan.beside(plan.derive(settings, len(few.train), 1).batch, len(few.labeled), 1)
+        counts = np.bincount(few.labels[few.labeled], minlength=few.num_classes) + 1.0
         order = Order(few.labeled, beside, 1000 + draw)
+        strength, blur = general.pretrain.strength, general.pretrain.blur
         stage = kind(
             network, weak=self.lab.view(views.finetune, 4), threshold=THRESHOLD,
-            strong=self.lab.view(views.pretrain, 5, strength=general.pretrain.strength, blur=general.pretrain.blur),
+            strong=self.lab.view(views.pretrain, 5, strength=strength, blur=blur),
             labeled=lambda first: training_batches(
                 few, order, first_step=first, last_step=sys.maxsize, device=self.lab.device
             ),
+            expected=torch.tensor(counts / counts.sum(), dtype=torch.float32),
         )  # fmt: skip
         self.lab.kept(name, stage.average, lambda: self.lab.train(stage, settings, few, few.train, draw))
         return self.lab.accuracy(stage.average)

@@ -67,7 +67,9 @@ def build(name: str) -> Stage:
     if name == "finetune":
         return Finetune(teacher, view=crop)
     if name == "selftrain":
-        return SelfTrain(teacher, labeled=nothing, weak=crop, strong=two_views, threshold=0.5)
+        return SelfTrain(
+            teacher, labeled=nothing, weak=crop, strong=two_views, threshold=0.5, expected=torch.full((4,), 0.25)
+        )
     student = Classifier(encoder("resnet18_0.125x_small"), None, tap=0, num_classes=4)
     torch.nn.init.normal_(student.linear.weight)
     return Distill(teacher, student, view=crop, temperature=0.5, label_weight=0.3)

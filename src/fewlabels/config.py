@@ -147,7 +147,7 @@ class Recipe:
         if self.chunk_norm == "batch" and self.encoder.startswith("timm:"):
             faults.append(f'chunk_norm = "batch", but the batch norms of {self.encoder} are its own: use "chunk"')
         if self.distill.self_training and self.distill.teacher_epochs:
-            faults.append("distill.teacher_epochs needs a teacher that stays: not with distill.self_training")
+            faults.append("distill.teacher_epochs needs a teacher that stays: set distill.self_training to 0")
         if self.shard and self.compile:
             faults.append("shard and compile do not go together: blocks are compiled whole and would be sharded")
         if faults:

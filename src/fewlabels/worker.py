@@ -205,8 +205,10 @@ class Worker:
         """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""
         network.eval()
         ids, known, strength = self.dataset.labeled, self.dataset.labels[self.dataset.labeled], 0.1
-        # a given model may have lost the upper layers of its head
-        if self.recipe.pretrained is None and len(ids) <= propagate.FEW_LABELS * self.dataset.num_classes:
+        # A given model may have lost the upper layers of its head. Before self-training it is wrong to be sure early:
+        # digits, 2 labels a class, ended at 91.0, 87.9, 88.8 % from propagated labels, at 99.3, 97.7, 98.2 without
+        few = len(ids) <= propagate.FEW_LABELS * self.dataset.num_classes
+        if few and self.recipe.pretrained is None and not self.prepared.self_trains:
             ids, known, strength = *self._propagated(), propagate.STRENGTH
         (features,) = compare.outputs(self.dataset, ids, self.prepared.setting, lambda view: [network.features(view)])
         classes = self.dataset.num_classes
@@ -254,10 +256,12 @@ class Worker:
         def labeled(first: int) -> Iterator[Batch]:
             return training_batches(self.dataset, order, first_step=first, last_step=sys.maxsize, device=self.device)
 
+        counts = np.bincount(self.dataset.labels[ids], minlength=self.dataset.num_classes) + 1.0
         network = self._seeded(name, lambda: copy.deepcopy(teacher))
         return SelfTrain(
             network, labeled=labeled, weak=self._view(name), strong=self._view(name, strong=True),
             threshold=self.recipe.distill.self_training,
+            expected=torch.tensor(counts / counts.sum(), dtype=torch.float32, device=self.device),
         )  # fmt: skip
 
     def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:

@@ -7,7 +7,10 @@ import copy
 import pytest
 import torch
 
+from fewlabels import runtime
+from fewlabels.data.loader import Batch
 from fewlabels.model.encoder import encoder
+from fewlabels.use import compare
 
 
 @pytest.mark.filterwarnings("ignore:.*of a Tensor that is not a leaf")  # torch's own capture looks at it
@@ -33,3 +36,26 @@ def test_compiled_blocks_train_as_others(name: str) -> None:
     for wanted_parameter, found_parameter in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(found_parameter.grad, wanted_parameter.grad, rtol=1e-4, atol=1e-5)
     assert copy.deepcopy(compiled)(images[0]).shape == (4, plain.feature_dim)  # a copy is not compiled, and works
+
+
+@pytest.mark.filterwarnings("ignore:.*of a Tensor that is not a leaf")
+def test_evaluation_compiles_nothing_and_leaves_training_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    network = encoder("resnet18_0.125x_small").eval()
+    network.compile_blocks("aot_eager")
+
+    def batches(_: object, ids: list[int], **__: object) -> list[Batch]:
+        sizes = torch.full((1, 2), 16), torch.zeros(1, dtype=torch.long)
+        made = [Batch(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), sizes[0], sizes[1], sizes[1], 0)]
+        return made * len(ids)
+
+    monkeypatch.setattr(compare, "in_order", batches)
+    setting = compare.Setting(16, "photo", torch.device("cpu"), runtime.Precision(None, channels_last=True))
+    assert compare.outputs(None, [], setting, lambda view: [network(view)]) == []  # type: ignore[arg-type]
+    (found,) = compare.outputs(None, [0, 1], setting, lambda view: [network(view)])  # type: ignore[arg-type]
+    assert found.shape == (2, network.feature_dim)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    network(torch.zeros(1, 3, 16, 16))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()

@@ -3,7 +3,9 @@
 Not in SimCLRv2, whose teacher is frozen and sees the student's own view. Here the network's moving average names the
 class of a weak view (crop and flip); where it is sure, the network learns that class from a strong view of the same
 image (that of pretraining), beside the labels. Unlike FixMatch it begins with a pretrained and fine-tuned network, and
-its average answers, with averaged batch norm statistics (arXiv 2101.08482), not the network itself.
+its average answers, with averaged batch norm statistics (arXiv 2101.08482), not the network itself. Answers are shifted
+until classes come as often as they are expected (arXiv 1911.09785): else a class that few labels tell badly is lost to
+another for good (digits, 2 labels a class, one draw in three).
 
 B images and L labeled images of this rank, K classes.
 """
@@ -17,32 +19,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fewlabels import runtime
 from fewlabels.data.loader import Batch
 from fewlabels.model.heads import Classifier
 from fewlabels.stages.loop import Stage, follow
 from fewlabels.stages.pretrain import View
 
-MOMENTUM = 0.99  # of the moving average; before 100 steps it is the mean of all
+MOMENTUM = 0.99  # of the moving averages; before 100 steps they are the mean of all
+RAREST = 1e-4  # a class that comes less often is shifted as if it came so often
 
 
 class SelfTrain(Stage):
     """forward(batch) -> cross-entropy of L labeled images + mean over B of that of the sure answers, 0 for the others.
 
     `average` is the result. labeled: from a step, the labeled images of this and each later step, of this rank.
-    threshold: the probability from which an answer counts.
+    threshold: the probability from which an answer counts. expected: (K,) how often each class comes, in sum 1.
     """
 
     steps: Tensor  # () int64
+    expected: Tensor  # (K,)
+    usual: Tensor  # (K,) how often the average names each class
 
     def __init__(
         self, network: Classifier, *, labeled: Callable[[int], Iterator[Batch]], weak: View, strong: View,
-        threshold: float,
+        threshold: float, expected: Tensor,
     ) -> None:  # fmt: skip
         super().__init__()
         self.network = network
         self.average = copy.deepcopy(network).requires_grad_(False)
         self.labeled, self.weak, self.strong, self.threshold = labeled, weak, strong, threshold
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("expected", expected.clone())
+        self.register_buffer("usual", expected.clone())
         self._coming: Iterator[Batch] | None = None
 
     def train(self, mode: bool = True) -> SelfTrain:  # noqa: FBT001, FBT002 - nn.Module's signature
@@ -56,7 +64,7 @@ class SelfTrain(Stage):
         known = next(self._coming)
         count = len(known.ids)
         logits, answers = self.look([self.weak(known, 2), self.strong(batch, 1)], self.weak(batch, 0))
-        sure, classes = answers.float().softmax(dim=1).max(dim=1)  # (B,)
+        sure, classes = self._shifted(answers).max(dim=1)  # (B,)
         counted = (sure >= self.threshold).float()
         learned = functional.cross_entropy(logits[count:], classes, reduction="none")
         loss = functional.cross_entropy(logits[:count], known.labels) + (counted * learned).mean()
@@ -69,7 +77,18 @@ class SelfTrain(Stage):
             answers = self.average(weak)
         return self.network(torch.cat(shown)).float(), answers
 
+    def _shifted(self, answers: Tensor) -> Tensor:
+        """Logits (B, K) -> probabilities under which classes come as often as expected."""
+        told = runtime.sum_over_ranks(answers.softmax(dim=1).mean(dim=0)) / runtime.world_size()
+        if self.training:
+            self.usual.lerp_(told.to(self.usual.dtype), self._share().to(self.usual.dtype))
+        return (answers + (self.expected / self.usual.clamp(min=RAREST)).log()).softmax(dim=1)
+
+    def _share(self) -> Tensor:
+        """Of the newest in a moving average: 1, 1/2, ... down to 1 - MOMENTUM."""
+        return (1 / (self.steps + 1)).clamp(min=1 - MOMENTUM)
+
     @torch.no_grad()
     def after_step(self) -> None:
         self.steps += 1
-        follow(self.average, self.network, (1 / (self.steps + 1)).clamp(min=1 - MOMENTUM))
+        follow(self.average, self.network, self._share())

@@ -44,6 +44,7 @@ NAMES = {
     "supervised": "same network, labels alone",
 }
 SELF_TRAINED = "self-trained"  # in place of distilled
+SURE = 0.95  # the probability from which its answers are taken for sure
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ def outputs(
     (24 of the 152 s of a run on digits with one epoch).
     """
     parts: list[list[Tensor]] = []
-    plain = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    for batch in in_order(dataset, ids, batch=BATCH, device=setting.device):
-        view = views.evaluate(batch.pixels, batch.extent, size=setting.size, kind=setting.kind)
-        with plain, torch.no_grad(), setting.precision.context(setting.device):
-            parts.append([part.float().cpu() for part in function(view)])
+    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        for batch in in_order(dataset, ids, batch=BATCH, device=setting.device):
+            view = views.evaluate(batch.pixels, batch.extent, size=setting.size, kind=setting.kind)
+            with torch.no_grad(), setting.precision.context(setting.device):
+                parts.append([part.float().cpu() for part in function(view)])
     return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
 
 
@@ -177,11 +178,16 @@ class Comparison:
 
         Trained on soft targets or for a few steps, a network says nothing of how sure to be (54 % calibration error
         on digits). With labels too few to hold out, its temperature is the one at which its mean confidence on
-        training images equals `expected`, the cross-validated accuracy of the frozen features.
+        training images equals `expected`, the cross-validated accuracy of the frozen features. A self-trained network
+        may be far better than those: it is expected to be right as often as it is sure, if that is more (digits, 20
+        labels: sure 94 to 97 %, right 97 to 99; Fashion-MNIST, 40 labels: sure 78 to 85 %, right 67 to 74).
         """
         network.eval()
         some = evaluate.spread(self.dataset.train, evaluate.CALIBRATION_IMAGES)
         (logits,) = outputs(self.dataset, some, self.setting, lambda view: [network(view)])
+        if self.names[key] == SELF_TRAINED:
+            sure = torch.from_numpy(logits).softmax(dim=1).amax(dim=1) >= SURE
+            expected = max(expected or 0.0, float(sure.float().mean()))
         temperature = evaluate.temperature_for_confidence(logits, expected)
         measured, probabilities = None, np.zeros((0, self.dataset.num_classes), dtype=np.float32)
         if len(self.held):
