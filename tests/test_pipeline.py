@@ -336,6 +336,9 @@ def test_a_network_that_teaches_itself(photos: Path, tmp_path: Path) -> None:
     shutil.rmtree(rest / "model")
     fl.fit(photos, out=rest, recipe="smoke", **wishes)
     assert same(final_weights(rest), final_weights(whole.path))
+    with pytest.raises(CannotCreate, match="finetune stage") as refused:  # it may have begun with propagated labels
+        fl.fit(photos, out=rest, recipe="smoke", **{**SMALL, "distill": {**SMALL["distill"], "self_training": 0}})
+    assert any("propagated" in line for line in refused.value.details)
     both = fl.fit(photos, out=tmp_path / "both", recipe="smoke", student="resnet18_0.0625x_small", **wishes)
     rows = {row["key"]: row["name"] for row in both.metrics["rows"]}
     assert (rows["distill_self"], rows["distill"]) == ("self-trained", "distilled student")

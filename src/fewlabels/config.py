@@ -96,6 +96,11 @@ class DistillRecipe(Schedule):
     )
 
     @property
+    def self_trains(self) -> bool:
+        """Whether a network teaches itself, if there are labels."""
+        return self.self_training > 0 and (self.student is None or self.self_first)
+
+    @property
     def replays(self) -> bool:
         """Whether views come again with answers that the teacher gave before."""
         return 0 < self.teacher_epochs < self.epochs

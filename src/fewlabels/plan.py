@@ -135,8 +135,7 @@ def reasons(recipe: Recipe, facts: Facts) -> list[str]:
 def _taught(recipe: Recipe, facts: Facts) -> str:
     """Who learns in stage 3."""
     student = recipe.distill.student
-    itself = recipe.distill.self_training and facts.labeled and (student is None or recipe.distill.self_first)
-    if not itself:
+    if not (recipe.distill.self_trains and facts.labeled):
         return f"distill into {student or 'the same network'}"
     then = f"; then distill into {student}" if student else ""
     sure = recipe.distill.self_training

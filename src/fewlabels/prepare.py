@@ -55,7 +55,7 @@ class Prepared:
     @property
     def self_trains(self) -> bool:
         """Whether the network teaches itself: asked for, and with labels, which a given model may do without."""
-        return self.recipe.distill.self_training > 0 and len(self.dataset.labeled) > 0
+        return self.recipe.distill.self_trains and len(self.dataset.labeled) > 0
 
     @property
     def images(self) -> dict[str, int]:
@@ -196,6 +196,8 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
     if stage != "pretrain":
         labeled = dataset.labels[dataset.train].tobytes() + "\0".join(dataset.classes).encode()
         facts |= {"labels": hashlib.sha256(labeled).hexdigest()[:16], "finetune": asdict(recipe.finetune)}
+    if stage == "finetune" and prepared.self_trains:
+        facts["starts_from_propagated_labels"] = False
     if stage in ("distill", "distill_self"):
         facts["distill"] = asdict(recipe.distill)
     return facts
