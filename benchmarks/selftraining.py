@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from fewlabels import plan
 from fewlabels.data import views
 from fewlabels.data.loader import Order, training_batches
 from fewlabels.model.heads import Classifier
-from fewlabels.stages.selftrain import SelfTrain
+from fewlabels.stages.selftrain import SelfTrain, expected_classes
 
 # Of the network forward and backward for an image: its strong view, a third for its weak one, and labeled images
 PASSES = 1 + 1 / 3 + 1 / plan.LABELED_SHARE
@@ -36,11 +35,14 @@ THRESHOLD = 0.95
 
 
 class FixMatch(SelfTrain):
-    """The network itself answers, in one batch with what it learns, as in the paper."""
+    """As in the paper: the network itself answers, in one batch with what it learns, and no answer is shifted."""
 
     def look(self, shown: list[Tensor], weak: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.network(torch.cat([*shown, weak])).float()
         return logits[: -len(weak)], logits[-len(weak) :].detach()
+
+    def shifted(self, answers: Tensor) -> Tensor:
+        return answers.softmax(dim=1)
 
 
 class Comparison:
@@ -95,7 +97,6 @@ class Comparison:
         few, general = self.lab.few(amount, draw), self.lab.general
         settings = replace(self.lab.recipe(len(few.labeled)).distill, epochs=epochs)
         beside = plan.beside(plan.derive(settings, len(few.train), 1).batch, len(few.labeled), 1)
-        counts = np.bincount(few.labels[few.labeled], minlength=few.num_classes) + 1.0
         order = Order(few.labeled, beside, 1000 + draw)
         strength, blur = general.pretrain.strength, general.pretrain.blur
         stage = kind(
@@ -104,7 +105,7 @@ class Comparison:
             labeled=lambda first: training_batches(
                 few, order, first_step=first, last_step=sys.maxsize, device=self.lab.device
             ),
-            expected=torch.tensor(counts / counts.sum(), dtype=torch.float32),
+            expected=expected_classes(few.labels[few.labeled], few.num_classes),
         )  # fmt: skip
         self.lab.kept(name, stage.average, lambda: self.lab.train(stage, settings, few, few.train, draw))
         return self.lab.accuracy(stage.average)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fewlabels import config, plan, recipes
 from fewlabels.config import FinetuneRecipe, PretrainRecipe, Recipe
 from fewlabels.errors import MissingInput, UsageError
+from fewlabels.recipes import Facts
 
 FACTS = recipes.Facts(images=9469, labeled=95, classes=10, side=160, gray=False, on_gpu=False, threads=2)
 
@@ -193,3 +194,13 @@ def test_a_budget_goes_to_the_stages_that_are_left() -> None:
     fitted, _ = plan.fit_budget(worded, images, 1800.0, per_step, 1, kept=["pretrain"])
     assert fitted.pretrain == worded.pretrain
     assert 1300 < sum(plan.cost(fitted, images, per_step, 1).values()) < 1800
+
+
+@pytest.mark.parametrize("images", [10, 300, 1200, 60_000])
+def test_digits_and_drawings_teach_themselves_long_enough_and_photos_do_not(images: int) -> None:
+    facts = Facts(images=images, labeled=10, classes=5, side=28, gray=True, on_gpu=False, threads=2)
+    distill = recipes.best(facts).distill
+    assert distill.self_training == 0.95
+    assert plan.derive(distill, images, 1).total_steps >= 1000
+    assert recipes.best(replace(facts, gray=False)).distill.self_training == 0
+    assert recipes.simclrv2(facts).distill.self_training == 0

@@ -319,6 +319,18 @@ def test_a_student_of_another_size(photos: Path, tmp_path: Path) -> None:
     assert run.model.predict(photos / "test").shape == (40,)
 
 
+def test_self_training_does_not_begin_with_propagated_labels(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(propagate, "propagate", lambda features, known, classes: (asked.append(len(known)), known)[1])
+    finetune = {**SMALL["finetune"], "start": "probe"}
+    for answers in (0, 0.95):
+        wishes = {**SMALL, "finetune": finetune, "distill": {**SMALL["distill"], "self_training": answers}}
+        fl.fit(photos, out=tmp_path / f"{answers}", recipe="smoke", until="finetune", **wishes)
+        assert len(asked) == 1, "asked without self-training, and then not again"
+
+
 def test_a_network_that_teaches_itself(photos: Path, tmp_path: Path) -> None:
     """Alone, and then a smaller one; stopped in the middle it comes to the same."""
     wishes = {**SMALL, "distill": {**SMALL["distill"], "self_training": 0.3}}

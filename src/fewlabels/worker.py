@@ -34,7 +34,7 @@ from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum, View
 from fewlabels.stages.runner import Job, Workplace
-from fewlabels.stages.selftrain import SelfTrain
+from fewlabels.stages.selftrain import SelfTrain, expected_classes
 from fewlabels.use import artefact, compare, evaluate, propagate
 
 T = TypeVar("T", bound=nn.Module)
@@ -256,12 +256,11 @@ class Worker:
         def labeled(first: int) -> Iterator[Batch]:
             return training_batches(self.dataset, order, first_step=first, last_step=sys.maxsize, device=self.device)
 
-        counts = np.bincount(self.dataset.labels[ids], minlength=self.dataset.num_classes) + 1.0
+        expected = expected_classes(self.dataset.labels[ids], self.dataset.num_classes).to(self.device)
         network = self._seeded(name, lambda: copy.deepcopy(teacher))
         return SelfTrain(
             network, labeled=labeled, weak=self._view(name), strong=self._view(name, strong=True),
-            threshold=self.recipe.distill.self_training,
-            expected=torch.tensor(counts / counts.sum(), dtype=torch.float32, device=self.device),
+            threshold=self.recipe.distill.self_training, expected=expected,
         )  # fmt: skip
 
     def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:

@@ -20,3 +20,26 @@ def test_features_that_are_all_alike_have_no_map(spread: float, points: int, mon
     places, labels = compare.feature_map(dataset, np.arange(12), None, None)  # type: ignore[arg-type]
     assert (places.shape, labels.shape) == ((points, 2), (points,))
     assert np.isfinite(places).all()
+
+
+@pytest.mark.parametrize(("name", "expected", "confidence"), [
+    (compare.SELF_TRAINED, None, 0.8), (compare.SELF_TRAINED, 0.5, 0.8), (compare.SELF_TRAINED, 0.9, 0.9),
+    ("distilled student", 0.5, 0.5),
+])  # fmt: skip
+def test_a_self_trained_network_is_right_as_often_as_it_is_sure(
+    name: str, expected: float | None, confidence: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 of 100 images are sure; its probabilities say so, unless the frozen features were right more often."""
+    logits = np.zeros((100, 4), dtype=np.float32)
+    logits[:80, 0], logits[80:, 0] = 9.0, 2.0
+    monkeypatch.setattr(compare, "outputs", lambda *_: [logits])
+    monkeypatch.setattr(compare, "costs", lambda *_: {})
+    rows = np.arange(100)
+    dataset: Any = SimpleNamespace(labeled=rows[:4], held_out=rows[:0], labels=rows % 4, train=rows, num_classes=4)
+    setting: Any = None
+    comparison = compare.Comparison(dataset, setting, compare.NAMES | {"distill": name})
+    network: Any = SimpleNamespace(eval=lambda: None)
+    _, _, temperature = comparison.network("distill", network, expected)
+    softened = np.exp(logits / temperature)
+    assert (softened.max(axis=1) / softened.sum(axis=1)).mean() == pytest.approx(confidence, abs=0.01)
+    assert comparison.rows[0]["name"] == name

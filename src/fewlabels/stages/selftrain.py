@@ -15,6 +15,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +29,12 @@ from fewlabels.stages.pretrain import View
 
 MOMENTUM = 0.99  # of the moving averages; before 100 steps they are the mean of all
 RAREST = 1e-4  # a class that comes less often is shifted as if it came so often
+
+
+def expected_classes(labels: npt.NDArray[np.int64], num_classes: int) -> Tensor:
+    """(K,) how often each class is expected: as among labels (n,), one more of each, since labels are few."""
+    counts = np.bincount(labels, minlength=num_classes) + 1.0
+    return torch.tensor(counts / counts.sum(), dtype=torch.float32)
 
 
 class SelfTrain(Stage):
@@ -64,7 +72,7 @@ class SelfTrain(Stage):
         known = next(self._coming)
         count = len(known.ids)
         logits, answers = self.look([self.weak(known, 2), self.strong(batch, 1)], self.weak(batch, 0))
-        sure, classes = self._shifted(answers).max(dim=1)  # (B,)
+        sure, classes = self.shifted(answers).max(dim=1)  # (B,)
         counted = (sure >= self.threshold).float()
         learned = functional.cross_entropy(logits[count:], classes, reduction="none")
         loss = functional.cross_entropy(logits[:count], known.labels) + (counted * learned).mean()
@@ -77,7 +85,7 @@ class SelfTrain(Stage):
             answers = self.average(weak)
         return self.network(torch.cat(shown)).float(), answers
 
-    def _shifted(self, answers: Tensor) -> Tensor:
+    def shifted(self, answers: Tensor) -> Tensor:
         """Logits (B, K) -> probabilities under which classes come as often as expected."""
         told = runtime.sum_over_ranks(answers.softmax(dim=1).mean(dim=0)) / runtime.world_size()
         if self.training:
