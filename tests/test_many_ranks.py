@@ -96,6 +96,10 @@ def test_ranks_of_another_version_do_not_start(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "fewlabels", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "fewlabels" / "model" / "losses.py").open("a") as file:
         file.write("# another version\n")
+    # A rank that fails ends at once: where Python takes itself apart, threads of gloo could abort it
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import atexit, pathlib\natexit.register(pathlib.Path({str(tmp_path / 'apart')!r}).touch)\n"
+    )
     port = many_ranks.free_port()
     ranks = [
         subprocess.Popen(
@@ -112,6 +116,7 @@ def test_ranks_of_another_version_do_not_start(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [2, 2], texts
     assert sum("code: rank 0: " in text and "; rank 1: " in text for text in texts) == 1, texts
     assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "apart").exists()
 
 
 def test_many_ranks_are_named_shortly() -> None:

@@ -356,6 +356,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"fewlabels {fewlabels.__version__}")
         return 0
+    code = _code(words)
+    if code and "torch" in sys.modules:
+        from fewlabels import runtime
+
+        runtime.leave(code)
+    return code
+
+
+def _code(words: list[str]) -> int:
+    """The exit code of a command, whose errors are told."""
     try:
         return _dispatch(words)
     except FewlabelsError as error:
