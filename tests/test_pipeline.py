@@ -359,6 +359,36 @@ def test_a_network_that_teaches_itself(photos: Path, tmp_path: Path) -> None:
     assert itself.tensors["stage.average.linear.weight"].shape[0] == 4
 
 
+def test_labels_that_the_features_cannot_tell_keep_a_network_from_teaching_itself(tmp_path: Path) -> None:
+    """Unless it was asked for by name. A run that was broken after the decision keeps to it."""
+    images, right = shapes_images(120, seed=3)
+    images = np.repeat(images[..., :1], 3, axis=3)  # gray: `best` lets the network teach itself
+    right = right // 2  # how bright it is
+    senseless = np.where(np.arange(120) < 60, np.random.default_rng(0).integers(0, 2, 120), -1)
+    wishes = {**SMALL, "encoder": "resnet18_0.0625x_small", "size": 16, "recipe": "best"}
+    run = fl.fit(images, senseless, out=tmp_path / "weak", **wishes)
+
+    def resolved(name: str) -> dict[str, Any]:
+        return json.loads((tmp_path / name / "resolved.json").read_text())  # type: ignore[no-any-return]
+
+    found = resolved("weak")
+    assert found["recipe"]["distill"]["self_training"] == 0
+    assert sum("no self-training: frozen features tell" in line for line in found["equations"]) == 1
+    assert not any("teaches itself" in line for line in found["why"])
+    assert {row["key"]: row["name"] for row in run.metrics["rows"]}["distill"] != "self-trained"
+    before = final_weights(run.path)
+    shutil.rmtree(run.path / "finetune")
+    shutil.rmtree(run.path / "distill")
+    fl.fit(images, senseless, out=tmp_path / "weak", **wishes)
+    assert same(final_weights(run.path), before)
+    assert resolved("weak")["recipe"] == found["recipe"]
+    fl.fit(images, np.where(senseless < 0, -1, right), out=tmp_path / "strong", until="finetune", **wishes)
+    assert resolved("strong")["recipe"]["distill"]["self_training"] == 0.95
+    named = {**wishes, "distill": {**SMALL["distill"], "self_training": 0.9}}
+    fl.fit(images, senseless, out=tmp_path / "named", until="finetune", **named)
+    assert resolved("named")["recipe"]["distill"]["self_training"] == 0.9
+
+
 # --- killed and resumed ---------------------------------------------------------------------------------------
 
 # 20 ms a step, so that the signal lands inside the stage

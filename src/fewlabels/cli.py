@@ -357,9 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fewlabels {fewlabels.__version__}")
         return 0
     code = _code(words)
-    if code and "torch" in sys.modules:
-        from fewlabels import runtime
-
+    if code and (runtime := sys.modules.get("fewlabels.runtime")):
         runtime.leave(code)
     return code
 

@@ -55,11 +55,15 @@ class Worker:
     """Builds the networks of a run and trains each stage, resuming what is there. A stage runs once, then is kept."""
 
     def __init__(self, prepared: Prepared, interrupts: Interrupts) -> None:
-        self.prepared = prepared
-        self.recipe, self.device, self.dataset = prepared.recipe, prepared.device, prepared.dataset
+        self.device, self.dataset = prepared.device, prepared.dataset
+        self.follow(prepared)
         self.workplace = Workplace(prepared.folder, prepared.dataset, prepared.device, prepared.precision, interrupts)
         self.pretrained: Pretrained | None = None
         self.classifiers: dict[str, Classifier] = {}
+
+    def follow(self, prepared: Prepared) -> None:
+        """From now on do as this recipe says."""
+        self.prepared, self.recipe = prepared, prepared.recipe
 
     # --- networks ---
 
