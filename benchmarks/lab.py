@@ -101,12 +101,14 @@ class Lab:
 
     def __init__(
         self, source: Source, folder: Path, *, epochs: float, distill_epochs: float, recipe: str = "best",
-        device: torch.device | None = None,
+        device: torch.device | None = None, pool: Callable[[Dataset], Dataset] = lambda whole: whole,
+        choose: Callable[[Dataset, str | int, int], Dataset] = labels.keep_labels,
     ) -> None:  # fmt: skip
-        self.folder, self.device = folder, device or torch.device("cpu")
+        """pool: leaves images out of training. choose: the dataset with an amount of its labels, by the draw."""
+        self.folder, self.device, self.choose = folder, device or torch.device("cpu"), choose
         self.precision = workload.precision(self.device)
         self.side, self.gray = prepare.survey(source)
-        self.dataset = workload.stored(source, folder)
+        self.dataset = pool(workload.stored(source, folder))
         self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
         self.general = self.recipe(len(self.dataset.labeled))
         self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
@@ -155,7 +157,7 @@ class Lab:
     def few(self, amount: str | int, draw: int) -> Dataset:
         """The images with only so many labels: "1%", or a number of them."""
         if (str(amount), draw) not in self._draws:
-            self._draws[str(amount), draw] = labels.keep_labels(self.dataset, amount, draw)
+            self._draws[str(amount), draw] = self.choose(self.dataset, amount, draw)
         return self._draws[str(amount), draw]
 
     def accuracy(self, network: nn.Module) -> float:

@@ -6,7 +6,8 @@ The network tells the class of a weak view (crop and flip) and learns it from a 
 the labels. Rows: logistic regression and fine-tuning on one pretraining, then distillation into itself and
 self-training for as many views as that, and FixMatch from random weights for as many views as pretraining and
 self-training together. Draws of labels are the same in all rows; numbers are of the last step. What is made is kept
-in --out.
+in --out. --pool long: the most frequent class has 20 times as many unlabeled images as the rarest, and labels come
+equally often; reversed: the rarest has the most labels. Held-out images are those of the even pool.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from benchmarks import harness, lab
 from benchmarks.lab import Body, Lab
 from benchmarks.paper import Rows, told
+from benchmarks.pools import POOLS
 from fewlabels import plan
 from fewlabels.data import views
 from fewlabels.data.loader import Order, training_batches
@@ -51,15 +53,15 @@ class Comparison:
     def __init__(self, laboratory: Lab, body: Body, draws: int) -> None:
         self.lab, self.body, self.draws = laboratory, body, range(draws)
 
-    def rows(self, amounts: list[int]) -> Rows:
+    def rows(self, amounts: list[int], *, fixmatch: bool = True) -> Rows:
         """Every way to learn, by the number of labels."""
         ways = {
             "logistic regression, tap 0": lambda a, n: self.lab.linear(self.body, a, n),
             "fine-tuned": lambda a, n: self.lab.accuracy(self._finetuned(a, n)),
             "distilled into itself": self._distilled,
             "self-trained": self._selftrained,
-            "FixMatch from random weights": self._fixmatch,
         }
+        ways |= {"FixMatch from random weights": self._fixmatch} if fixmatch else {}
         return {
             name: {
                 f"{a} labels": [
@@ -121,15 +123,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=60.0, help="of pretraining")
     parser.add_argument("--again", type=float, default=30.0, help="epochs of self-training")
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--pool", choices=POOLS, default="even")
+    parser.add_argument("--no-fixmatch", dest="fixmatch", action="store_false", help="it takes most of the time")
     parser.add_argument("--out", type=Path, default=Path("runs/selftraining"))
     asked = parser.parse_args()
     source = lab.images(asked.data, train=asked.train, test=asked.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    laboratory = Lab(source, asked.out, epochs=asked.epochs, distill_epochs=asked.again, device=device)
-    rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels)
-    told(f"{Path(asked.data).name}, {asked.encoder}", rows)
+    pool, choose = POOLS[asked.pool]
+    place = asked.out / asked.pool
+    laboratory = Lab(
+        source, place, epochs=asked.epochs, distill_epochs=asked.again, device=device, pool=pool, choose=choose
+    )
+    rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, fixmatch=asked.fixmatch)
+    told(f"{Path(asked.data).name}, {asked.pool} pool, {asked.encoder}", rows)
     words = {name: str(value) for name, value in vars(asked).items()}
-    harness.keep(f"selftraining-{Path(asked.data).name}", {"asked": words, "rows": rows})
+    harness.keep(f"selftraining-{Path(asked.data).name}-{asked.pool}", {"asked": words, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import lab, paper, selftraining, workload
+from benchmarks import lab, paper, pools, selftraining, workload
 from benchmarks.lab import Body, Lab
 
 from conftest import shapes_images
@@ -109,9 +109,25 @@ def test_every_table(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_the_table_of_self_training(tmp_path: Path) -> None:
     rows = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12])
     assert len(rows) == 5
+    brief = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12], fixmatch=False)
+    assert brief == {name: row for name, row in rows.items() if "FixMatch" not in name}
     for row in rows.values():
         assert len(row["12 labels"]) == 2
         assert all(0 <= value <= 100 for value in row["12 labels"])
+
+
+def test_a_long_tail_and_labels_that_come_the_other_way_round(tmp_path: Path) -> None:
+    whole = laboratory(tmp_path).dataset  # 30 training images of each of 4 classes
+    long = pools.long_tailed(whole)
+    images = np.bincount(long.labels[long.labeled])
+    assert sorted(images) == [2, 4, 11, 30]
+    assert np.array_equal(long.held_out, whole.held_out)
+    few = pools.most_of_the_rarest(long, 6, 0)
+    known = np.bincount(few.labels[few.labeled], minlength=4)
+    assert [known[k] for k in np.argsort(images)] == [2, 2, 1, 1], "3 would be due where only 2 are"
+    assert np.array_equal(few.held_out, whole.held_out)
+    assert np.array_equal(few.labels[few.labeled], long.labels[few.labeled])
+    assert not np.array_equal(few.labeled, pools.most_of_the_rarest(long, 6, 1).labeled)
 
 
 def test_images_of_parquet_and_idx(tmp_path: Path) -> None:
