@@ -263,13 +263,15 @@ def test_self_training_counts_sure_answers_only(dataset: labels.Dataset) -> None
         logits = twin(torch.cat([crop(known, 2), two_views(batch, 1)]))
         stage.expected.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
         told = copy.deepcopy(stage.network).eval()(crop(batch, 0)).softmax(dim=1).detach()
-        answers = nn.functional.normalize(told * stage.expected / told.mean(dim=0), p=1, dim=1)
+        often = (300 * stage.expected + told.mean(dim=0)) / 301
+        answers = nn.functional.normalize(told * often / told.mean(dim=0), p=1, dim=1)
         sure = answers.max(dim=1).values
         stage.threshold = float(sure.quantile(share)) + 1e-6
         counted = sure >= stage.threshold
         learned = nn.functional.cross_entropy(logits[6:], answers.argmax(dim=1), reduction="none")
         expected = nn.functional.cross_entropy(logits[:6], known.labels) + (counted * learned).sum() / len(batch.ids)
         found = stage(batch)
+        torch.testing.assert_close(stage.expected, often)
         torch.testing.assert_close(found["loss"], expected)
         assert found["sure"] == counted.float().mean()
         assert counted.sum() == {0.0: 15, 0.5: 8, 1.0: 0}[share]

@@ -5,7 +5,8 @@ class of a weak view (crop and flip); where it is sure, the network learns that 
 image (that of pretraining), beside the labels. Unlike FixMatch it begins with a pretrained and fine-tuned network, and
 its average answers, with averaged batch norm statistics (arXiv 2101.08482), not the network itself. Answers are shifted
 until classes come as often as they are expected (arXiv 1911.09785): else a class that few labels tell badly is lost to
-another for good (digits, 2 labels a class, one draw in three).
+another for good (digits, 2 labels a class, one draw in three). They are expected as they come among the labels, and
+then more and more as they come among the answers, since labels need not come as the pool does.
 
 B images and L labeled images of this rank, K classes.
 """
@@ -28,6 +29,7 @@ from fewlabels.stages.loop import Stage, follow
 from fewlabels.stages.pretrain import View
 
 MOMENTUM = 0.99  # of the moving averages; before 100 steps they are the mean of all
+TRUST = 300.0  # steps of answers that count as much as the labels for how often classes are expected
 RAREST = 1e-4  # a class that comes less often is shifted as if it came so often
 
 
@@ -41,7 +43,7 @@ class SelfTrain(Stage):
     """forward(batch) -> cross-entropy of L labeled images + mean over B of that of the sure answers, 0 for the others.
 
     `average` is the result. labeled: from a step, the labeled images of this and each later step, of this rank.
-    threshold: the probability from which an answer counts. expected: (K,) how often each class comes, in sum 1.
+    threshold: the probability from which an answer counts. expected: (K,) how often classes come at first, in sum 1.
     """
 
     steps: Tensor  # () int64
@@ -90,6 +92,7 @@ class SelfTrain(Stage):
         told = runtime.sum_over_ranks(answers.softmax(dim=1).mean(dim=0)) / runtime.world_size()
         if self.training:
             self.usual.lerp_(told.to(self.usual.dtype), self._share().to(self.usual.dtype))
+            self.expected.lerp_(self.usual, (1 / (TRUST + self.steps + 1)).to(self.usual.dtype))
         return (answers + (self.expected / self.usual.clamp(min=RAREST)).log()).softmax(dim=1)
 
     def _share(self) -> Tensor:
