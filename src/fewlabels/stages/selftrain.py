@@ -29,7 +29,7 @@ from fewlabels.stages.loop import Stage, follow
 from fewlabels.stages.pretrain import View
 
 MOMENTUM = 0.99  # of the moving averages; before 100 steps they are the mean of all
-TRUST = 300.0  # steps of answers that count as much as the labels for how often classes are expected
+TRUST = 1000.0  # steps of answers that count as much as the labels for how often classes are expected
 RAREST = 1e-4  # a class that comes less often is shifted as if it came so often
 
 
