@@ -106,7 +106,7 @@ def best(facts: Facts) -> Recipe:
     0.5 (tap 0: 91.7 % against 86.5 at 0.2, 83.4 with AdamW). On CIFAR-10 (JPEG) both came
     to 34 % after fine-tuning on 250 labels (800 steps of 128 images); AdamW keeps the head's middle useful there.
 
-    Digits and drawings go on by self-training, for a thousand steps at least: 98.0 % on digits with 20 labels where
+    Digits and drawings go on by self-training, for a thousand steps at least: 97.7 % on digits with 20 labels where
     distillation had 90.2, 69.8 on Fashion-MNIST with 40 where fine-tuning had 66.0. Photos do not: where features are
     weak (CIFAR-10 (JPEG), 40 labels, fine-tuned 25.3 and 27.6) it is sure of wrong answers, and lost 3.0 and 0.7. Nor
     do drawings whose features are as weak (plan.too_weak).
