@@ -382,6 +382,9 @@ def test_labels_that_the_features_cannot_tell_keep_a_network_from_teaching_itsel
     fl.fit(images, senseless, out=tmp_path / "weak", **wishes)
     assert same(final_weights(run.path), before)
     assert resolved("weak")["recipe"] == found["recipe"]
+    shutil.rmtree(run.path / "distill")
+    fl.fit(images, senseless, out=tmp_path / "weak", student="resnet18_0.03125x_small", **wishes)  # another wish
+    assert resolved("weak")["recipe"]["distill"]["self_training"] == 0
     fl.fit(images, np.where(senseless < 0, -1, right), out=tmp_path / "strong", until="finetune", **wishes)
     assert resolved("strong")["recipe"]["distill"]["self_training"] == 0.95
     named = {**wishes, "distill": {**SMALL["distill"], "self_training": 0.9}}

@@ -94,6 +94,8 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
         names = ("encoder", "size", "kind", "working_size", "precision", "compile", "chunk_norm")
         top = {name: getattr(before, name) for name in names}
         recipe = replace(recipe, **kept, **top)
+        if "finetune" in begun and not before.distill.self_training:  # what fine-tuning began with depends on it
+            recipe = replace(recipe, distill=replace(recipe.distill, self_training=0.0))
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
     recipe = config.override(recipe, asked.overrides)
