@@ -188,7 +188,7 @@ def write_manifest(folder: Path) -> None:
     """folder/manifest.json: size and SHA-256 of every file in it, and a SHA-256 of that."""
     files = {name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for name, p in sorted(_inside(folder).items())}
     contents = {"format_version": FORMAT_VERSION, "files": files}
-    text = json.dumps({**contents, "sha256": _seal(contents)}, indent=1)
+    text = json.dumps({**contents, "sha256": seal(contents)}, indent=1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
@@ -198,20 +198,20 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(contents: Mapping[str, Any]) -> str:
+def seal(contents: Mapping[str, Any]) -> str:
     """SHA-256 of JSON values, to stand among them: one flipped bit in a version would pass for a newer format."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def write_sealed(path: Path, contents: Mapping[str, Any]) -> None:
     """The same as write_json, with the SHA-256 of contents among them."""
-    write_json(path, {**contents, "sha256": _seal(contents)})
+    write_json(path, {**contents, "sha256": seal(contents)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """What write_sealed or write_manifest wrote; files of older versions have no SHA-256. Raises one of UNREADABLE."""
     found = {**json.loads(read_text(path))}
-    if found.pop("sha256", None) not in (None, _seal(found)):
+    if found.pop("sha256", None) not in (None, seal(found)):
         raise ValueError("it differs from its own SHA-256")
     return found
 

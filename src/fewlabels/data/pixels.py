@@ -164,7 +164,7 @@ def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) 
     if not (folder / "index.json").is_file():
         raise MissingInput(f"{folder} holds no pixel store", fix="run the command that made it again")
     try:
-        index = json.loads(checkpoint.read_text(folder / "index.json"))
+        index = checkpoint.read_sealed(folder / "index.json")
         checkpoint.check_format(index, folder / "index.json")
         if (folder / DAMAGED).exists():
             raise ValueError(checkpoint.read_text(folder / DAMAGED))
@@ -229,6 +229,7 @@ def build(
         index |= {"canvas": canvas, "digest": digest, "source": source.description, "streamed": streamed}
         if streamed and all(isinstance(part, Files | Tars | Parquet) for part in source.parts):
             write_paths(draft, (source.at(i) for i in kept.tolist()))
+        index["sha256"] = checkpoint.seal(index)  # a name of the source may hold bytes that write_sealed cannot write
         (draft / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return open_store(folder, lambda row: source.at(int(kept[row]))), kept, bad
 
