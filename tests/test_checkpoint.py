@@ -265,6 +265,13 @@ def test_a_flipped_bit_in_sealed_json_is_seen(tmp_path: Path) -> None:
     contents = {"kept": [0, 1, 2], "names": ["\udcff", "é"]}
     checkpoint.write_sealed(file, contents)
     assert checkpoint.read_sealed(file) == contents
-    file.write_text(file.read_text().replace("2", "3", 1))
-    with pytest.raises(ValueError, match="SHA-256"):
-        checkpoint.read_sealed(file)
+    whole = file.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            found = checkpoint.read_sealed(file)
+        except checkpoint.UNREADABLE:
+            continue
+        assert found == contents, "only what JSON does not mind, such as the case of an escape"

@@ -204,13 +204,3 @@ def test_digits_and_drawings_teach_themselves_long_enough_and_photos_do_not(imag
     assert plan.derive(distill, images, 1).total_steps >= 1000
     assert recipes.best(replace(facts, gray=False)).distill.self_training == 0
     assert recipes.simclrv2(facts).distill.self_training == 0
-
-
-def test_features_are_too_weak_where_they_are_surely_below_halfway_from_chance() -> None:
-    def told(right: float, most: float, classes: int) -> str | None:
-        return plan.too_weak({"accuracy": right, "interval": (0.0, most)}, classes)
-
-    assert told(0.5, 0.56, 10) is None
-    assert "50 % of the labels by the others, 54 % at best, and below 55 %" in str(told(0.5, 0.54, 10))
-    assert told(0.5, 0.74, 2) is not None, "halfway from one half"
-    assert plan.too_weak({"accuracy": None, "interval": None}, 10) is None, "one label a class says nothing"

@@ -46,6 +46,12 @@ class Asked:
         found = {"images": self.images, "labels": self.labels, "test": self.test}
         return {name: _absolute(str(value)) for name, value in found.items() if isinstance(value, str | Path)}
 
+    def names(self, stage: str, knob: str) -> bool:
+        """Whether the user gave this knob of a stage, as an option or in a recipe file."""
+        path = Path(self.recipe)
+        file = config.read_toml(path) if path.suffix == ".toml" and path.is_file() else {}
+        return any(knob in given.get(stage, {}) for given in (self.overrides, file))
+
     def wishes(self) -> dict[str, Any]:
         """What decides the recipe, as plain values."""
         return {
@@ -94,8 +100,6 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
         names = ("encoder", "size", "kind", "working_size", "precision", "compile", "chunk_norm")
         top = {name: getattr(before, name) for name in names}
         recipe = replace(recipe, **kept, **top)
-        if "finetune" in begun and not before.distill.self_training:  # what fine-tuning began with depends on it
-            recipe = replace(recipe, distill=replace(recipe.distill, self_training=0.0))
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
     recipe = config.override(recipe, asked.overrides)

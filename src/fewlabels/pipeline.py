@@ -216,12 +216,18 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
         say("  note: every stage has begun already, and keeps its length: --budget changes nothing")
     if fresh:
         prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
+    guarded = not asked.names("distill", "self_training")
+    begun = "finetune" in begun_stages(folder)
+    if known and begun and guarded:  # fine-tuning began as was decided then
+        prepared = replace(prepared, too_weak=known["too_weak"])
     check_resumable(prepared)
+    for line in explain(prepared, sums):
+        say(f"  {line}")
     write_resolved(prepared, asked, sums)
     worker = Worker(prepared, interrupts)
-    worker.pretrain()
-    if "finetune" in stages and "finetune" not in begun_stages(folder):
-        prepared = _guarded(prepared, asked, worker, sums)
+    if "finetune" in stages and not begun and guarded and prepared.self_trains:
+        prepared = replace(prepared, too_weak=worker.too_weak())
+        write_resolved(prepared, asked, sums)
         worker.follow(prepared)
     for stage in stages:
         getattr(worker, stage)()
@@ -234,20 +240,6 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
         if runtime.is_main() and not (later and (folder.path / "results.json").exists()):
             _publish(prepared, worker, stages[-1])
     say(f"report: {folder.report}")
-
-
-def _guarded(prepared: Prepared, asked: Asked, worker: Worker, sums: list[str]) -> Prepared:
-    """prepared, without self-training where `best` chose it and the features turned out too weak for it."""
-    recipe, chosen = prepared.recipe, "self_training" not in asked.overrides.get("distill", {})
-    if not (chosen and prepared.self_trains and recipe.name in ("best", "auto")):
-        return prepared
-    linear, _ = compare.probed(prepared.dataset, worker.pretrain().encoder, prepared.setting)
-    why = runtime.from_main(plan.too_weak(linear, prepared.dataset.num_classes))
-    if why is None:
-        return prepared
-    prepared = replace(prepared, recipe=replace(recipe, distill=replace(recipe.distill, self_training=0.0)))
-    write_resolved(prepared, asked, [*sums, why])
-    return prepared
 
 
 def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Prepared, list[str]]:

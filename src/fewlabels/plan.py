@@ -5,9 +5,8 @@ The user speaks epochs and base learning rates, the loop speaks steps; this file
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fewlabels.config import DistillRecipe, PretrainRecipe, Recipe, Schedule
 from fewlabels.errors import UsageError
@@ -141,24 +140,6 @@ def _taught(recipe: Recipe, facts: Facts) -> str:
     then = f"; then distill into {student}" if student else ""
     sure = recipe.distill.self_training
     return f"the same network teaches itself, by its answers of at least {sure:g} and the labels beside them{then}"
-
-
-def too_weak(probed: Mapping[str, Any], classes: int) -> str | None:
-    """Why features are too weak for self-training, if they are; probed: evaluate.cross_validated of them.
-
-    They are where the upper end of the 95 % interval is less than halfway from chance to all right. Of 20 draws of
-    labels each, none of digits with 20 (0.86 at least), 40 or 100 labels and of Fashion-MNIST with 40 (0.60) or 100
-    was below, 20 of it in one draw; all of CIFAR-10 (JPEG) were, with 40 (0.48 at most), where self-training had lost
-    3.0 and 0.7 points, and with 250 (0.46), where it had gained 2.4 and lost 0.2.
-    """
-    least = (1 + 1 / classes) / 2
-    if probed["interval"] is None or probed["interval"][1] >= least:
-        return None
-    found, most = 100 * probed["accuracy"], 100 * probed["interval"][1]
-    return (
-        f"no self-training: frozen features tell {found:.0f} % of the labels by the others, {most:.0f} % at best, and "
-        f"below {100 * least:.0f} % it is sure of wrong answers (to have it all the same: --distill.self-training 0.95)"
-    )
 
 
 def baseline(finetune: Schedule, images: int, ranks: int) -> Schedule:

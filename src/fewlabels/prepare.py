@@ -46,6 +46,7 @@ class Prepared:
     precision: runtime.Precision
     seed: int
     seconds: float  # that reading the images took
+    too_weak: str = ""  # why its features are, once they are there, for the self-training that the recipe chose
 
     @property
     def setting(self) -> compare.Setting:
@@ -54,8 +55,16 @@ class Prepared:
 
     @property
     def self_trains(self) -> bool:
-        """Whether the network teaches itself: asked for, and with labels, which a given model may do without."""
-        return self.recipe.distill.self_trains and len(self.dataset.labeled) > 0
+        """Whether the network teaches itself: with labels, which a given model may do without, and good features."""
+        return self.recipe.distill.self_trains and len(self.dataset.labeled) > 0 and not self.too_weak
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the run looks as it does."""
+        if not self.too_weak:
+            return plan.reasons(self.recipe, self.facts)
+        without = replace(self.recipe, distill=replace(self.recipe.distill, self_training=0.0))
+        return [*plan.reasons(without, self.facts), self.too_weak]
 
     @property
     def images(self) -> dict[str, int]:
@@ -200,6 +209,7 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
         facts["starts_from_propagated_labels"] = False
     if stage in ("distill", "distill_self"):
         facts["distill"] = asdict(recipe.distill)
+        facts |= {"self_trains": False} if prepared.too_weak else {}
     return facts
 
 
@@ -323,8 +333,6 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
     if not runtime.is_main():
         return
     recipe, understood = prepared.recipe, prepared.dataset.understood
-    for line in explain(prepared, sums):
-        say(f"  {line}")
     labels.write_images(prepared.dataset, prepared.folder.images_file)
     checkpoint.write_text(prepared.folder.path / "recipe.toml", config.to_toml(recipe))
     checkpoint.write_json(
@@ -337,7 +345,8 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
             "recipe": config.as_dict(recipe),
             "equations": sums + equations(prepared),
             "budget": sums,
-            "why": plan.reasons(recipe, prepared.facts),
+            "why": prepared.reasons,
+            "too_weak": prepared.too_weak,
             "derived": {s: asdict(prepared.derived(s)) for s in stages_to_run(prepared)},
             "versions": versions(),
             "device": device_name(prepared.device),
@@ -362,7 +371,7 @@ def equations(prepared: Prepared) -> list[str]:
 
 def explain(prepared: Prepared, sums: list[str]) -> list[str]:
     """Why the recipe looks as it does, and what follows from it."""
-    return plan.reasons(prepared.recipe, prepared.facts) + sums + equations(prepared)
+    return prepared.reasons + sums + equations(prepared)
 
 
 def stages_to_run(prepared: Prepared) -> list[str]:

@@ -109,7 +109,7 @@ def best(facts: Facts) -> Recipe:
     Digits and drawings go on by self-training, for a thousand steps at least: 97.7 % on digits with 20 labels where
     distillation had 90.2, 69.8 on Fashion-MNIST with 40 where fine-tuning had 66.0. Photos do not: where features are
     weak (CIFAR-10 (JPEG), 40 labels, fine-tuned 25.3 and 27.6) it is sure of wrong answers, and lost 3.0 and 0.7. Nor
-    do drawings whose features are as weak (plan.too_weak).
+    do drawings whose features are as weak (evaluate.too_weak).
     """
     base = simclrv2(facts)
     pretrain = replace(base.pretrain, warmup=0.1, strength=0.5, blur=base.size > 48)

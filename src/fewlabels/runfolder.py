@@ -90,8 +90,11 @@ class RunFolder:
         if found is None:
             return None
         checkpoint.check_format(found, self.resolved_file)
-        found = {"inputs": {}, "budget": []} | found
-        kinds = {"asked": dict, "recipe": dict, "understood": dict, "inputs": dict, "budget": list, "precision": str}
+        found = {"inputs": {}, "budget": [], "too_weak": ""} | found
+        kinds = {
+            "asked": dict, "recipe": dict, "understood": dict, "inputs": dict, "budget": list, "precision": str,
+            "too_weak": str,
+        }  # fmt: skip
         wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
         if wrong or not isinstance(found["asked"].get("recipe"), str) or "labeled" not in found["understood"]:
             raise DataError(

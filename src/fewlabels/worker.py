@@ -25,7 +25,7 @@ from fewlabels.model.encoder import Encoder
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.prepare import Prepared, identity
-from fewlabels.runfolder import Interrupts
+from fewlabels.runfolder import Interrupts, say
 from fewlabels.stages import memory, runner
 from fewlabels.stages.answers import Answers
 from fewlabels.stages.chunks import Chunks
@@ -205,6 +205,14 @@ class Worker:
             self.classifiers["finetune"] = network
         return self.classifiers["finetune"]
 
+    def too_weak(self) -> str:
+        """Why the pretrained features are too weak for self-training; "" where they are not. Rank 0's count."""
+        known = compare.known_features(self.dataset, self.pretrain().encoder, self.prepared.setting)
+        why = runtime.from_main(evaluate.too_weak(*known))
+        if why:
+            say(f"  {why}")
+        return why
+
     def _start_from_probe(self, network: Classifier) -> None:
         """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""
         network.eval()
@@ -328,7 +336,7 @@ class Worker:
         assert isinstance(stage, Pretrain)
         return compare.feature_scores(self.dataset, stage.encoder, self.prepared.setting)
 
-    def _throwaways(self) -> dict[str, Stage]:
+    def _throwaways(self) -> list[Job]:
         """Every stage that will run, on networks that may be spoiled."""
         found: dict[str, Stage] = {} if self.recipe.pretrained else {"pretrain": self._pretrain_stage()}
         if self.dataset.num_classes:
@@ -342,17 +350,17 @@ class Worker:
                 else:
                     network = self._student(name, student, outline)
                     found[name] = Distill(teacher, network, view=self._view(name), temperature=1.0)
-        return found
+        return [self._job(name, stage) for name, stage in found.items()]
 
     def seconds_per_step(self) -> dict[str, float]:
         """Measured seconds a step of every stage; rank 0's word counts."""
-        jobs = [self._job(name, stage) for name, stage in self._throwaways().items()]
+        jobs = self._throwaways()
         return runtime.from_main({job.name: runner.seconds_per_step(job, self.workplace) for job in jobs})
 
     def held(self) -> dict[str, dict[str, int]]:
         """Bytes that a process holds at the peak of a step whatever the batch, for every stage, by what they are."""
         bf16 = self.prepared.precision.autocast is not None
-        jobs = [self._job(name, stage) for name, stage in self._throwaways().items()]
+        jobs = self._throwaways()
         return {
             job.name: memory.held(
                 job.stage, job.schedule.optimizer, ranks=runtime.world_size(), shard=job.sharded, bf16=bf16
@@ -362,6 +370,6 @@ class Worker:
 
     def largest_batches(self) -> dict[str, int]:
         """About the largest batch of every stage that the memory holds, where that can be measured."""
-        jobs = [self._job(name, stage) for name, stage in self._throwaways().items()]
+        jobs = self._throwaways()
         found = {job.name: memory.largest_batch(job, self.workplace) for job in jobs}
         return {name: images for name, images in found.items() if images is not None}

@@ -241,6 +241,30 @@ def test_cross_validation_chooses_its_folds() -> None:
         assert reason in found["reason"]
 
 
+@pytest.mark.parametrize("counts", [[2] + [1] * 9, [2, 2] + [1] * 8, [1] * 10, [2] * 4 + [1] * 22, [3] * 10, [5, 5]])
+def test_features_that_tell_classes_apart_are_not_too_weak_however_few_the_labels(counts: list[int]) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    features = np.eye(len(counts))[labels] + 0.01 * np.random.default_rng(0).normal(size=(len(labels), len(counts)))
+    assert evaluate.too_weak(features, labels) == ""
+
+
+@pytest.mark.parametrize(("classes", "bar"), [(2, 75), (4, 62), (10, 55)])
+def test_features_that_say_nothing_are_too_weak(classes: int, bar: int) -> None:
+    """Below halfway from chance to all right; a class with one label does not lower the bar."""
+    features = np.random.default_rng(0).normal(size=(61, 8))
+    labels = np.append(np.arange(60) % classes, classes)
+    assert f"and below {bar} % it is sure of wrong answers" in evaluate.too_weak(features, labels)
+
+
+def test_features_are_too_weak_where_the_interval_ends_below_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.arange(20) % 10
+    for end, why in ((0.56, ""), (0.54, "50 % of the labels by the others, 54 % at best, and below 55 %")):
+        told = {"accuracy": 0.5, "interval": (0.4, end)}
+        monkeypatch.setattr(evaluate, "cross_validated", lambda *_, told=told: told)
+        found = evaluate.too_weak(np.zeros((20, 2)), labels)
+        assert why in found and bool(found) == bool(why)
+
+
 def test_nearest_neighbours_agree_with_a_loop() -> None:
     x, y, _, _ = _digits(8, 1)
     rows = x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
-import json
 import os
 import shutil
 import weakref
@@ -229,8 +228,7 @@ def build(
         index |= {"canvas": canvas, "digest": digest, "source": source.description, "streamed": streamed}
         if streamed and all(isinstance(part, Files | Tars | Parquet) for part in source.parts):
             write_paths(draft, (source.at(i) for i in kept.tolist()))
-        index["sha256"] = checkpoint.seal(index)  # a name of the source may hold bytes that write_sealed cannot write
-        (draft / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        checkpoint.write_sealed(draft / "index.json", index)
     return open_store(folder, lambda row: source.at(int(kept[row]))), kept, bad
 
 

@@ -186,18 +186,6 @@ class ResNet(Encoder):
             x = recomputed(part, x) if again else part(x)
         return _mean_over_pixels(x)
 
-    def endpoints(self, x: Tensor) -> dict[str, Tensor]:
-        """The named outputs of the reference; "final_avg_pool" is what forward returns.
-
-        "initial_conv" is the last stem convolution before its batch norm, "initial_max_pool" the stem's output.
-        """
-        found = {"initial_conv": self.stem.convolve(x)}
-        x = found["initial_max_pool"] = self.stem.finish(found["initial_conv"])
-        for number, group in enumerate(self.blocks[1:], start=1):
-            x = found[f"block_group{number}"] = group(x)
-        found["final_avg_pool"] = _mean_over_pixels(x)
-        return found
-
 
 class Stem(nn.Module):
     """(N, 3, H, W) -> (N, channels, H/4, W/4), or (N, channels, H, W) when small.

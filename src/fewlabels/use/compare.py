@@ -88,19 +88,20 @@ def tapped(encoder: nn.Module, head: ProjectionHead | None) -> Callable[[Tensor]
     return function
 
 
-def probed(dataset: Dataset, encoder: nn.Module, setting: Setting) -> tuple[dict[str, Any], float | None]:
-    """evaluate.cross_validated and kNN accuracy of frozen features of labeled training images."""
+def known_features(dataset: Dataset, encoder: nn.Module, setting: Setting) -> tuple[Floats, np.ndarray]:
+    """Frozen features (n, D) of labeled training images, of some where there are very many, and their labels (n,)."""
     encoder.eval()
     ids = evaluate.spread(dataset.labeled, evaluate.PROBED_IMAGES)
     (features,) = outputs(dataset, ids, setting, lambda view: [encoder(view)])
-    known = dataset.labels[ids]
-    return evaluate.cross_validated(features, known), evaluate.nearest_neighbours(features, known)
+    return features, dataset.labels[ids]
 
 
 def feature_scores(dataset: Dataset, encoder: nn.Module, setting: Setting) -> dict[str, float]:
     """kNN and linear accuracy of frozen features on labeled training images, each left out in its turn."""
-    linear, knn = probed(dataset, encoder, setting)
-    return {name: value for name, value in (("knn", knn), ("linear", linear["accuracy"])) if value is not None}
+    features, known = known_features(dataset, encoder, setting)
+    linear = evaluate.cross_validated(features, known)["accuracy"]
+    scores = {"knn": evaluate.nearest_neighbours(features, known), "linear": linear}
+    return {name: value for name, value in scores.items() if value is not None}
 
 
 # --- rows of the table ---------------------------------------------------------------------------------------
