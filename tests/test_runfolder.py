@@ -94,7 +94,7 @@ def test_a_folder_of_a_run_may_lie_elsewhere(tmp_path: Path) -> None:
 def test_facts_of_strange_kinds_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     run = RunFolder(tmp_path)
     run.resolved_file.write_text(json.dumps(BEGUN))
-    assert run.resolved() == BEGUN | {"inputs": {}, "budget": []}
+    assert run.resolved() == BEGUN | {"inputs": {}, "budget": [], "too_weak": ""}
     run.resolved_file.write_text(json.dumps(BEGUN | changes))
     with pytest.raises(DataError, match="does not say what was begun"):
         run.resolved()
