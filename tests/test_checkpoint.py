@@ -208,7 +208,13 @@ def test_a_glance_reads_plain_values_and_passes_over_what_is_broken(tmp_path: Pa
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"w": torch.zeros(3)}, {"identity": step})
     assert checkpoint.glance(tmp_path) == {"identity": 2, "step": 2}
-    (tmp_path / "step-00000002" / "values.json").write_text("{")
+    values = tmp_path / "step-00000002" / "values.json"
+    whole = values.read_text()
+    for damaged in ("{", whole.replace("identity", "idenpity"), whole.replace("2", "3")):
+        values.write_text(damaged)
+        assert checkpoint.glance(tmp_path) == {"identity": 1, "step": 1}
+    values.write_text(whole)
+    (values.parent / "manifest.json").unlink()
     assert checkpoint.glance(tmp_path) == {"identity": 1, "step": 1}
 
 

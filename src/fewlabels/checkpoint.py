@@ -303,11 +303,11 @@ def latest(folder: Path) -> tuple[Saved | None, list[str]]:
 
 
 def glance(folder: Path) -> dict[str, Any] | None:
-    """The plain values of the newest checkpoint that has readable ones, without its tensors and unverified."""
+    """The plain values of the newest checkpoint whose manifest vouches for them; its tensors are left alone."""
     for path in _checkpoints(folder):
         try:
-            values = json.loads(read_text(path / VALUES))
-            return {**values}
+            if read_sealed(path / "manifest.json")["files"][VALUES]["sha256"] == file_digest(path / VALUES):
+                return {**json.loads(read_text(path / VALUES))}
         except UNREADABLE:
             continue
     return None

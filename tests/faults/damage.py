@@ -85,6 +85,7 @@ def checkpoints(folder: Path, counts: dict[str, int], rng: random.Random, tally:
     values = {"identity": {"seed": 1, "recipe": {"encoder": "resnet18", "epochs": 12}}, "seconds": 3.25}
     checkpoint.save(folder, 1, before, values)
     newest = checkpoint.save(folder, 2, after, values)
+    known = [{**values, "step": step} for step in (1, 2)]
     for kind, count in counts.items():
         for words in damages(sorted(newest.iterdir()), kind, count, rng):
             with tally.fault(words):
@@ -92,6 +93,7 @@ def checkpoints(folder: Path, counts: dict[str, int], rng: random.Random, tally:
                 assert saved is not None, "the one before is not used"
                 assert saved.step == 1 and same(saved.tensors, before), "the damaged one was used"
                 assert len(passed_over) == 1 and newest.name in passed_over[0], f"it is not said: {passed_over}"
+                assert checkpoint.glance(folder) in known, "damaged values were used"
     saved, passed_over = checkpoint.latest(folder)
     assert saved is not None and same(saved.tensors, after) and not passed_over
 
