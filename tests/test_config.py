@@ -34,6 +34,8 @@ FACTS = recipes.Facts(images=9469, labeled=95, classes=10, side=160, gray=False,
         ({"kind": "foto"}, ['did you mean "photo"', "allowed: one of photo"]),
         ({"finetune": {"tap": 5}}, ["finetune.tap = 5", "3 layers"]),
         ({"pretrain": {"queue": 8}}, ["queue needs a momentum encoder"]),
+        ({"pretrain": {"views": 4, "momentum": 0.9}}, ["views above 2 are not for a momentum encoder"]),
+        ({"pretrain": {"views": 1, "smallest_crop": 0.0}}, ["pretrain.views = 1", "pretrain.smallest_crop = 0.0"]),
         ({"size": None}, ["size = None"]),
         ({"encoder": "timm:resnet18", "chunk_norm": "batch"}, ["batch norms of timm:resnet18 are its own"]),
     ],
@@ -138,6 +140,14 @@ def test_equations_are_true() -> None:
     assert derived.peak == pytest.approx(recipe.pretrain.learning_rate * math.sqrt(derived.batch))
 
 
+def test_more_views_than_two_are_said() -> None:
+    recipe = config.override(Recipe(), {"pretrain": {"views": 4}})
+    lines = plan.equations("pretrain", recipe, plan.derive(recipe.pretrain, 9469, 1), 1)
+    assert any("6 pairs of views are contrasted = 4 of every image" in line for line in lines)
+    lines = plan.equations("pretrain", Recipe(), plan.derive(recipe.pretrain, 9469, 1), 1)
+    assert not any("pairs" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("norm", "words"), [("chunk", "of each chunk"), ("batch", "the chunk's means for the batch's")]
 )
@@ -194,6 +204,15 @@ def test_a_budget_goes_to_the_stages_that_are_left() -> None:
     fitted, _ = plan.fit_budget(worded, images, 1800.0, per_step, 1, kept=["pretrain"])
     assert fitted.pretrain == worded.pretrain
     assert 1300 < sum(plan.cost(fitted, images, per_step, 1).values()) < 1800
+
+
+@pytest.mark.parametrize(("images", "batch"), [(10, 8), (300, 64), (60_000, 64)])
+def test_on_a_cpu_photos_are_seen_in_four_gentle_views(images: int, batch: int) -> None:
+    facts = Facts(images=images, labeled=10, classes=5, side=64, gray=False, on_gpu=False, threads=2)
+    found = recipes.best(facts).pretrain
+    assert (found.views, found.batch, found.smallest_crop) == (4, batch, 0.25)
+    for paper in (recipes.simclrv2(facts), recipes.best(replace(facts, gray=True, side=28))):
+        assert (paper.pretrain.views, paper.pretrain.smallest_crop) == (2, 0.08)
 
 
 @pytest.mark.parametrize("images", [10, 300, 1200, 60_000])

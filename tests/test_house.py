@@ -19,8 +19,8 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_KNOBS = 450, 60, 60
 # The agreement is about 8,000. Beyond it are TensorFlow's checkpoints (700), twins that are compiled (fused, shrink,
 # views and loss by Triton: 1,300), chunks and the largest batch, ranks that watch each other, streamed stores, suggest,
 # shards of tar and parquet (600), parameters shared out over ranks (180), self-training (150) and its guard
-# (50), refusals of hostile files
-MOST_LINES = 15_550
+# (50), more than two views (40), refusals of hostile files
+MOST_LINES = 15_590
 
 # Floor of every module; an import goes down only, or stays inside one folder
 FLOORS = {
@@ -128,10 +128,11 @@ def test_knobs_are_counted() -> None:
     # 49: compile, which costs minutes and no longer gives the same bits
     # 50: shard, for networks whose weights and optimizer state are beyond the memory
     # 51: distill.self_training, another way to stage 3
-    assert len(names) == 51, sorted(names)
+    # 52, 53: pretrain.views and smallest_crop, what brought most to a short pretraining on photos (docs/LOG.md)
+    assert len(names) == 53, sorted(names)
     assert len(names) <= MOST_KNOBS
     for section in config.SECTIONS:
-        assert sum(name.startswith(f"{section}.") for name in names) <= 15
+        assert sum(name.startswith(f"{section}.") for name in names) <= 17
 
 
 def test_help_does_not_wait_for_torch() -> None:

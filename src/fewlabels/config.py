@@ -48,6 +48,8 @@ class PretrainRecipe(Schedule):
     head_out: int = knob(128, "features that the contrastive loss sees", least=2)
     strength: float = knob(1.0, "strength of the colour jitter (0.5 for 32 px, 1.0 for photos)", least=0, most=1.25)
     blur: bool = knob(True, "Gaussian blur in half of the views")
+    smallest_crop: float = knob(0.08, "smallest crop of a view, as a share of the image's area", least=0.08, most=1)
+    views: int = knob(2, "views of an image, each two of them contrasted (paper: 2)", least=2)
     momentum: float = knob(0.0, "momentum encoder: decay of its moving average (paper 0.999); 0 = off", least=0, most=1)
     queue: int = knob(0, "memory of past keys for the momentum encoder (paper 65536); 0 = none", least=0)
     chunk: int = knob(
@@ -149,6 +151,8 @@ class Recipe:
             )
         if self.pretrain.queue and not self.pretrain.momentum:
             faults.append("pretrain.queue needs a momentum encoder: set pretrain.momentum, e.g. 0.999")
+        if self.pretrain.momentum and self.pretrain.views > 2:
+            faults.append("pretrain.views above 2 are not for a momentum encoder: set pretrain.momentum to 0")
         if self.chunk_norm == "batch" and self.encoder.startswith("timm:"):
             faults.append(f'chunk_norm = "batch", but the batch norms of {self.encoder} are its own: use "chunk"')
         if self.distill.self_training and self.distill.teacher_epochs:

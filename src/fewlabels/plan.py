@@ -5,6 +5,7 @@ The user speaks epochs and base learning rates, the loop speaks steps; this file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -82,6 +83,9 @@ def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[
         )
     elif ranks > 1:
         lines.append(f"{stage}: batch {derived.batch} = {ranks} processes x {derived.batch // ranks}")
+    if isinstance(schedule, PretrainRecipe) and schedule.views > 2:
+        pairs = math.comb(schedule.views, 2)
+        lines.append(f"{stage}: {pairs} pairs of views are contrasted = {schedule.views} of every image, two by two")
     if isinstance(schedule, PretrainRecipe) and 0 < schedule.chunk < derived.batch:
         chunks = -(-(derived.batch // ranks) // max(1, schedule.chunk // ranks))
         lines.append(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -88,7 +87,7 @@ class Worker:
             settings = recipe.pretrain
             make = functools.partial(
                 views.pretrain, size=recipe.size, seed=seed, kind=recipe.kind, strength=settings.strength,
-                blur=settings.blur,
+                blur=settings.blur, smallest_crop=settings.smallest_crop,
             )  # fmt: skip
         layout = torch.channels_last if self.prepared.precision.channels_last else torch.contiguous_format
 
@@ -110,7 +109,9 @@ class Worker:
             view, temperature = self._view("pretrain", strong=True), settings.temperature
             chunks = Chunks(settings.chunk, self.recipe.chunk_norm) if settings.chunk else None
             if not settings.momentum:
-                return Pretrain(network, head, view=view, temperature=temperature, chunks=chunks)
+                return Pretrain(
+                    network, head, view=view, temperature=temperature, num_views=settings.views, chunks=chunks
+                )
             return PretrainWithMomentum(
                 network, head, view=view, temperature=temperature, momentum=settings.momentum, queue=settings.queue,
                 chunks=chunks,
@@ -221,7 +222,8 @@ class Worker:
         # digits, 2 labels a class, ended at 91.0, 87.9, 88.8 % from propagated labels, at 99.3, 97.7, 98.2 without
         few = len(ids) <= propagate.FEW_LABELS * self.dataset.num_classes
         if few and self.recipe.pretrained is None and not self.prepared.self_trains:
-            ids, known, strength = *self._propagated(), propagate.STRENGTH
+            spread = compare.propagated(self.dataset, *self.pretrain(), self.prepared.setting)
+            ids, known, strength = *spread, propagate.STRENGTH
         (features,) = compare.outputs(self.dataset, ids, self.prepared.setting, lambda view: [network.features(view)])
         classes = self.dataset.num_classes
         fitted = evaluate.logistic_regression(features, known, num_classes=classes, strength=strength)
@@ -229,18 +231,6 @@ class Worker:
         with torch.no_grad():
             network.linear.weight.copy_(torch.from_numpy(weight))
             network.linear.bias.copy_(torch.from_numpy(bias))
-
-    def _propagated(self) -> tuple[np.ndarray, np.ndarray]:
-        """Training images, labeled and others, with the classes that labels give them over the projections' graph."""
-        labeled, train = self.dataset.labeled, self.dataset.train
-        others = evaluate.spread(np.setdiff1d(train, labeled), propagate.MOST_IMAGES)
-        ids = np.concatenate([labeled, others])
-        see = compare.tapped(*self.pretrain())
-        (projections,) = compare.outputs(self.dataset, ids, self.prepared.setting, lambda view: see(view)[-1:])
-        given = propagate.propagate(projections, self.dataset.labels[ids], self.dataset.num_classes)
-        told = np.flatnonzero(given[len(labeled) :] >= 0) + len(labeled)
-        some = np.concatenate([np.arange(len(labeled)), evaluate.spread(told, propagate.FITTED_IMAGES)])
-        return ids[some], given[some]
 
     def distill(self) -> Classifier:
         """Stage 3 on all training images: into the same network, and from there into a smaller one if asked."""

@@ -215,6 +215,31 @@ def test_photo_crops_reach_every_border_and_stay_inside() -> None:
     assert torch.equal(box[-1500:], torch.tensor([0.0, 0, 10, 300]).expand(1500, 4))  # no crop can be kept: the whole
 
 
+@pytest.mark.parametrize("smallest", [0.25, 0.6, 1.0])
+def test_crops_are_as_large_as_asked(smallest: float) -> None:
+    extent = torch.tensor([[64, 64], [60, 80]]).repeat_interleave(2000, 0)
+    ask = {"epoch": 0, "seed": 0, "view": 0, "kind": "photo"}
+    box = views.draw_placement(extent, torch.arange(4000), smallest_crop=smallest, **ask).box
+    share = box[:, 2:].prod(1) / extent.prod(1)
+    assert share.min() >= smallest
+    assert share.max() <= 1
+    usual = views.draw_placement(extent, torch.arange(4000), **ask).box[:, 2:].prod(1) / extent.prod(1)
+    assert share.mean() > usual.mean() + 0.05
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    made, wide = (
+        views.pretrain(pixels, extent[:2], torch.arange(2), size=32, epoch=0, seed=0, view=0, smallest_crop=crop)
+        for crop in (0.08, smallest)
+    )
+    assert not torch.equal(made, wide)
+
+
+@pytest.mark.parametrize("smallest", [0.0, 0.07, 1.01, float("nan")])
+def test_impossible_smallest_crops_are_refused(smallest: float) -> None:
+    extent = torch.tensor([[64, 64]])
+    with pytest.raises(UsageError, match="smallest crop"):
+        views.draw_placement(extent, torch.arange(1), epoch=0, seed=0, view=0, smallest_crop=smallest)
+
+
 def test_paint_has_the_stated_probabilities_and_ranges() -> None:
     paint = views.draw_paint(torch.arange(12_000), epoch=0, seed=0, view=0, strength=0.5)
     for chosen, share in ((paint.jitter, 0.8), (paint.gray, 0.2), (paint.blur, 0.5)):

@@ -39,8 +39,9 @@ def stage(kind: str, chunks: Chunks | None, *, dropout: bool = False) -> Pretrai
         head.layers[0].linear = nn.Sequential(nn.Dropout(0.4), head.layers[0].linear)
     for norm in (m for m in body.modules() if isinstance(m, BatchNorm)):
         nn.init.uniform_(norm.weight, 0.5, 1.5)  # none at 0, which would switch its branch off
-    if kind == "plain":
-        made = Pretrain(body, head, view=view, temperature=0.2, chunks=chunks)
+    if kind != "momentum":
+        count = {"plain": 2, "three views": 3}[kind]
+        made = Pretrain(body, head, view=view, temperature=0.2, num_views=count, chunks=chunks)
     else:
         made = PretrainWithMomentum(body, head, view=view, temperature=0.2, momentum=0.9, queue=24, chunks=chunks)
         for tensor in made.average.parameters():
@@ -80,14 +81,14 @@ def frozen(module: nn.Module) -> None:
         norm.running_variance.fill_(0.5)
 
 
-@pytest.mark.parametrize("kind", ["plain", "momentum"])
+@pytest.mark.parametrize("kind", ["plain", "three views", "momentum"])
 @pytest.mark.parametrize("norm", ["chunk", "batch"])
 def test_without_batch_statistics_it_is_the_whole_batch(norm: str, kind: str) -> None:
     whole = cached(stage(kind, None), prepare=frozen)
     assert_close(cached(stage(kind, Chunks(5, norm)), prepare=frozen), whole)
 
 
-@pytest.mark.parametrize("kind", ["plain", "momentum"])
+@pytest.mark.parametrize("kind", ["plain", "three views", "momentum"])
 def test_with_the_chunks_own_statistics_it_is_a_graph_of_all_chunks(kind: str) -> None:
     """Dropout draws the same in both passes, running statistics move once."""
     chunks = Chunks(5, "chunk")
@@ -108,12 +109,12 @@ def test_with_the_chunks_own_statistics_it_is_a_graph_of_all_chunks(kind: str) -
         looked.append(twin.look(chunk))
         for name in start:
             moved[name] += twin.get_buffer(name) * len(chunk.ids) / IMAGES
-    firsts, seconds = zip(*(projections.chunk(2) for projections, _ in looked), strict=True)
+    by_view = zip(*(projections.chunk(twin.num_views) for projections, _ in looked), strict=True)
     keys = None
     if kind == "momentum":
         key_parts = [k.chunk(2) for _, k in looked]
         keys = torch.cat([k[0] for k in key_parts] + [k[1] for k in key_parts])
-    scalars = twin.compare(torch.cat([*firsts, *seconds]), keys)
+    scalars = twin.compare(torch.cat([part for parts in by_view for part in parts]), keys)
     scalars["loss"].backward()
     expected = outcome(twin, scalars) | moved
     assert_close(got, expected)

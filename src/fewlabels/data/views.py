@@ -43,7 +43,8 @@ from fewlabels.errors import DataError, UsageError, nearest
 # probability 0.06 on images of 3:4, 0.10 at 2:5, 0.16 at 1:4, 0.5 at 1:8 (measured); all ten with 1e-12 to 1e-3.
 TRIES = 10
 ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
-AREA_DRAWN, AREA_KEPT = 0.08, 0.1  # the reference draws from 8 % up and then rejects what is below 10 %
+# Of the smallest crop. The reference draws from 8 % up and then rejects what is below 10 %
+AREA_DRAWN, AREA_KEPT = 0.08, 0.1
 BLUR_SIGMA = (0.1, 2.0)
 PLAIN = False  # True: the plain path even where a compiled one could run (tests, comparisons)
 CHUNK_BYTES = 1 << 21  # CPU: views made at once, so that a chunk stays in the cache between operations
@@ -112,6 +113,7 @@ def pretrain(
     strength: float = 1.0,
     blur: bool = True,
     kind: str = "photo",
+    smallest_crop: float = AREA_DRAWN,
     shared_blur_sigma: bool = False,
 ) -> Tensor:
     """A view for contrastive learning (SimCLRv2's pretraining augmentation; tf2/data_util.py preprocess_for_train).
@@ -125,16 +127,17 @@ def pretrain(
         strength: of the colour jitter, 0 to 1.25; 1 for ImageNet, 0.5 for CIFAR in the paper.
         blur: blur half of the views. It does nothing below 20 px, where the reference's kernel has one tap.
         kind: "photo", "gray", "glyph", "reference" or "reference_tf1".
+        smallest_crop: of the image's area, 0.08 (the reference) to 1. Glyphs are not cropped.
         shared_blur_sigma: the reference's one sigma for the batch (its first image's): a view then depends on it.
 
     Returns:
         float32 (B, 3, size, size) in [0, 1].
 
     Raises:
-        UsageError: an unknown kind, or a size or strength out of range. DataError: pixels of another shape or type.
+        UsageError: an unknown kind, or a number out of range. DataError: pixels of another shape or type.
     """
     _check(pixels, extent, size, kind)
-    placement = draw_placement(extent, ids, epoch=epoch, seed=seed, view=view, kind=kind)
+    placement = draw_placement(extent, ids, epoch=epoch, seed=seed, view=view, kind=kind, smallest_crop=smallest_crop)
     strokes = draw_paint(ids, epoch=epoch, seed=seed, view=view, strength=strength)
     if shared_blur_sigma:
         strokes = replace(strokes, sigma=strokes.sigma[:1].expand_as(strokes.sigma))
@@ -193,15 +196,21 @@ def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo", crop: floa
 
 
 def draw_placement(
-    extent: Tensor, ids: Tensor, *, epoch: int, seed: int, view: int, kind: str = "photo", amount: float = 1.0
-) -> Placement:
+    extent: Tensor, ids: Tensor, *, epoch: int, seed: int, view: int, kind: str = "photo", amount: float = 1.0,
+    smallest_crop: float = AREA_DRAWN,
+) -> Placement:  # fmt: skip
     """Where the views of these images come from. amount scales the warps of glyphs."""
+    if not AREA_DRAWN <= smallest_crop <= 1:
+        raise UsageError(
+            f"a smallest crop of {smallest_crop} of the image", fix=f"use a share of its area from {AREA_DRAWN} to 1"
+        )
     numbers = _uniforms(seed, epoch, ids, 2 * view, 3 + 2 * TRIES)  # (B, 23)
     if KINDS[kind].warp:
         flip = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         return Placement(_whole(extent), flip, _draw_affine(numbers, amount))
     flip = numbers[:, 0] < 0.5
-    return Placement(_draw_boxes(extent, numbers[:, 1:], official=KINDS[kind].official), flip, _identity(flip))
+    boxes = _draw_boxes(extent, numbers[:, 1:], smallest_crop, official=KINDS[kind].official)
+    return Placement(boxes, flip, _identity(flip))
 
 
 def draw_paint(ids: Tensor, *, epoch: int, seed: int, view: int, strength: float = 1.0) -> Paint:
@@ -226,10 +235,10 @@ def draw_paint(ids: Tensor, *, epoch: int, seed: int, view: int, strength: float
     )
 
 
-def _draw_boxes(extent: Tensor, numbers: Tensor, *, official: bool) -> Tensor:
+def _draw_boxes(extent: Tensor, numbers: Tensor, smallest: float, *, official: bool) -> Tensor:
     """Random crops (B, 4): TensorFlow's sample_distorted_bounding_box, as the reference calls it, without its loop.
 
-    Aspect and height are uniform, not area: the mean area is 0.39 to 0.43 of the image (method.md 5.1).
+    Aspect and height are uniform, not area: from 8 % on the mean area is 0.39 to 0.43 of the image (method.md 5.1).
     numbers: (B, 2 + 2 * TRIES) uniform.
     """
     height, width = extent.to(torch.float32)[:, :, None].unbind(1)  # (B, 1) each
@@ -238,13 +247,13 @@ def _draw_boxes(extent: Tensor, numbers: Tensor, *, official: bool) -> Tensor:
     tallest = torch.round((area / aspect).sqrt())
     fitting = torch.floor((width + 0.5) / aspect)
     tallest = torch.where(torch.round(tallest * aspect) > width, fitting, tallest).minimum(height)
-    lowest = torch.round((AREA_DRAWN * area / aspect).sqrt()).minimum(tallest)
+    lowest = torch.round((smallest * area / aspect).sqrt()).minimum(tallest)
     tall = lowest + torch.floor(numbers[:, 2 + TRIES :] * (tallest - lowest + 1))
     # Rounding may leave the allowed areas by a row; the reference mends that before it judges
-    tall = tall + (tall * torch.round(tall * aspect) < AREA_DRAWN * area).float()
+    tall = tall + (tall * torch.round(tall * aspect) < smallest * area).float()
     tall = tall - (tall * torch.round(tall * aspect) > area).float()
     wide = torch.round(tall * aspect)
-    accepted = (tall * wide >= AREA_KEPT * area) & (wide <= width) & (tall <= height)
+    accepted = (tall * wide >= max(smallest, AREA_KEPT) * area) & (wide <= width) & (tall <= height)
     turn = torch.arange(TRIES, 0, -1, device=extent.device) * accepted  # (B, TRIES), largest where accepted first
     first = turn.argmax(dim=1, keepdim=True)
     found = accepted.gather(1, first)

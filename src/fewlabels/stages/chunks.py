@@ -5,7 +5,7 @@ chunk the projections again, now with gradients, and backward from what step 2 g
 pure functions, and kept they would grow with the batch. Dropout draws in step 3 what it drew in step 1.
 
 Exact, but for batch norm, where one of two things is given up:
-"chunk": both views of a chunk's images (on all ranks) are normalised by their own statistics, in steps 1 and 3. It is
+"chunk": all views of a chunk's images (on all ranks) are normalised by their own statistics, in steps 1 and 3. It is
   the exact gradient of a network whose batch norm sees a chunk. Running statistics move once a step, to the mean of
   what the chunks would have made of them. The network is computed 4/3 times as much as in one piece.
 "batch": step 1 shows the network the whole batch at once, and step 3 normalises by the statistics of that. Loss,
@@ -14,7 +14,7 @@ Exact, but for batch norm, where one of two things is given up:
   ranks) in place of the batch. Constant statistics would leave them out, and nothing would then hold the weights'
   scale (Ioffe & Szegedy 2015, section 2). Step 1 needs the memory of the batch in the widest layer.
 
-Shapes: B images of this rank, D projections.
+Shapes: B images of this rank, V views, D projections.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Chunks:
         projections.requires_grad_()
         with precision.context(device):
             scalars = stage.compare(projections, keys)
-        (slopes,) = torch.autograd.grad(scalars["loss"], projections)  # (2B, D)
-        parts = torch.split(_by_image(slopes), [len(chunk.ids) for chunk in chunks], dim=1)
+        (slopes,) = torch.autograd.grad(scalars["loss"], projections)  # (V B, D)
+        parts = torch.split(_by_image(slopes, stage), [len(chunk.ids) for chunk in chunks], dim=1)
         with layers.statistics(stage, "given" if whole else "own"), _put_back(running):
             for chunk, seed, part in zip(chunks, seeds, parts, strict=True):
                 torch.manual_seed(seed)
@@ -84,15 +84,15 @@ def _look(
         with _put_back(running):
             own, other = stage.look(chunk)
             torch._foreach_add_(moved, running, alpha=len(chunk.ids) / images)
-        projections.append(_by_image(own))
-        keys += [] if other is None else [_by_image(other)]
+        projections.append(_by_image(own, stage))
+        keys += [] if other is None else [_by_image(other, stage)]
     torch._foreach_copy_(running, moved)
     return torch.cat(projections, 1).flatten(0, 1), torch.cat(keys, 1).flatten(0, 1) if keys else None
 
 
-def _by_image(rows: Tensor) -> Tensor:
-    """(2B, D), first views before second ones -> (2, B, D)."""
-    return rows.view(2, len(rows) // 2, -1)
+def _by_image(rows: Tensor, stage: Pretrain) -> Tensor:
+    """(V B, D), first views before second ones -> (V, B, D)."""
+    return rows.view(stage.num_views, len(rows) // stage.num_views, -1)
 
 
 def _running_statistics(module: nn.Module) -> list[Tensor]:

@@ -1,17 +1,18 @@
 """Stage 1: a big encoder from images without labels (SimCLRv2 section 2, "Self-supervised pretraining").
 
-Two views of every image go through the encoder and a deep projection head in one forward pass, so that batch norm
-sees both; NT-Xent pulls the two views of an image together and pushes all others apart.
+Two views of every image, or more, go through the encoder and a deep projection head in one forward pass, so that batch
+norm sees all; NT-Xent pulls each two views of an image together and pushes all others apart.
 
 A batch too large for the memory is taken in chunks (chunks.py).
 
-Shapes: B images of this rank, D projections, Q keys in the memory.
+Shapes: B images of this rank, V views, D projections, Q keys in the memory.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,17 @@ View = Callable[[Batch, int], Tensor]  # (batch, number of the view) -> (B, 3, s
 
 
 class Pretrain(Stage):
-    """SimCLRv2 pretraining: forward(batch) -> NT-Xent of two views."""
+    """SimCLRv2 pretraining: forward(batch) -> NT-Xent of two views, or its mean over every two of more.
+
+    More than two are not the paper's: see recipes.best.
+    """
 
     def __init__(
-        self, encoder: Encoder, head: ProjectionHead, *, view: View, temperature: float = 0.1,
+        self, encoder: Encoder, head: ProjectionHead, *, view: View, temperature: float = 0.1, num_views: int = 2,
         chunks: Chunks | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.head, self.num_views = encoder, head, num_views
         self.view, self.temperature, self.chunks = view, temperature, chunks
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -47,24 +51,25 @@ class Pretrain(Stage):
         return self.chunks.backward(self, batch, precision)
 
     def look(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The projections (2B, D) of both views, first views before second ones; and keys, if the stage has any."""
+        """The projections (V B, D) of all views, first views before second ones; and keys, if the stage has any."""
         return self.project(self.views(batch)), None
 
     def views(self, batch: Batch) -> Tensor:
-        """Both views in one tensor (2B, 3, size, size)."""
-        return torch.cat([self.view(batch, 0), self.view(batch, 1)])
+        """All views in one tensor (V B, 3, size, size)."""
+        return torch.cat([self.view(batch, number) for number in range(self.num_views)])
 
     def project(self, views: Tensor) -> Tensor:
-        """(2B, D)"""
+        """(V B, D)"""
         return self.head(self.encoder(views))  # type: ignore[no-any-return]
 
     def compare(self, projections: Tensor, keys: Tensor | None) -> dict[str, Tensor]:
         """The loss and what is logged, of what look gives."""
         del keys
-        first, second = projections.chunk(2)
+        seen = projections.chunk(self.num_views)
+        losses = [nt_xent(first, second, self.temperature) for first, second in combinations(seen, 2)]
         return {
-            "loss": nt_xent(first, second, self.temperature),  # the paper's mean over 2N anchors
-            "contrast_accuracy": contrast_accuracy(first, second),
+            "loss": torch.stack(losses).mean(),  # each the paper's mean over 2N anchors
+            "contrast_accuracy": contrast_accuracy(*seen[:2]),
         }
 
 

@@ -29,7 +29,7 @@ from fewlabels.data import views
 from fewlabels.data.labels import TEST, Dataset
 from fewlabels.data.loader import in_order
 from fewlabels.model.heads import Classifier, ProjectionHead
-from fewlabels.use import evaluate
+from fewlabels.use import evaluate, propagate
 
 Floats = npt.NDArray[np.float32]
 
@@ -94,6 +94,20 @@ def known_features(dataset: Dataset, encoder: nn.Module, setting: Setting) -> tu
     ids = evaluate.spread(dataset.labeled, evaluate.PROBED_IMAGES)
     (features,) = outputs(dataset, ids, setting, lambda view: [encoder(view)])
     return features, dataset.labels[ids]
+
+
+def propagated(
+    dataset: Dataset, encoder: nn.Module, head: ProjectionHead | None, setting: Setting
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training images, labeled ones first, and the classes that labels give them over the projections' graph."""
+    labeled = dataset.labeled
+    others = evaluate.spread(np.setdiff1d(dataset.train, labeled), propagate.MOST_IMAGES)
+    ids, see = np.concatenate([labeled, others]), tapped(encoder, head)
+    (projections,) = outputs(dataset, ids, setting, lambda view: see(view)[-1:])
+    given = propagate.propagate(projections, dataset.labels[ids], dataset.num_classes)
+    told = np.flatnonzero(given[len(labeled) :] >= 0) + len(labeled)
+    some = np.concatenate([np.arange(len(labeled)), evaluate.spread(told, propagate.FITTED_IMAGES)])
+    return ids[some], given[some]
 
 
 def feature_scores(dataset: Dataset, encoder: nn.Module, setting: Setting) -> dict[str, float]:
