@@ -37,9 +37,10 @@ from fewlabels.stages.distill import Distill
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
 from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
-from fewlabels.use import compare, evaluate
+from fewlabels.use import compare, evaluate, propagate
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+SMALL, WORKING_SIZE = 48, {"cpu": 96, "cuda": 336}  # px, as the recipes have it
 MOST_LABEL_STEPS = 1500  # of fine-tuning: with all labels 30 epochs would take most of a table's hour
 
 
@@ -51,21 +52,25 @@ class Body:
     layers: int = 3
     momentum: float = 0.0
     queue: int = 0
+    views: int = 0  # of an image; 0 = the recipe's
 
     def __str__(self) -> str:
         memory = f", momentum {self.momentum:g}, queue {self.queue}" if self.momentum else ""
-        return f"{self.encoder}, head of {self.layers}{memory}"
+        return f"{self.encoder}, head of {self.layers}{memory}" + (f", {self.views} views" if self.views else "")
 
 
 def images(name: str, *, train: int, test: int, seed: int = 0) -> Source:
     """The first `train` and `test` images of a set in random order, all labels known; 0 = all of them.
 
-    name: "digits", "fashion", or a folder with train.parquet and test.parquet (`image`, `label`).
+    name: "digits", "fashion", or a folder with train.parquet and test.parquet (`image`, `label`), or with train/ and
+    val/, of which all are taken.
     """
     if name == "digits":
         return open_source("digits")
     if name == "fashion":
         return open_source(*_idx("train", train, seed), test=_idx("t10k", test, seed))
+    if (Path(name) / "val").is_dir():
+        return open_source(Path(name) / "train", test=Path(name) / "val")
     parts = Path(name) / "train.parquet", Path(name) / "test.parquet"
     return open_source(*_parquet(parts[0], train, seed), test=_parquet(parts[1], test, seed))
 
@@ -108,7 +113,8 @@ class Lab:
         self.folder, self.device, self.choose = folder, device or torch.device("cpu"), choose
         self.precision = workload.precision(self.device)
         self.side, self.gray = prepare.survey(source)
-        self.dataset = pool(workload.stored(source, folder))
+        working_size = None if self.side <= SMALL else min(self.side, WORKING_SIZE[self.device.type])
+        self.dataset = pool(workload.stored(source, folder, working_size=working_size))
         self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
         self.general = self.recipe(len(self.dataset.labeled))
         self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
@@ -174,10 +180,11 @@ class Lab:
         torch.manual_seed(0)
         network = encoder(body.encoder)
         head = ProjectionHead(network.feature_dim, settings.head_out, body.layers)
-        view = self.view(views.pretrain, 0, strength=settings.strength, blur=settings.blur)
+        view = self.strong_view(0)
 
         def train() -> None:
-            stage: Stage = Pretrain(network, head, view=view, temperature=settings.temperature)
+            count = body.views or settings.views
+            stage: Stage = Pretrain(network, head, view=view, temperature=settings.temperature, num_views=count)
             if body.momentum:
                 stage = PretrainWithMomentum(
                     network, head, view=view, temperature=settings.temperature, momentum=body.momentum, queue=body.queue
@@ -188,19 +195,25 @@ class Lab:
         return network, head
 
     def finetuned(self, body: Body, tap: int, amount: str | int, draw: int, *, start: str | None = None) -> Classifier:
-        """A pretrained network after fine-tuning from a tap of its head."""
+        """A pretrained network after fine-tuning from a tap of its head. start: also "propagated", as `fewlabels fit`
+        does up to propagate.FEW_LABELS a class.
+        """
         few = self.few(amount, draw)
         settings = self.recipe(len(few.labeled)).finetune
-        settings = replace(settings, tap=tap, start=start or settings.start)
+        start = start or settings.start
+        settings = replace(settings, tap=tap, start="zero" if start == "zero" else "probe")
         network, head = copy.deepcopy(nn.ModuleList(self.pretrained(body)))
         classifier = Classifier(network, head, tap=tap, num_classes=few.num_classes)
 
         def train() -> None:
-            if settings.start == "probe":
-                self._start_from_probe(classifier, few)
+            if start == "propagated":
+                spread = compare.propagated(few, *self.pretrained(body), self.setting)
+                self._start_from_probe(classifier, few, *spread, propagate.STRENGTH)
+            elif settings.start == "probe":
+                self._start_from_probe(classifier, few, few.labeled, few.labels[few.labeled])
             self._on_labels(classifier, settings, few, draw)
 
-        name = f"finetuned {body}, {self.epochs:g} epochs, tap {tap}, {amount}, draw {draw}, from {settings.start}"
+        name = f"finetuned {body}, {self.epochs:g} epochs, tap {tap}, {amount}, draw {draw}, from {start}"
         self.kept(name, classifier, train)
         return classifier
 
@@ -245,11 +258,13 @@ class Lab:
         torch.manual_seed(1000 + draw)
         return Classifier(encoder(name), None, tap=0, num_classes=self.dataset.num_classes)
 
-    def _start_from_probe(self, network: Classifier, few: Dataset) -> None:
-        """The classifier becomes the logistic regression on what it sees: `fewlabels fit` without label propagation."""
+    def _start_from_probe(
+        self, network: Classifier, few: Dataset, ids: np.ndarray, known: np.ndarray, strength: float = 0.1
+    ) -> None:
+        """The classifier becomes the logistic regression on what it sees of images ids, of the classes known."""
         network.to(self.device).eval()
-        (features,) = compare.outputs(few, few.labeled, self.setting, lambda view: [network.features(view)])
-        fitted = evaluate.logistic_regression(features, few.labels[few.labeled], num_classes=few.num_classes)
+        (features,) = compare.outputs(few, ids, self.setting, lambda view: [network.features(view)])
+        fitted = evaluate.logistic_regression(features, known, num_classes=few.num_classes, strength=strength)
         with torch.no_grad():
             for mine, found in zip((network.linear.weight, network.linear.bias), fitted.linear(), strict=True):
                 mine.copy_(torch.from_numpy(found))
@@ -268,6 +283,13 @@ class Lab:
         """make (of fewlabels.data.views) for this laboratory's images, with random numbers of its own a stream."""
         general = self.general
         return workload.viewer(make, self.precision, size=general.size, kind=general.kind, seed=stream << 32, **more)
+
+    def strong_view(self, stream: int) -> Any:
+        """The view of pretraining, as the recipe has it."""
+        settings = self.general.pretrain
+        return self.view(
+            views.pretrain, stream, strength=settings.strength, blur=settings.blur, smallest_crop=settings.smallest_crop
+        )
 
     # --- without training ---
 

@@ -168,9 +168,9 @@ class Tables:
         momentum = 0.999 if self.scale.epochs >= 100 else 0.99
         queue = self.scale.queue
         bodies = {
-            "no memory": Body(self.usual),
-            f"momentum {momentum}": Body(self.usual, momentum=momentum),
-            f"momentum {momentum}, {queue:,} past keys": Body(self.usual, momentum=momentum, queue=queue),
+            "no memory": Body(self.usual, views=2),
+            f"momentum {momentum}": Body(self.usual, momentum=momentum, views=2),
+            f"momentum {momentum}, {queue:,} past keys": Body(self.usual, momentum=momentum, queue=queue, views=2),
         }
         return {
             name: {amount: self.finetuned(body, amount) for amount in LABELS[:2]} | {"linear, 100%": self.probed(body)}
@@ -196,10 +196,13 @@ class Tables:
 
 def told(title: str, rows: Rows) -> None:
     """Print rows as a Markdown table."""
-    columns = list(next(iter(rows.values())))
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name, row in rows.items():
-        cells = [f"{row[c][0]:.2f}" if "correlation" in name else mean_and_spread(row[c]) for c in columns]
+        cells = [
+            "" if c not in row else f"{row[c][0]:.2f}" if "correlation" in name else mean_and_spread(row[c])
+            for c in columns
+        ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from fewlabels.data import views
 from fewlabels.data.loader import Order, training_batches
 from fewlabels.model.heads import Classifier
 from fewlabels.stages.selftrain import SelfTrain, expected_classes
+from fewlabels.use import propagate
 
 # Of the network forward and backward for an image: its strong view, a third for its weak one, and labeled images
 PASSES = 1 + 1 / 3 + 1 / plan.LABELED_SHARE
@@ -48,39 +50,49 @@ class FixMatch(SelfTrain):
 
 
 class Comparison:
-    """The rows of the table, each a number a draw of labels."""
+    """The rows of the table, each a number a draw of labels. propagates: very few labels are spread first, as in
+    `fewlabels fit` without self-training.
+    """
 
-    def __init__(self, laboratory: Lab, body: Body, draws: int) -> None:
-        self.lab, self.body, self.draws = laboratory, body, range(draws)
+    def __init__(self, laboratory: Lab, body: Body, draws: int, *, propagates: bool = False) -> None:
+        self.lab, self.body, self.draws, self.propagates = laboratory, body, range(draws), propagates
 
-    def rows(self, amounts: list[int], *, fixmatch: bool = True) -> Rows:
-        """Every way to learn, by the number of labels."""
-        ways = {
-            "logistic regression, tap 0": lambda a, n: self.lab.linear(self.body, a, n),
-            "fine-tuned": lambda a, n: self.lab.accuracy(self._finetuned(a, n)),
-            "distilled into itself": self._distilled,
-            "self-trained": self._selftrained,
-        }
-        ways |= {"FixMatch from random weights": self._fixmatch} if fixmatch else {}
+    def rows(self, amounts: list[int], ways: Iterable[str]) -> Rows:
+        """These ways to learn, by the number of labels."""
         return {
             name: {
                 f"{a} labels": [
-                    self.lab.cell(f"{name}, {self.body}, {a} labels, draw {n}", partial(way, a, n)) for n in self.draws
+                    self.lab.cell(f"{name}, {self.body}, {a} labels, draw {n}", partial(WAYS[name], self, a, n))
+                    for n in self.draws
                 ]
                 for a in amounts
             }
-            for name, way in ways.items()
+            for name in ways
         }
+
+    def _alone(self, amount: int, draw: int) -> float:
+        return self.lab.accuracy(self.lab.supervised(self.body.encoder, amount, draw))
+
+    def _probed(self, amount: int, draw: int) -> float:
+        return self.lab.linear(self.body, amount, draw)
+
+    def _tuned(self, amount: int, draw: int) -> float:
+        return self.lab.accuracy(self._teacher(amount, draw))
+
+    def _teacher(self, amount: int, draw: int) -> Classifier:
+        few = amount <= propagate.FEW_LABELS * self.lab.dataset.num_classes
+        return self.lab.finetuned(self.body, 1, amount, draw, start="propagated" if self.propagates and few else None)
 
     def _finetuned(self, amount: int, draw: int) -> Classifier:
         return self.lab.finetuned(self.body, 1, amount, draw)
 
     def _distilled(self, amount: int, draw: int) -> float:
-        few, teacher = self.lab.few(amount, draw), self._finetuned(amount, draw)
+        few, teacher = self.lab.few(amount, draw), self._teacher(amount, draw)
         epochs = self.lab.distill_epochs * PASSES / (1 + 1 / 3)
+        start = self.lab.recipe(len(few.labeled)).distill.start
         student = self.lab.distilled(
             self.body.encoder, teacher, f"itself, {self.body}, {amount}, draw {draw}, {epochs:g} epochs", few, draw,
-            body=self.body, epochs=epochs,
+            body=self.body if start == "pretrained" else None, epochs=epochs,
         )  # fmt: skip
         return self.lab.accuracy(student)
 
@@ -96,14 +108,13 @@ class Comparison:
     def _trained(
         self, name: str, kind: type[SelfTrain], network: Classifier, amount: int, draw: int, epochs: float
     ) -> float:
-        few, general = self.lab.few(amount, draw), self.lab.general
+        few = self.lab.few(amount, draw)
         settings = replace(self.lab.recipe(len(few.labeled)).distill, epochs=epochs)
         beside = plan.beside(plan.derive(settings, len(few.train), 1).batch, len(few.labeled), 1)
         order = Order(few.labeled, beside, 1000 + draw)
-        strength, blur = general.pretrain.strength, general.pretrain.blur
         stage = kind(
             network, weak=self.lab.view(views.finetune, 4), threshold=THRESHOLD,
-            strong=self.lab.view(views.pretrain, 5, strength=strength, blur=blur),
+            strong=self.lab.strong_view(5),
             labeled=lambda first: training_batches(
                 few, order, first_step=first, last_step=sys.maxsize, device=self.lab.device
             ),
@@ -111,6 +122,16 @@ class Comparison:
         )  # fmt: skip
         self.lab.kept(name, stage.average, lambda: self.lab.train(stage, settings, few, few.train, draw))
         return self.lab.accuracy(stage.average)
+
+
+WAYS = {
+    "labels alone": Comparison._alone,
+    "logistic regression, tap 0": Comparison._probed,
+    "fine-tuned": Comparison._tuned,
+    "distilled into itself": Comparison._distilled,
+    "self-trained": Comparison._selftrained,
+    "FixMatch from random weights": Comparison._fixmatch,
+}
 
 
 def main() -> None:
@@ -134,7 +155,8 @@ def main() -> None:
     laboratory = Lab(
         source, place, epochs=asked.epochs, distill_epochs=asked.again, device=device, pool=pool, choose=choose
     )
-    rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, fixmatch=asked.fixmatch)
+    ways = [name for name in WAYS if name != "labels alone" and (asked.fixmatch or "FixMatch" not in name)]
+    rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, ways)
     told(f"{Path(asked.data).name}, {asked.pool} pool, {asked.encoder}", rows)
     words = {name: str(value) for name, value in vars(asked).items()}
     harness.keep(f"selftraining-{Path(asked.data).name}-{asked.pool}", {"asked": words, "rows": rows})

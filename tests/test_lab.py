@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from benchmarks import lab, paper, pools, selftraining, workload
+from benchmarks import lab, ladder, paper, pools, pretraining, selftraining, workload
 from benchmarks.lab import Body, Lab
 
 from conftest import shapes_images
 from fewlabels import runtime
+from fewlabels.data.labels import Dataset
 from fewlabels.data.sources import open_source
 from fewlabels.use import compare, evaluate
 
@@ -26,11 +28,11 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workload, "precision", lambda _: runtime.Precision(None, channels_last=True))
 
 
-def laboratory(folder: Path) -> Lab:
+def laboratory(folder: Path, recipe: str = "best") -> Lab:
     images, classes = shapes_images(200, size=16)
     names = [f"class {k}" for k in classes]
     source = open_source(images[:120], names[:120], test=(images[120:], names[120:]))
-    return Lab(source, folder, epochs=0.5, distill_epochs=0.5)
+    return Lab(source, folder, epochs=0.5, distill_epochs=0.5, recipe=recipe)
 
 
 def test_everything_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +109,54 @@ def test_every_table(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_table_of_self_training(tmp_path: Path) -> None:
-    rows = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12])
-    assert len(rows) == 5
-    brief = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12], fixmatch=False)
-    assert brief == {name: row for name, row in rows.items() if "FixMatch" not in name}
+    rows = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12], selftraining.WAYS)
+    assert len(rows) == 6
+    again = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12], ["fine-tuned"])
+    assert again == {"fine-tuned": rows["fine-tuned"]}
     for row in rows.values():
         assert len(row["12 labels"]) == 2
         assert all(0 <= value <= 100 for value in row["12 labels"])
+
+
+def test_the_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labs = {name: laboratory(tmp_path / name, name) for name in (ladder.FAITHFUL, ladder.OURS)}
+    spread = []
+    propagated = compare.propagated
+
+    def noted(few: Dataset, *more: Any) -> Any:
+        spread.append(len(few.labeled))
+        return propagated(few, *more)
+
+    monkeypatch.setattr(compare, "propagated", noted)
+    rows = ladder.climbed(labs, Body(TINY), 2, [12, 60], [12])
+    assert spread == [12, 12], "up to 4 labels a class, in each draw, and only ours"
+    stage_3 = {"simclrv2: distilled into itself", "best: distilled into itself", "best: self-trained"}
+    assert stage_3 < set(rows)
+    for name, row in rows.items():
+        assert list(row) == (["12 labels"] if name in stage_3 else ["12 labels", "60 labels"])
+        assert all(0 <= value <= 100 for values in row.values() for value in values)
+
+
+def test_ways_to_pretrain(tmp_path: Path) -> None:
+    made = laboratory(tmp_path)
+    seen = {}
+    for name in ("NT-Xent", "decoupled, 4 views of 64", "coding rate, 4 views of 64", "4 views of 64"):
+        trial = pretraining.Trial(made, name, 0)
+        assert set(trial.numbers([12])) == {f"12, tap {tap}" for tap in pretraining.TAPS}
+        seen[name] = next(trial.features()[0].parameters())
+    assert len({tuple(weights.flatten().tolist()) for weights in seen.values()}) == 4
+
+
+def test_decoupled_is_nt_xent_without_the_positive_below() -> None:
+    torch.manual_seed(0)
+    z = torch.randn(2, 5, 8, dtype=torch.float64)
+    rows = torch.nn.functional.normalize(z.flatten(0, 1).float(), dim=1)
+    losses = []
+    for i in range(10):
+        own = rows[i] @ rows[(i + 5) % 10] / 0.3
+        others = torch.stack([rows[i] @ rows[j] / 0.3 for j in range(10) if j % 5 != i % 5])
+        losses.append(others.exp().sum().log() - own)
+    torch.testing.assert_close(pretraining.decoupled(z, 0.3), torch.stack(losses).mean())
 
 
 def test_a_long_tail_and_labels_that_come_the_other_way_round(tmp_path: Path) -> None:
