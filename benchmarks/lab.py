@@ -175,23 +175,31 @@ class Lab:
     # --- the three stages ---
 
     def pretrained(self, body: Body) -> tuple[nn.Module, ProjectionHead]:
-        """Encoder and head of a pretraining."""
+        """Encoder and head of a pretraining; more views than two of an image are of fewer epochs."""
         settings = self.general.pretrain
+        count = body.views or settings.views
+        settings = replace(settings, epochs=settings.epochs * 2 / count)
         torch.manual_seed(0)
         network = encoder(body.encoder)
         head = ProjectionHead(network.feature_dim, settings.head_out, body.layers)
         view = self.strong_view(0)
 
         def train() -> None:
-            count = body.views or settings.views
             stage: Stage = Pretrain(network, head, view=view, temperature=settings.temperature, num_views=count)
             if body.momentum:
                 stage = PretrainWithMomentum(
-                    network, head, view=view, temperature=settings.temperature, momentum=body.momentum, queue=body.queue
+                    network,
+                    head,
+                    view=view,
+                    temperature=settings.temperature,
+                    momentum=body.momentum,
+                    queue=body.queue,
+                    num_views=count,
                 )
             self.train(stage, settings, self.dataset, self.dataset.train, 0)
 
-        self.kept(f"{body}, {self.epochs:g} epochs", nn.ModuleDict({"encoder": network, "head": head}), train)
+        several = "" if count == 2 else f", {count} views of {settings.batch}, crops from {settings.smallest_crop:g}"
+        self.kept(f"{body}, {self.epochs:g} epochs{several}", nn.ModuleDict({"encoder": network, "head": head}), train)
         return network, head
 
     def finetuned(self, body: Body, tap: int, amount: str | int, draw: int, *, start: str | None = None) -> Classifier:

@@ -218,6 +218,19 @@ def test_a_glance_reads_plain_values_and_passes_over_what_is_broken(tmp_path: Pa
     assert checkpoint.glance(tmp_path) == {"identity": 1, "step": 1}
 
 
+def test_what_is_saved_after_damage_stays(tmp_path: Path) -> None:
+    """Both checkpoints are damaged, so the stage begins anew: what it saves is kept, and what is of no use goes."""
+    for step in (475, 500):
+        (checkpoint.save(tmp_path, step, TENSORS, {}) / "manifest.json").write_text("{")
+    assert checkpoint.latest(tmp_path)[0] is None
+    for step in (25, 50, 75):
+        checkpoint.save(tmp_path, step, TENSORS, {})
+        saved, passed_over = checkpoint.latest(tmp_path)
+        assert saved is not None
+        assert (saved.step, passed_over) == (step, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000050", "step-00000075"]
+
+
 def test_neither_a_pipe_nor_a_device_nor_an_endless_file_is_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zeros").symlink_to("/dev/zero")

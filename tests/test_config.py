@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewlabels import config, plan, recipes
+from fewlabels import asked, config, plan, recipes
 from fewlabels.config import FinetuneRecipe, PretrainRecipe, Recipe
 from fewlabels.errors import MissingInput, UsageError
 from fewlabels.recipes import Facts
@@ -34,7 +34,6 @@ FACTS = recipes.Facts(images=9469, labeled=95, classes=10, side=160, gray=False,
         ({"kind": "foto"}, ['did you mean "photo"', "allowed: one of photo"]),
         ({"finetune": {"tap": 5}}, ["finetune.tap = 5", "3 layers"]),
         ({"pretrain": {"queue": 8}}, ["queue needs a momentum encoder"]),
-        ({"pretrain": {"views": 4, "momentum": 0.9}}, ["views above 2 are not for a momentum encoder"]),
         ({"pretrain": {"views": 1, "smallest_crop": 0.0}}, ["pretrain.views = 1", "pretrain.smallest_crop = 0.0"]),
         ({"size": None}, ["size = None"]),
         ({"encoder": "timm:resnet18", "chunk_norm": "batch"}, ["batch norms of timm:resnet18 are its own"]),
@@ -211,8 +210,20 @@ def test_on_a_cpu_photos_are_seen_in_four_gentle_views(images: int, batch: int) 
     facts = Facts(images=images, labeled=10, classes=5, side=64, gray=False, on_gpu=False, threads=2)
     found = recipes.best(facts).pretrain
     assert (found.views, found.batch, found.smallest_crop) == (4, batch, 0.25)
-    for paper in (recipes.simclrv2(facts), recipes.best(replace(facts, gray=True, side=28))):
-        assert (paper.pretrain.views, paper.pretrain.smallest_crop) == (2, 0.08)
+    assert found.epochs * found.views == 2 * recipes.simclrv2(facts).pretrain.epochs
+    drawings, on_gpu = replace(facts, gray=True, side=28), replace(facts, on_gpu=True)
+    for others in (recipes.simclrv2(facts), recipes.best(drawings), recipes.best(on_gpu)):
+        assert (others.pretrain.views, others.pretrain.smallest_crop) == (2, 0.08)
+
+
+def test_a_whole_recipe_of_an_older_version_is_not_filled_up_with_what_ours_is_today(tmp_path: Path) -> None:
+    old = recipes.simclrv2(FACTS)
+    lines = [line for line in config.to_toml(old).splitlines() if not line.startswith(("views", "smallest_crop"))]
+    (tmp_path / "old.toml").write_text("\n".join(lines))
+    assert asked.of_name(str(tmp_path / "old.toml"), FACTS) == replace(old, name="custom")
+    (tmp_path / "own.toml").write_text('name = "mine"\n[pretrain]\nepochs = 7\n')
+    found = asked.of_name(str(tmp_path / "own.toml"), FACTS).pretrain
+    assert found == replace(recipes.best(FACTS).pretrain, epochs=7)
 
 
 @pytest.mark.parametrize("images", [10, 300, 1200, 60_000])

@@ -22,7 +22,7 @@ from PIL import Image
 import fewlabels as fl
 from conftest import same, shapes_images
 from fewlabels import checkpoint, plan, prepare
-from fewlabels.data import pixels
+from fewlabels.data import pixels, views
 from fewlabels.data.sources import open_source
 from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, RunAgain, UsageError
 from fewlabels.stages import loop
@@ -128,6 +128,23 @@ def test_it_learns_and_the_table_is_whole(run: fl.Run) -> None:
     assert run.metrics["measurement"]["top1"]["accuracy"] == rows["distill"]["accuracy"]
 
 
+def test_pretraining_sees_the_views_that_its_recipe_asks_for(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, make = set(), views.pretrain
+
+    def noted(*images: Any, **settings: Any) -> Any:
+        seen.add((settings["view"], settings["smallest_crop"]))
+        return make(*images, **settings)
+
+    monkeypatch.setattr(views, "pretrain", noted)
+    for momentum in (0.0, 0.9):
+        seen.clear()
+        asked = {"epochs": 1, "views": 3, "smallest_crop": 0.4, "momentum": momentum}
+        fl.fit(photos, out=tmp_path / str(momentum), recipe="smoke", until="pretrain", pretrain=asked)
+        assert seen == {(0, 0.4), (1, 0.4), (2, 0.4)}
+
+
 def test_the_artefact_predicts_what_was_measured(run: fl.Run, photos: Path) -> None:
     folders = sorted((photos / "test").iterdir())
     paths = [path for folder in folders for path in sorted(folder.iterdir())]
@@ -171,10 +188,16 @@ def test_other_images_are_refused_and_the_stored_ones_kept(run: fl.Run, photos: 
     names = ("data.json", "bad_images.csv", "data/pixels.u8", "data/index.json")
     before = {name: (run.path / name).read_bytes() for name in names}
     others, classes = shapes_images(120, size=20, seed=9)
-    with pytest.raises(CannotCreate, match="images"):
-        fl.fit(others, [str(c) for c in classes], out=run.path, recipe="smoke", **SMALL)
-    assert {name: (run.path / name).read_bytes() for name in names} == before
-    assert not list(run.path.glob("*.new*"))
+    manifests = {path: path.read_text() for path in run.path.glob("pretrain/step-*/manifest.json")}
+    for damage in ("", "{"):  # of pretraining's checkpoints: those of the other stages still say whose they are
+        for path, text in manifests.items():
+            path.write_text(damage or text)
+        with pytest.raises(CannotCreate, match="images"):
+            fl.fit(others, [str(c) for c in classes], out=run.path, recipe="smoke", **SMALL)
+        assert {name: (run.path / name).read_bytes() for name in names} == before
+        assert not list(run.path.glob("*.new*"))
+    for path, text in manifests.items():
+        path.write_text(text)
     # Touched files are read again, and as they are the same images the run goes on
     for path in photos.rglob("*.png"):
         os.utime(path)

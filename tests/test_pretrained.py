@@ -139,6 +139,14 @@ def test_the_same_command_again_goes_on_and_other_weights_are_refused(
         fl.fit(photos, out=tmp_path / "run", recipe="smoke", pretrained=str(other))
 
 
+def test_a_pretraining_that_never_ran_is_no_reason_to_refuse(model: Path, photos: Path, tmp_path: Path) -> None:
+    """The recipe's own pretraining may be another in a newer version, as four views of photos were."""
+    out = tmp_path / "run"
+    fl.fit(photos, out=out, recipe="smoke", pretrained=str(model), until="finetune", pretrain={"smallest_crop": 0.3})
+    run = fl.fit(photos, out=out, recipe="smoke", pretrained=str(model), distill={"epochs": 1})
+    assert {row["key"] for row in run.metrics["rows"]} >= {"finetune", "distill"}
+
+
 def test_without_labels_its_own_classifier_teaches(model: Path, unlabeled: Path, photos: Path, tmp_path: Path) -> None:
     run = fl.fit(
         unlabeled, test=photos / "test", out=tmp_path / "run", recipe="smoke", pretrained=str(model),

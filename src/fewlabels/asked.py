@@ -93,10 +93,11 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     """The recipe as it will be run. The same command gets its stored recipe; stages already begun keep theirs."""
     if stored and same_wishes(stored, asked, facts.labeled):
         return config.from_dict(stored["recipe"])
-    recipe = _named(asked.recipe, facts)
+    recipe = of_name(asked.recipe, facts)
     if stored and begun:
         before = config.from_dict(stored["recipe"])
-        kept = {stage: getattr(before, stage) for stage in begun if stage in config.SECTIONS}
+        stay = begun | ({"pretrain"} if before.pretrained is not None else set())
+        kept = {stage: getattr(before, stage) for stage in stay if stage in config.SECTIONS}
         names = ("encoder", "size", "kind", "working_size", "precision", "compile", "chunk_norm")
         top = {name: getattr(before, name) for name in names}
         recipe = replace(recipe, **kept, **top)
@@ -146,9 +147,12 @@ def same_wishes(stored: dict[str, Any], asked: Asked, labeled: int) -> bool:
     return bool(stored["asked"] == asked.wishes() and stored["understood"]["labeled"] == labeled)
 
 
-def _named(name: str, facts: Facts) -> Recipe:
+def of_name(name: str, facts: Facts) -> Recipe:
+    """The recipe called name, or of the file that it is."""
     if name.endswith(".toml"):
-        return config.override(recipes.best(facts), config.read_toml(Path(name)))
+        values = config.read_toml(Path(name))
+        # A run's own recipe.toml holds all there was: of knobs that are newer it had the default, not ours of today
+        return config.override(Recipe() if config.is_whole(values) else recipes.best(facts), values)
     return recipes.named(name, facts)
 
 

@@ -255,7 +255,10 @@ def verify(folder: Path, needed: Collection[str] = ()) -> None:
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
-    """Write folder/step-00001234, and remove all but the newest KEEP checkpoints. Returns the new one's path."""
+    """Write folder/step-00001234, and remove all but it and the KEEP - 1 before it. Returns the new one's path.
+
+    Later ones go too: a stage is at an earlier step because they could not be used.
+    """
     target = folder / f"step-{step:08d}"
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +266,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
     with publish(target) as temporary:
         write_tensors(temporary / TENSORS, tensors)
         (temporary / VALUES).write_text(json.dumps({**values, "step": step}, indent=1), encoding="utf-8")
-    for rest in (*_checkpoints(folder)[KEEP:], *folder.glob(".step-*")):  # and the drafts of killed processes
+    there = _checkpoints(folder)
+    own = there.index(target)
+    for rest in (*there[:own], *there[own + KEEP :], *folder.glob(".step-*")):  # and the drafts of killed processes
         shutil.rmtree(rest, ignore_errors=True)
     return target
 
@@ -306,8 +311,9 @@ def glance(folder: Path) -> dict[str, Any] | None:
     """The plain values of the newest checkpoint whose manifest vouches for them; its tensors are left alone."""
     for path in _checkpoints(folder):
         try:
-            if read_sealed(path / "manifest.json")["files"][VALUES]["sha256"] == file_digest(path / VALUES):
-                return {**json.loads(read_text(path / VALUES))}
+            text, vouched = read_text(path / VALUES), read_sealed(path / "manifest.json")["files"][VALUES]["sha256"]
+            if hashlib.sha256(text.encode()).hexdigest() == vouched:
+                return {**json.loads(text)}
         except UNREADABLE:
             continue
     return None

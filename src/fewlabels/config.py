@@ -151,8 +151,6 @@ class Recipe:
             )
         if self.pretrain.queue and not self.pretrain.momentum:
             faults.append("pretrain.queue needs a momentum encoder: set pretrain.momentum, e.g. 0.999")
-        if self.pretrain.momentum and self.pretrain.views > 2:
-            faults.append("pretrain.views above 2 are not for a momentum encoder: set pretrain.momentum to 0")
         if self.chunk_norm == "batch" and self.encoder.startswith("timm:"):
             faults.append(f'chunk_norm = "batch", but the batch norms of {self.encoder} are its own: use "chunk"')
         if self.distill.self_training and self.distill.teacher_epochs:
@@ -318,6 +316,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"recipe file {path} is not TOML: {error}", fix="mend the line that it names") from error
     values.pop("name", None)
     return values
+
+
+def is_whole(values: Mapping[str, Any]) -> bool:
+    """Whether values of a recipe file are all of a recipe, as to_toml writes it, perhaps of an older version."""
+    schedule = {item.name for item in dataclasses.fields(Schedule)}
+    return {"encoder", "size", "kind"} <= values.keys() and all(
+        isinstance(values.get(section), Mapping) and schedule <= values[section].keys() for section in SECTIONS
+    )
 
 
 def knobs() -> dict[str, str]:

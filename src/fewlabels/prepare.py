@@ -31,6 +31,7 @@ from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, duration, say
 from fewlabels.use import artefact, compare
 
+SAVING = ("pretrain", "finetune", "supervised", "distill_self", "distill")  # stages with checkpoints
 SURVEYED = 32  # images looked at to choose a recipe
 
 
@@ -124,10 +125,11 @@ def store_images(source: Source, folder: RunFolder, recipe: Recipe, max_bad: flo
 
 
 def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any], max_bad: float) -> None:
-    """Make RUN/data; that of a begun pretraining gives way only to the same images. A kill in between leaves no note,
+    """Make RUN/data; that of a begun run gives way only to the same images. A kill in between leaves no note,
     and without a note they are read again.
     """
-    begun = checkpoint.glance(folder.stage("pretrain"))
+    saved = (checkpoint.glance(folder.stage(stage)) for stage in SAVING)
+    begun = next((values for values in saved if values is not None), None)
     data, bad_csv = folder.data, folder.path / "bad_images.csv"
     if begun is None:
         note.unlink(missing_ok=True)
@@ -322,7 +324,7 @@ def number_format(recipe: Recipe, device: torch.device, stored: Mapping[str, Any
 
 def check_resumable(prepared: Prepared) -> None:
     """Refuse, before anything is done, a folder whose stages belong to another run."""
-    for stage in ("pretrain", "finetune", "supervised", "distill_self", "distill"):
+    for stage in SAVING:
         saved = checkpoint.glance(prepared.folder.stage(stage))
         if saved is not None and "identity" in saved:
             check_identity(saved["identity"], identity(prepared, stage), stage, prepared.folder.path)

@@ -114,7 +114,7 @@ class Worker:
                 )
             return PretrainWithMomentum(
                 network, head, view=view, temperature=temperature, momentum=settings.momentum, queue=settings.queue,
-                chunks=chunks,
+                num_views=settings.views, chunks=chunks,
             )  # fmt: skip
 
         return self._seeded("pretrain", build)

@@ -39,11 +39,13 @@ def stage(kind: str, chunks: Chunks | None, *, dropout: bool = False) -> Pretrai
         head.layers[0].linear = nn.Sequential(nn.Dropout(0.4), head.layers[0].linear)
     for norm in (m for m in body.modules() if isinstance(m, BatchNorm)):
         nn.init.uniform_(norm.weight, 0.5, 1.5)  # none at 0, which would switch its branch off
-    if kind != "momentum":
-        count = {"plain": 2, "three views": 3}[kind]
+    count = 3 if "three views" in kind else 2
+    if "momentum" not in kind:
         made = Pretrain(body, head, view=view, temperature=0.2, num_views=count, chunks=chunks)
     else:
-        made = PretrainWithMomentum(body, head, view=view, temperature=0.2, momentum=0.9, queue=24, chunks=chunks)
+        made = PretrainWithMomentum(
+            body, head, view=view, temperature=0.2, momentum=0.9, queue=24, num_views=count, chunks=chunks
+        )
         for tensor in made.average.parameters():
             tensor.data.add_(0.01 * torch.randn_like(tensor))
     return made.double().train()
@@ -88,7 +90,7 @@ def test_without_batch_statistics_it_is_the_whole_batch(norm: str, kind: str) ->
     assert_close(cached(stage(kind, Chunks(5, norm)), prepare=frozen), whole)
 
 
-@pytest.mark.parametrize("kind", ["plain", "three views", "momentum"])
+@pytest.mark.parametrize("kind", ["plain", "three views", "momentum", "momentum, three views"])
 def test_with_the_chunks_own_statistics_it_is_a_graph_of_all_chunks(kind: str) -> None:
     """Dropout draws the same in both passes, running statistics move once."""
     chunks = Chunks(5, "chunk")
@@ -111,9 +113,9 @@ def test_with_the_chunks_own_statistics_it_is_a_graph_of_all_chunks(kind: str) -
             moved[name] += twin.get_buffer(name) * len(chunk.ids) / IMAGES
     by_view = zip(*(projections.chunk(twin.num_views) for projections, _ in looked), strict=True)
     keys = None
-    if kind == "momentum":
-        key_parts = [k.chunk(2) for _, k in looked]
-        keys = torch.cat([k[0] for k in key_parts] + [k[1] for k in key_parts])
+    if "momentum" in kind:
+        key_parts = zip(*(k.chunk(twin.num_views) for _, k in looked), strict=True)
+        keys = torch.cat([part for parts in key_parts for part in parts])
     scalars = twin.compare(torch.cat([part for parts in by_view for part in parts]), keys)
     scalars["loss"].backward()
     expected = outcome(twin, scalars) | moved

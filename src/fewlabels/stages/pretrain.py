@@ -86,9 +86,9 @@ class PretrainWithMomentum(Pretrain):
 
     def __init__(
         self, encoder: Encoder, head: ProjectionHead, *, view: View, temperature: float, momentum: float, queue: int,
-        chunks: Chunks | None = None,
+        num_views: int = 2, chunks: Chunks | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(encoder, head, view=view, temperature=temperature, chunks=chunks)
+        super().__init__(encoder, head, view=view, temperature=temperature, num_views=num_views, chunks=chunks)
         self.momentum = momentum
         self.average = copy.deepcopy(nn.ModuleDict({"encoder": encoder, "head": head})).requires_grad_(False)
         width = next(p.shape[0] for p in reversed(list(head.parameters())) if p.dim() == 2)
@@ -107,14 +107,14 @@ class PretrainWithMomentum(Pretrain):
 
     def compare(self, projections: Tensor, keys: Tensor | None) -> dict[str, Tensor]:
         assert keys is not None
-        first, second = projections.chunk(2)
-        first_key, second_key = keys.chunk(2)
+        seen, keys_seen = projections.chunk(self.num_views), keys.chunk(self.num_views)
         # View by view, so that the memory's order does not depend on the number of ranks
-        self._keys = torch.cat([runtime.gather(first_key), runtime.gather(second_key)])[-len(self.queue) :]
-        return {
-            "loss": nt_xent_with_queue(first, second, first_key, second_key, self.queue, self.temperature),
-            "contrast_accuracy": contrast_accuracy(first, second),
-        }
+        self._keys = torch.cat([runtime.gather(part) for part in keys_seen])[-len(self.queue) :]
+        losses = [
+            nt_xent_with_queue(seen[a], seen[b], keys_seen[a], keys_seen[b], self.queue, self.temperature)
+            for a, b in combinations(range(self.num_views), 2)
+        ]
+        return {"loss": torch.stack(losses).mean(), "contrast_accuracy": contrast_accuracy(*seen[:2])}
 
     @torch.no_grad()
     def after_step(self) -> None:
