@@ -220,11 +220,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
 
     A run of an older version knows no knob that is newer: it ran with what is now that knob's default.
     """
-    known = {name: asdict(kind()) for name, kind in config.SECTIONS.items()}
-    before = dict(before) if isinstance(before, Mapping) else {}  # a checkpoint may come from anywhere
-    for name, value in known.items():
-        before |= {name: value | before[name]} if isinstance(before.get(name), Mapping) else {}
-    flat_before, flat_now = flat(before), flat(now)
+    flat_before, flat_now = (flat(_with_defaults(facts)) for facts in (before, now))
     differences = [
         f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"
         for name in sorted(flat_before.keys() | flat_now.keys())
@@ -241,6 +237,14 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
             why="going on would mix two runs; nothing was changed",
             fix=fix,
         )
+
+
+def _with_defaults(facts: Any) -> dict[str, Any]:
+    """An identity, which may come from anywhere, with all knobs of today in the sections that it has."""
+    found: dict[str, Any] = dict(facts) if isinstance(facts, Mapping) else {}
+    for name, kind in config.SECTIONS.items():
+        found |= {name: asdict(kind()) | found[name]} if isinstance(found.get(name), Mapping) else {}
+    return found
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -296,7 +296,8 @@ def test_distillation_weighs_labels_and_sees_one_view(dataset: labels.Dataset) -
     taught, logits = teacher(view), student(view)
     known = batch.labels >= 0
     labeled = torch.nn.functional.cross_entropy(logits[known], batch.labels[known])
-    assert got == pytest.approx((0.7 * distillation_loss(logits, taught, 0.5) + 0.3 * labeled).item(), rel=1e-6)
+    expected = 0.7 * 0.5**2 * distillation_loss(logits, taught, 0.5) + 0.3 * labeled  # the notebook's T squared
+    assert got == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_momentum_moves_the_average_and_fills_the_memory(dataset: labels.Dataset) -> None:

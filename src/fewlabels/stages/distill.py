@@ -43,7 +43,8 @@ class Distill(Stage):
             answers = self.answers or (lambda _, ask: ask(slice(None)))
             taught = answers(batch, lambda rows: self.teacher(view[rows]))  # (B, K)
         logits = self.student(view)  # (B, K)
-        distilled = distillation_loss(logits, taught, self.temperature)
+        # Unscaled, the paper's 0.1 has ten times the gradient at the same rate: it diverged (docs/method.md)
+        distilled = distillation_loss(logits, taught, self.temperature, scale_by_temperature_squared=True)
         scalars = {"agreement": (logits.argmax(dim=1) == taught.argmax(dim=1)).float().mean()}
         if not self.label_weight:
             return {"loss": distilled} | scalars
