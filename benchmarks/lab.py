@@ -26,11 +26,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import workload
-from fewlabels import checkpoint, plan, prepare, recipes
+from fewlabels import checkpoint, config, plan, prepare, recipes
 from fewlabels.config import Recipe
 from fewlabels.data import labels, views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.sources import Source, open_source
+from fewlabels.errors import UsageError
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.stages.distill import Distill
@@ -117,6 +118,7 @@ class Lab:
         self.dataset = pool(workload.stored(source, folder, working_size=working_size))
         self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
         self.general = self.recipe(len(self.dataset.labeled))
+        self._keep_to(config.as_dict(self.general))
         self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
         self.truth = self.dataset.labels[self.dataset.held_out]
         self._draws: dict[tuple[str, int], Dataset] = {}
@@ -132,6 +134,13 @@ class Lab:
         return replace(found, pretrain=pretrain, distill=replace(found.distill, epochs=self.distill_epochs))
 
     # --- what is kept ---
+
+    def _keep_to(self, settings: dict[str, Any]) -> None:
+        """Refuse a folder whose numbers were made with other settings: their names do not tell all of them."""
+        place = self.folder / "recipe.json"
+        if place.exists() and json.loads(place.read_text()) != settings:
+            raise UsageError(f"{self.folder} was made with other settings (recipe.json)", fix="give a new --out")
+        checkpoint.write_json(place, settings)
 
     def cell(self, name: str, make: Callable[[], float]) -> float:
         """The number called name: the kept one, or that of make()."""

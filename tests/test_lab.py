@@ -15,6 +15,7 @@ from conftest import shapes_images
 from fewlabels import runtime
 from fewlabels.data.labels import Dataset
 from fewlabels.data.sources import open_source
+from fewlabels.errors import UsageError
 from fewlabels.use import compare, evaluate
 
 TINY = "resnet18_0.125x_small"
@@ -116,6 +117,15 @@ def test_the_table_of_self_training(tmp_path: Path) -> None:
     for row in rows.values():
         assert len(row["12 labels"]) == 2
         assert all(0 <= value <= 100 for value in row["12 labels"])
+
+
+def test_numbers_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
+    made = laboratory(tmp_path)
+    laboratory(tmp_path)
+    for other in ({"recipe": "simclrv2"}, {"epochs": 1.0}):
+        source = open_source(*shapes_images(200, size=16))
+        with pytest.raises(UsageError, match="other settings"):
+            Lab(source, tmp_path, **{"epochs": made.epochs, "distill_epochs": 0.5, **other})
 
 
 def test_the_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
