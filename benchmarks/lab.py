@@ -298,8 +298,8 @@ class Lab:
 
     def view(self, make: Callable[..., torch.Tensor], stream: int, **more: Any) -> Any:
         """make (of fewlabels.data.views) for this laboratory's images, with random numbers of its own a stream."""
-        general = self.general
-        return workload.viewer(make, self.precision, size=general.size, kind=general.kind, seed=stream << 32, **more)
+        settings = {"size": self.general.size, "kind": self.general.kind, "seed": stream << 32} | more
+        return workload.viewer(make, self.precision, **settings)
 
     def strong_view(self, stream: int) -> Any:
         """The view of pretraining, as the recipe has it."""
@@ -312,11 +312,13 @@ class Lab:
 
     def linear(self, body: Body, amount: str | int, draw: int, tap: int = 0) -> float:
         """% right of logistic regression on the frozen features of a tap."""
-        few, see = self.few(amount, draw), compare.tapped(*self.pretrained(body))
-        known, held = (
-            compare.outputs(few, ids, self.setting, lambda view: [see(view)[tap]])[0]
-            for ids in (few.labeled, few.held_out)
-        )
+        see = compare.tapped(*self.pretrained(body))
+        return self.regressed(lambda view: [see(view)[tap]], amount, draw)
+
+    def regressed(self, see: Callable[[torch.Tensor], list[torch.Tensor]], amount: str | int, draw: int) -> float:
+        """% right of logistic regression on what `see` makes of a view."""
+        few = self.few(amount, draw)
+        known, held = (compare.outputs(few, ids, self.setting, see)[0] for ids in (few.labeled, few.held_out))
         fitted = evaluate.logistic_regression(known, few.labels[few.labeled], num_classes=few.num_classes)
         return 100 * float((fitted.predict_proba(held).argmax(axis=1) == self.truth).mean())
 

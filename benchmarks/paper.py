@@ -30,6 +30,7 @@ from fewlabels.model.heads import Classifier
 
 LABELS = ("1%", "10%", "100%")
 DRAWS = 3
+LONGER = 5  # small students are taught so many times as long, too
 Rows = dict[str, dict[str, list[float]]]
 
 
@@ -148,10 +149,10 @@ class Tables:
             teacher, few = self.lab.finetuned(body, 1, amount, draw), self.lab.few(amount, draw)
             return self.lab.distilled(self.big, teacher, f"itself, {amount}, draw {draw}", few, draw, body=body)
 
-        def student(amount: str, draw: int, *, name: str) -> float:
-            taught = f"of {self.big} after itself, {amount}, draw {draw}"
-            few = self.lab.few(amount, draw)
-            return self.lab.accuracy(self.lab.distilled(name, itself(amount, draw), taught, few, draw))
+        def student(amount: str, draw: int, *, name: str, longer: int = 1) -> float:
+            taught = f"of {self.big} after itself, {amount}, draw {draw}" + f", {longer} x" * (longer > 1)
+            few, epochs = self.lab.few(amount, draw), longer * self.scale.distill_epochs
+            return self.lab.accuracy(self.lab.distilled(name, itself(amount, draw), taught, few, draw, epochs=epochs))
 
         rows: Rows = {f"{self.big}, fine-tuned": {amount: self.finetuned(body, amount) for amount in LABELS[:2]}}
         rows[f"{self.big}, distilled into itself"] = self.few(
@@ -159,6 +160,10 @@ class Tables:
         )
         for name in [name for name in dict.fromkeys(self.scale.bodies[::-1]) if "18" in name]:
             rows[f"{name}, taught by it"] = self.few(f"taught by {body}, {name}", functools.partial(student, name=name))
+            if name != self.big:
+                rows[f"{name}, taught by it {LONGER} times as long"] = self.few(
+                    f"taught by {body}, {name}, {LONGER} x", functools.partial(student, name=name, longer=LONGER)
+                )
             rows[f"{name}, fine-tuned itself"] = {a: self.finetuned(Body(name), a) for a in LABELS[:2]}
         return rows
 

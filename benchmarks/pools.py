@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from fewlabels.data import labels
-from fewlabels.data.labels import LEAKED, Dataset
+from fewlabels.data.labels import LEAKED, TRAIN, Dataset
 
-RATIO = 20  # the most frequent class comes so many times as often as the rarest
+RATIO, STEEP_RATIO = 20, 100  # the most frequent class comes so many times as often as the rarest
 LABELS_RATIO = 10  # the same of labels that come the other way round
+OWN = 0.7  # of the classes are to be told apart where there are foreign images; of the rest nobody knows
 
 
 def _shares(classes: int, ratio: float) -> np.ndarray:
@@ -27,11 +30,11 @@ def _ranked(dataset: Dataset, seed: int) -> list[np.ndarray]:
     return [rows[number] for number in order]
 
 
-def long_tailed(dataset: Dataset) -> Dataset:
+def long_tailed(dataset: Dataset, ratio: float = RATIO) -> Dataset:
     """dataset with fewer and fewer training images a class; held-out images stay as they are."""
     ranked, splits = _ranked(dataset, 0), dataset.splits.copy()
     most = min(map(len, ranked))
-    for rows, share in zip(ranked, _shares(len(ranked), RATIO), strict=True):
+    for rows, share in zip(ranked, _shares(len(ranked), ratio), strict=True):
         splits[rows[max(1, round(most * share)) :]] = LEAKED
     return replace(dataset, splits=splits)
 
@@ -47,9 +50,24 @@ def most_of_the_rarest(dataset: Dataset, amount: str | int, draw: int) -> Datase
     return replace(dataset, labels=kept)
 
 
+def some_classes(dataset: Dataset, *, foreign: bool) -> Dataset:
+    """dataset with the first classes only, in training and held out. foreign: the unlabeled pool has images of the
+    others too.
+    """
+    own = round(OWN * dataset.num_classes)
+    others, splits = dataset.labels >= own, dataset.splits.copy()
+    splits[others if not foreign else others & (splits != TRAIN)] = LEAKED
+    return replace(
+        dataset, splits=splits, labels=np.where(others, -1, dataset.labels), classes=dataset.classes[:own]
+    )  # fmt: skip
+
+
 # How the training images come, and which of them get labels
-POOLS = {
+POOLS: dict[str, tuple[Callable[[Dataset], Dataset], Callable[[Dataset, str | int, int], Dataset]]] = {
     "even": (lambda whole: whole, labels.keep_labels),
     "long": (long_tailed, labels.keep_labels),
+    "steep": (partial(long_tailed, ratio=STEEP_RATIO), labels.keep_labels),
     "reversed": (long_tailed, most_of_the_rarest),
+    "pure": (partial(some_classes, foreign=False), labels.keep_labels),
+    "foreign": (partial(some_classes, foreign=True), labels.keep_labels),
 }

@@ -90,6 +90,8 @@ class Way:
     batch: int = 256
     strength: float | None = None
     area: float = views.AREA_DRAWN  # smallest crop
+    kind: str | None = None  # of images (views.KINDS)
+    photo: bool = False  # optimiser and temperature that the recipe has for photos
 
 
 WAYS = {
@@ -110,6 +112,10 @@ WAYS = {
     "4 views of 64, crops from 0.25, strength 0": Way(count=4, batch=64, area=0.25, strength=0.0),
     "4 views of 64, crops from 0.4": Way(count=4, batch=64, area=0.4),
     "8 views of 32, crops from 0.25": Way(count=8, batch=32, area=0.25),
+    "as photos": Way(photo=True),
+    "as photos, 4 views of 64": Way(count=4, batch=64, photo=True),
+    "gray": Way(area=0.25, kind="gray"),
+    "gray as photos, 4 views of 64": Way(count=4, batch=64, area=0.25, kind="gray", photo=True),
 }
 
 
@@ -122,6 +128,8 @@ class Trial:
     def features(self) -> tuple[nn.Module, ProjectionHead]:
         """Encoder and head."""
         way, settings = self.way, self.lab.general.pretrain
+        if way.photo:
+            settings = replace(settings, optimizer="adamw", learning_rate=2e-3, scaling="none", temperature=0.2)
         torch.manual_seed(self.seed)
         body = encoder(self.lab.general.encoder)
         head = ProjectionHead(body.feature_dim, settings.head_out, settings.head_layers)
@@ -129,7 +137,8 @@ class Trial:
         stage = Ways(
             body, head, loss=way.loss, num_views=way.count, temperature=settings.temperature,
             view=self.lab.view(
-                views.pretrain, self.seed, strength=strength, blur=settings.blur, smallest_crop=way.area
+                views.pretrain, self.seed, strength=strength, blur=settings.blur, smallest_crop=way.area,
+                kind=way.kind or self.lab.general.kind,
             ),
         )  # fmt: skip
         settings = replace(settings, epochs=settings.epochs * 2 / way.count, batch=way.batch)
@@ -160,7 +169,8 @@ class Trial:
         if not hasattr(self, "_kept"):
             see = compare.tapped(*self.features())
             ids = np.arange(len(self.lab.dataset.labels))
-            self._kept = compare.outputs(self.lab.dataset, ids, self.lab.setting, see)
+            setting = replace(self.lab.setting, kind=self.way.kind or self.lab.general.kind)
+            self._kept = compare.outputs(self.lab.dataset, ids, setting, see)
         return self._kept
 
     def _probed(self, amount: int, tap: int, draw: int) -> float:

@@ -7,7 +7,8 @@ the labels. Rows: logistic regression and fine-tuning on one pretraining, then d
 self-training for as many views as that, and FixMatch from random weights for as many views as pretraining and
 self-training together. Draws of labels are the same in all rows; numbers are of the last step. What is made is kept
 in --out. --pool long: the most frequent class has 20 times as many unlabeled images as the rarest, and labels come
-equally often; reversed: the rarest has the most labels. Held-out images are those of the even pool.
+equally often; steep: 100 times as many; reversed: the rarest has the most labels. Held-out images are those of the
+even pool. --pool pure: the first seven of ten classes; foreign: unlabeled images of the other three beside them.
 """
 
 from __future__ import annotations
@@ -31,22 +32,29 @@ from fewlabels.data import views
 from fewlabels.data.loader import Order, training_batches
 from fewlabels.model.heads import Classifier
 from fewlabels.stages.selftrain import SelfTrain, expected_classes
-from fewlabels.use import propagate
+from fewlabels.use import compare, propagate
 
 # Of the network forward and backward for an image: its strong view, a third for its weak one, and labeled images
 PASSES = 1 + 1 / 3 + 1 / plan.LABELED_SHARE
 THRESHOLD = 0.95
+ALONE, PIXELS, PROBED = "labels alone", "logistic regression on pixels", "logistic regression, tap 0"
+TUNED, DISTILLED, SELF_TRAINED = "fine-tuned", "distilled into itself", "self-trained"
+UNSHIFTED, FIXMATCH = "self-trained, answers as they are", "FixMatch from random weights"
 
 
-class FixMatch(SelfTrain):
-    """As in the paper: the network itself answers, in one batch with what it learns, and no answer is shifted."""
+class Unshifted(SelfTrain):
+    """Answers count as they are: nothing corrects how often classes come."""
+
+    def shifted(self, answers: Tensor) -> Tensor:
+        return answers.softmax(dim=1)
+
+
+class FixMatch(Unshifted):
+    """As in the paper: the network itself answers, in one batch with what it learns."""
 
     def look(self, shown: list[Tensor], weak: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.network(torch.cat([*shown, weak])).float()
         return logits[: -len(weak)], logits[-len(weak) :].detach()
-
-    def shifted(self, answers: Tensor) -> Tensor:
-        return answers.softmax(dim=1)
 
 
 class Comparison:
@@ -72,6 +80,9 @@ class Comparison:
 
     def _alone(self, amount: int, draw: int) -> float:
         return self.lab.accuracy(self.lab.supervised(self.body.encoder, amount, draw))
+
+    def _pixels(self, amount: int, draw: int) -> float:
+        return self.lab.regressed(compare.pixels_as_features, amount, draw)
 
     def _probed(self, amount: int, draw: int) -> float:
         return self.lab.linear(self.body, amount, draw)
@@ -100,6 +111,10 @@ class Comparison:
         name = f"self-trained {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
         return self._trained(name, SelfTrain, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
 
+    def _unshifted(self, amount: int, draw: int) -> float:
+        name = f"self-trained, not shifted, {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
+        return self._trained(name, Unshifted, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
+
     def _fixmatch(self, amount: int, draw: int) -> float:
         epochs = self.lab.distill_epochs + 2 * self.lab.epochs / PASSES
         name = f"FixMatch {self.body.encoder}, {amount}, draw {draw}, {epochs:g} epochs"
@@ -127,12 +142,14 @@ class Comparison:
 
 
 WAYS = {
-    "labels alone": Comparison._alone,
-    "logistic regression, tap 0": Comparison._probed,
-    "fine-tuned": Comparison._tuned,
-    "distilled into itself": Comparison._distilled,
-    "self-trained": Comparison._selftrained,
-    "FixMatch from random weights": Comparison._fixmatch,
+    ALONE: Comparison._alone,
+    PIXELS: Comparison._pixels,
+    PROBED: Comparison._probed,
+    TUNED: Comparison._tuned,
+    DISTILLED: Comparison._distilled,
+    SELF_TRAINED: Comparison._selftrained,
+    UNSHIFTED: Comparison._unshifted,
+    FIXMATCH: Comparison._fixmatch,
 }
 
 
@@ -147,7 +164,7 @@ def main() -> None:
     parser.add_argument("--again", type=float, default=30.0, help="epochs of self-training")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--pool", choices=POOLS, default="even")
-    parser.add_argument("--no-fixmatch", dest="fixmatch", action="store_false", help="it takes most of the time")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=[way for way in WAYS if way != ALONE])
     parser.add_argument("--out", type=Path, default=Path("runs/selftraining"))
     asked = parser.parse_args()
     source = lab.images(asked.data, train=asked.train, test=asked.train)
@@ -157,8 +174,7 @@ def main() -> None:
     laboratory = Lab(
         source, place, epochs=asked.epochs, distill_epochs=asked.again, device=device, pool=pool, choose=choose
     )
-    ways = [name for name in WAYS if name != "labels alone" and (asked.fixmatch or "FixMatch" not in name)]
-    rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, ways)
+    rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, asked.ways)
     told(f"{Path(asked.data).name}, {asked.pool} pool, {asked.encoder}", rows)
     words = {name: str(value) for name, value in vars(asked).items()}
     harness.keep(f"selftraining-{Path(asked.data).name}-{asked.pool}", {"asked": words, "rows": rows})

@@ -31,11 +31,13 @@ from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
 from fewlabels.stages.runner import Job
 from fewlabels.stages.selftrain import SelfTrain
 
-STAGES = ("pretrain", "recompute", "momentum", "chunk", "batch", "finetune", "distill", "selftrain")
+STAGES = ("pretrain", "views", "recompute", "momentum", "momentum of views", "chunk", "chunk of views", "batch")
+STAGES += ("finetune", "distill", "selftrain")
+CHUNKED = ("chunk", "chunk of views", "batch")
 STEPS = 3
 
 
-def two_views(batch: Batch, number: int) -> torch.Tensor:
+def strong(batch: Batch, number: int) -> torch.Tensor:
     return views.pretrain(
         batch.pixels, batch.extent, batch.ids, size=16, epoch=batch.epoch, seed=1, view=number, blur=False
     ).double()
@@ -55,20 +57,22 @@ def build(name: str) -> Stage:
     torch.manual_seed(0)
     body = encoder("resnet18_0.125x_small")
     head = ProjectionHead(body.feature_dim, 16)
-    if name in ("pretrain", "recompute"):
+    count = 4 if "views" in name else 2
+    if name in ("pretrain", "views", "recompute"):
         body.recompute(on=name == "recompute")
-        return Pretrain(body, head, view=two_views, temperature=0.2)
-    if name in ("chunk", "batch"):
-        return Pretrain(body, head, view=two_views, temperature=0.2, chunks=Chunks(8, name))
-    if name == "momentum":
-        return PretrainWithMomentum(body, head, view=two_views, temperature=0.2, momentum=0.9, queue=24)
+        return Pretrain(body, head, view=strong, temperature=0.2, num_views=count)
+    if name in CHUNKED:
+        chunks = Chunks(8, "batch" if name == "batch" else "chunk")
+        return Pretrain(body, head, view=strong, temperature=0.2, num_views=count, chunks=chunks)
+    if name.startswith("momentum"):
+        return PretrainWithMomentum(body, head, view=strong, temperature=0.2, momentum=0.9, queue=24, num_views=count)
     teacher = Classifier(body, head, tap=1, num_classes=4)
     torch.nn.init.normal_(teacher.linear.weight)
     if name == "finetune":
         return Finetune(teacher, view=crop)
     if name == "selftrain":
         return SelfTrain(
-            teacher, labeled=nothing, weak=crop, strong=two_views, threshold=0.5, expected=torch.full((4,), 0.25)
+            teacher, labeled=nothing, weak=crop, strong=strong, threshold=0.5, expected=torch.full((4,), 0.25)
         )
     student = Classifier(encoder("resnet18_0.125x_small"), None, tap=0, num_classes=4)
     torch.nn.init.normal_(student.linear.weight)
@@ -107,7 +111,7 @@ def run(folder: Path) -> dict[str, Any]:
         precision = runtime.precision(torch.device("cpu"), "fp32")
         for step, batch in enumerate(batches):
             found[f"{name} ids {step}"] = runtime.gather(batch.ids)
-            if name in ("chunk", "batch") and runtime.world_size() == 1:
+            if name in CHUNKED and runtime.world_size() == 1:
                 batch = with_the_chunks_of_two_ranks(batch)
             scalars = loop.step(state, batch, work.derived.learning_rate(step), precision)
             loss = torch.as_tensor(scalars["loss"]).clone()
@@ -129,7 +133,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
 @pytest.mark.parametrize("what", ["ids", "loss", "gradient", "after"])
 def test_two_ranks_are_one_process(name: str, what: str, both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     alone, together = both
-    keys = [key for key in alone if key.startswith(f"{name} {what}")]
+    keys = [key for key in alone if key.startswith(f"{name} {what} ")]
     assert len(keys) >= STEPS
     for key in keys:
         for rank in together:
@@ -141,7 +145,7 @@ def test_two_ranks_are_one_process(name: str, what: str, both: tuple[dict[str, A
 def test_recomputed_is_the_same(both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     alone, together = both
     for found in (alone, *together):
-        for key in (key for key in alone if key.startswith("pretrain")):
+        for key in (key for key in alone if key.startswith("pretrain ")):
             again = found[key.replace("pretrain", "recompute", 1)]
             torch.testing.assert_close(again, found[key], rtol=0, atol=1e-12, msg=key)
 
