@@ -200,32 +200,16 @@ def _told(largest: dict[str, dict[str, int]]) -> list[str]:
 
 def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts: Interrupts) -> None:
     agreement.on_plan(prepared)
-    stages = stages_to_run(prepared)
-    if asked.until == "pretrain" and prepared.recipe.pretrained is not None:
-        raise UsageError("pretraining was asked for, and a model that takes its place", fix="leave out --pretrained")
-    if asked.until not in stages:
-        if asked.until != "distill":
-            raise DataError(f"{asked.until} needs labels and there are none", fix="give labels with --labels")
-        say("  note: no labels: only pretraining runs; give labels later with the same --out")
-    stages = stages[: stages.index(asked.until) + 1] if asked.until in stages else stages
+    stages = _wanted_stages(asked, prepared)
     Worker(prepared, interrupts).try_networks()
-    known = folder.resolved()
-    fresh = known is None or not same_wishes(known, asked, len(prepared.dataset.labeled))
-    sums: list[str] = known["budget"] if known and not fresh else []
-    if known and asked.budget not in (None, known["asked"]["budget"]) and begun_stages(folder) >= set(stages):
-        say("  note: every stage has begun already, and keeps its length: --budget changes nothing")
-    if fresh:
-        prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
-    guarded = not asked.names("distill", "self_training")
-    begun = "finetune" in begun_stages(folder)
-    if known and begun and guarded:  # fine-tuning began as was decided then
-        prepared = replace(prepared, too_weak=known["too_weak"])
+    prepared, sums = _as_before(asked, prepared, stages, Worker(prepared, interrupts))
     check_resumable(prepared)
     for line in explain(prepared, sums):
         say(f"  {line}")
     write_resolved(prepared, asked, sums)
     worker = Worker(prepared, interrupts)
-    if "finetune" in stages and not begun and guarded and prepared.self_trains:
+    guarded = not asked.names("distill", "self_training")
+    if "finetune" in stages and guarded and prepared.self_trains and "finetune" not in begun_stages(folder):
         prepared = replace(prepared, too_weak=worker.too_weak())
         write_resolved(prepared, asked, sums)
         worker.follow(prepared)
@@ -240,6 +224,31 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
         if runtime.is_main() and not (later and (folder.path / "results.json").exists()):
             _publish(prepared, worker, stages[-1])
     say(f"report: {folder.report}")
+
+
+def _wanted_stages(asked: Asked, prepared: Prepared) -> list[str]:
+    """The stages that can run, up to the one asked for."""
+    stages = stages_to_run(prepared)
+    if asked.until in stages:
+        return stages[: stages.index(asked.until) + 1]
+    if asked.until == "pretrain":
+        raise UsageError("pretraining was asked for, and a model that takes its place", fix="leave out --pretrained")
+    if asked.until != "distill":
+        raise DataError(f"{asked.until} needs labels and there are none", fix="give labels with --labels")
+    say("  note: no labels: only pretraining runs; give labels later with the same --out")
+    return stages
+
+
+def _as_before(asked: Asked, prepared: Prepared, stages: list[str], worker: Worker) -> tuple[Prepared, list[str]]:
+    """The plan that the run folder has for these wishes, else a new one; and the sums behind its schedule."""
+    known, begun = prepared.folder.resolved(), begun_stages(prepared.folder)
+    if known and asked.budget not in (None, known["asked"]["budget"]) and begun >= set(stages):
+        say("  note: every stage has begun already, and keeps its length: --budget changes nothing")
+    kept = known["budget"] if known and same_wishes(known, asked, len(prepared.dataset.labeled)) else None
+    prepared, sums = _fit_schedule(prepared, asked, worker) if kept is None else (prepared, kept)
+    if known and "finetune" in begun and not asked.names("distill", "self_training"):
+        prepared = replace(prepared, too_weak=known["too_weak"])  # fine-tuning began as was decided then
+    return prepared, sums
 
 
 def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Prepared, list[str]]:

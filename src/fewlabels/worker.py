@@ -106,14 +106,10 @@ class Worker:
         def build() -> Pretrain:
             network = build_encoder(self.recipe.encoder)
             head = ProjectionHead(network.feature_dim, settings.head_out, settings.head_layers)
-            view, temperature = self._view("pretrain", strong=True), settings.temperature
             chunks = Chunks(settings.chunk, self.recipe.chunk_norm) if settings.chunk else None
-            if not settings.momentum:
-                return Pretrain(
-                    network, head, view=view, temperature=temperature, num_views=settings.views, chunks=chunks
-                )
-            return PretrainWithMomentum(
-                network, head, view=view, temperature=temperature, momentum=settings.momentum, queue=settings.queue,
+            kind = functools.partial(PretrainWithMomentum, momentum=settings.momentum, queue=settings.queue)
+            return (kind if settings.momentum else Pretrain)(
+                network, head, view=self._view("pretrain", strong=True), temperature=settings.temperature,
                 num_views=settings.views, chunks=chunks,
             )  # fmt: skip
 
