@@ -107,16 +107,19 @@ class Lab:
 
     def __init__(
         self, source: Source, folder: Path, *, epochs: float, distill_epochs: float, recipe: str = "best",
-        device: torch.device | None = None, pool: Callable[[Dataset], Dataset] = lambda whole: whole,
+        batch: int | None = None, device: torch.device | None = None,
+        pool: Callable[[Dataset], Dataset] = lambda whole: whole,
         choose: Callable[[Dataset, str | int, int], Dataset] = labels.keep_labels,
     ) -> None:  # fmt: skip
-        """pool: leaves images out of training. choose: the dataset with an amount of its labels, by the draw."""
+        """batch: of pretraining, in place of the recipe's, which follows the number of images. pool: leaves images out
+        of training. choose: the dataset with an amount of its labels, by the draw.
+        """
         self.folder, self.device, self.choose = folder, device or torch.device("cpu"), choose
         self.precision = workload.precision(self.device)
         self.side, self.gray = prepare.survey(source)
         working_size = None if self.side <= SMALL else min(self.side, WORKING_SIZE[self.device.type])
         self.dataset = pool(workload.stored(source, folder, working_size=working_size))
-        self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
+        self.epochs, self.distill_epochs, self.recipe_name, self.batch = epochs, distill_epochs, recipe, batch
         self.general = self.recipe(len(self.dataset.labeled))
         self._keep_to(config.as_dict(self.general))
         self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
@@ -124,13 +127,13 @@ class Lab:
         self._draws: dict[tuple[str, int], Dataset] = {}
 
     def recipe(self, labeled: int) -> Recipe:
-        """The recipe that `fewlabels fit` has for so many labels, with this laboratory's epochs."""
+        """The recipe that `fewlabels fit` has for so many labels, with this laboratory's epochs and batch."""
         facts = recipes.Facts(
             images=len(self.dataset.train), labeled=labeled, classes=self.dataset.num_classes, side=self.side,
             gray=self.gray, on_gpu=self.device.type == "cuda", threads=torch.get_num_threads(),
         )  # fmt: skip
         found = recipes.named(self.recipe_name, facts)
-        pretrain = replace(found.pretrain, epochs=self.epochs)
+        pretrain = replace(found.pretrain, epochs=self.epochs, batch=self.batch or found.pretrain.batch)
         return replace(found, pretrain=pretrain, distill=replace(found.distill, epochs=self.distill_epochs))
 
     # --- what is kept ---

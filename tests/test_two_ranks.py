@@ -65,7 +65,10 @@ def build(name: str) -> Stage:
         chunks = Chunks(8, "batch" if name == "batch" else "chunk")
         return Pretrain(body, head, view=strong, temperature=0.2, num_views=count, chunks=chunks)
     if name.startswith("momentum"):
-        return PretrainWithMomentum(body, head, view=strong, temperature=0.2, momentum=0.9, queue=24, num_views=count)
+        queue = 24 if count == 2 else 100  # less and more than a step's keys
+        return PretrainWithMomentum(
+            body, head, view=strong, temperature=0.2, momentum=0.9, queue=queue, num_views=count
+        )
     teacher = Classifier(body, head, tap=1, num_classes=4)
     torch.nn.init.normal_(teacher.linear.weight)
     if name == "finetune":
