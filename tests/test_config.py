@@ -226,11 +226,27 @@ def test_a_whole_recipe_of_an_older_version_is_not_filled_up_with_what_ours_is_t
     assert found == replace(recipes.best(FACTS).pretrain, epochs=7)
 
 
+@pytest.mark.parametrize("sure", [0.0, 0.95])
+def test_what_fine_tuning_began_for_stays(sure: float, tmp_path: Path) -> None:
+    before = recipes.best(FACTS)
+    before = replace(before, distill=replace(before.distill, self_training=sure, epochs=7))
+    wishes = asked.Asked(images=tmp_path, out=tmp_path, recipe="best", budget=60.0)
+    stored = {
+        "asked": {**wishes.wishes(), "budget": None}, "understood": {"labeled": FACTS.labeled},
+        "recipe": config.as_dict(before),
+    }  # fmt: skip
+    for begun, kept in (({"pretrain"}, 0.95), ({"pretrain", "finetune"}, sure)):
+        found = asked.resolve(wishes, FACTS, stored, begun).distill
+        assert (found.self_training, found.epochs) == (kept, recipes.best(FACTS).distill.epochs)
+    explicit = replace(wishes, overrides={"distill": {"self_training": 0.8}})
+    assert asked.resolve(explicit, FACTS, stored, {"pretrain", "finetune"}).distill.self_training == 0.8
+
+
+@pytest.mark.parametrize("gray", [True, False])
 @pytest.mark.parametrize("images", [10, 300, 1200, 60_000])
-def test_digits_and_drawings_teach_themselves_long_enough_and_photos_do_not(images: int) -> None:
-    facts = Facts(images=images, labeled=10, classes=5, side=28, gray=True, on_gpu=False, threads=2)
+def test_networks_teach_themselves_long_enough(images: int, gray: bool) -> None:
+    facts = Facts(images=images, labeled=10, classes=5, side=28, gray=gray, on_gpu=False, threads=2)
     distill = recipes.best(facts).distill
     assert distill.self_training == 0.95
     assert plan.derive(distill, images, 1).total_steps >= 1000
-    assert recipes.best(replace(facts, gray=False)).distill.self_training == 0
     assert recipes.simclrv2(facts).distill.self_training == 0

@@ -242,8 +242,8 @@ class Worker:
 
     def names(self) -> dict[str, str]:
         """What the results call the networks."""
-        itself = [name for name, student in self._students() if student is None] if self.prepared.self_trains else []
-        return compare.NAMES | dict.fromkeys(itself, compare.SELF_TRAINED)
+        itself = compare.SELF_TRAINED if self.prepared.self_trains else compare.NAMES["distill_self"]
+        return compare.NAMES | {name: itself for name, student in self._students() if student is None}
 
     def _self_train(self, name: str, teacher: Classifier) -> SelfTrain:
         """A copy of the fine-tuned network that goes on learning from labels and its own answers."""
