@@ -226,7 +226,16 @@ def test_a_whole_recipe_of_an_older_version_is_not_filled_up_with_what_ours_is_t
     assert found == replace(recipes.best(FACTS).pretrain, epochs=7)
 
 
-@pytest.mark.parametrize("sure", [0.0, 0.95])
+@pytest.mark.parametrize("knob", ["teacher_epochs", "self_temperature", "label_weight"])
+def test_knobs_of_a_frozen_teacher_choose_one(knob: str) -> None:
+    found = config.override(recipes.best(FACTS), {"distill": {knob: 1}}).distill
+    assert (found.self_training, getattr(found, knob)) == (0.0, 1)
+    both = {"distill": {"self_temperature": 2.0, "self_training": 0.9}}
+    assert config.override(recipes.best(FACTS), both).distill.self_training == 0.9
+    assert config.override(recipes.best(FACTS), {"distill": {"epochs": 3}}).distill.self_training == 0.95
+
+
+@pytest.mark.parametrize("sure", [0.0, 0.8])
 def test_what_fine_tuning_began_for_stays(sure: float, tmp_path: Path) -> None:
     before = recipes.best(FACTS)
     before = replace(before, distill=replace(before.distill, self_training=sure, epochs=7))
@@ -249,4 +258,8 @@ def test_networks_teach_themselves_long_enough(images: int, gray: bool) -> None:
     distill = recipes.best(facts).distill
     assert distill.self_training == 0.95
     assert plan.derive(distill, images, 1).total_steps >= 1000
+    assert distill.batch == min(128, recipes.simclrv2(facts).distill.batch)
+    on_gpu = replace(facts, on_gpu=True, side=224 if not gray else 28)
+    distill = recipes.best(on_gpu).distill
+    assert (distill.self_training, distill.batch) == (0.95, recipes.simclrv2(on_gpu).distill.batch)
     assert recipes.simclrv2(facts).distill.self_training == 0

@@ -102,8 +102,7 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
         top = {name: getattr(before, name) for name in names}
         recipe = replace(recipe, **kept, **top)
         if "finetune" in begun and not asked.names("distill", "self_training"):  # which wants another start of it
-            taught = replace(recipe.distill, self_training=before.distill.self_training)
-            recipe = replace(recipe, distill=taught)
+            recipe = replace(recipe, distill=replace(recipe.distill, self_training=before.distill.self_training))
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
     recipe = config.override(recipe, asked.overrides)

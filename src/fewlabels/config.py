@@ -161,6 +161,7 @@ class Recipe:
             raise UsageError(f'recipe "{self.name}" cannot be used', details=faults, fix="change these values")
 
 
+FROZEN = ("teacher_epochs", "self_temperature", "label_weight")  # choose a frozen teacher, without self_training
 SECTIONS = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillRecipe}
 
 
@@ -212,7 +213,7 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     for name, value in overrides.items():
         if name in SECTIONS and isinstance(value, Mapping):
             part = _converted(SECTIONS[name], value, f"{name}.", faults)
-            changes[name] = part
+            changes[name] = ({"self_training": 0.0} if any(map(part.get, FROZEN)) else {}) | part
         else:
             changes |= _converted(Recipe, {name: value}, "", faults)
     if faults:

@@ -244,11 +244,11 @@ def _as_before(asked: Asked, prepared: Prepared, stages: list[str], worker: Work
     known, begun = prepared.folder.resolved(), begun_stages(prepared.folder)
     if known and asked.budget not in (None, known["asked"]["budget"]) and begun >= set(stages):
         say("  note: every stage has begun already, and keeps its length: --budget changes nothing")
-    kept = known["budget"] if known and same_wishes(known, asked, len(prepared.dataset.labeled)) else None
-    prepared, sums = _fit_schedule(prepared, asked, worker) if kept is None else (prepared, kept)
     if known and "finetune" in begun and not asked.names("distill", "self_training"):
         prepared = replace(prepared, too_weak=known["too_weak"])  # fine-tuning began as was decided then
-    return prepared, sums
+        worker.follow(prepared)
+    kept = known["budget"] if known and same_wishes(known, asked, len(prepared.dataset.labeled)) else None
+    return _fit_schedule(prepared, asked, worker) if kept is None else (prepared, kept)
 
 
 def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Prepared, list[str]]:

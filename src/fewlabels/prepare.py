@@ -62,10 +62,13 @@ class Prepared:
     @property
     def reasons(self) -> list[str]:
         """Why the run looks as it does."""
-        if not self.too_weak:
-            return plan.reasons(self.recipe, self.facts)
-        without = replace(self.recipe, distill=replace(self.recipe.distill, self_training=0.0))
-        return [*plan.reasons(without, self.facts), self.too_weak]
+        return plan.reasons(self.followed, self.facts) + ([self.too_weak] if self.too_weak else [])
+
+    @property
+    def followed(self) -> Recipe:
+        """The recipe as it is carried out: without self-training where features are too weak."""
+        sure = 0.0 if self.too_weak else self.recipe.distill.self_training
+        return replace(self.recipe, distill=replace(self.recipe.distill, self_training=sure))
 
     @property
     def images(self) -> dict[str, int]:
@@ -340,7 +343,7 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
         return
     recipe, understood = prepared.recipe, prepared.dataset.understood
     labels.write_images(prepared.dataset, prepared.folder.images_file)
-    checkpoint.write_text(prepared.folder.path / "recipe.toml", config.to_toml(recipe))
+    checkpoint.write_text(prepared.folder.path / "recipe.toml", config.to_toml(prepared.followed))
     checkpoint.write_json(
         prepared.folder.resolved_file,
         {

@@ -273,9 +273,8 @@ def too_weak(features: Floats, labels: Integers) -> str:
 
     They are where the upper end of the cross-validated accuracy's interval is less than LEAST of the way from chance to
     all right (0.505 of ten classes). Classes with one label take no part: none of it can be left out. Of 20 draws of
-    labels each, it was below for 19 of CIFAR-10 (JPEG, 6,000 images) with 40 labels, where self-training lost 2.3
-    points, and 15 with 250, where it gained 1.2; for 6 of Imagenette with 40, where it gained 3.8, 2 with 100, where
-    it gained 2.1 (with 95); for none of digits and of Fashion-MNIST.
+    labels, it was below for 19 of CIFAR-10 (JPEG, 6,000 images) with 40 labels, where self-training lost 2.3 points,
+    15 with 250, where it gained 1.2, 6 of Imagenette with 40, where it gained 3.8, and none of digits or Fashion-MNIST.
     """
     _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
     told = cross_validated(features, np.where(counts[place] > 1, labels, -1))
@@ -285,7 +284,7 @@ def too_weak(features: Floats, labels: Integers) -> str:
         return ""
     return (
         f"no self-training: frozen features tell {100 * told['accuracy']:.0f} % of the labels by the others, "
-        f"{100 * told['interval'][1]:.0f} % at best, and below {100 * least:.0f} % it is sure of wrong answers "
+        f"{100 * told['interval'][1]:.1f} % at best, and below {100 * least:.1f} % it may be sure of wrong answers "
         "(to have it all the same, in a new --out: --distill.self-training 0.95)"
     )
 
