@@ -28,7 +28,7 @@ from fewlabels.stages import loop, sharded
 from fewlabels.stages.pretrain import Pretrain
 from fewlabels.stages.runner import Job
 from fewlabels.stages.selftrain import SelfTrain
-from test_two_ranks import build, two_views
+from test_two_ranks import build, strong
 from test_world_sizes import STOPPED, train
 
 STAGES = {
@@ -47,7 +47,7 @@ PLAIN = runtime.Precision(None, channels_last=True)
 def build_pretrain(name: str, dtype: torch.dtype) -> Pretrain:
     torch.manual_seed(0)
     body = encoder(name)
-    return Pretrain(body, ProjectionHead(body.feature_dim, 16), view=lambda *how: two_views(*how).to(dtype))
+    return Pretrain(body, ProjectionHead(body.feature_dim, 16), view=lambda *how: strong(*how).to(dtype))
 
 
 def trained(name: str, *, shard: bool) -> tuple[loop.TrainState, Job, list[float]]:
