@@ -235,6 +235,16 @@ def test_knobs_of_a_frozen_teacher_choose_one(knob: str) -> None:
     assert config.override(recipes.best(FACTS), {"distill": {"epochs": 3}}).distill.self_training == 0.95
 
 
+def test_a_label_weight_for_a_student_leaves_self_training() -> None:
+    """It is for what the student learns; the big network teaches itself as before."""
+    weight, best = {"distill": {"label_weight": 0.3}}, recipes.best(FACTS)
+    asked_for = replace(best, distill=replace(best.distill, student="resnet18_0.25x"))
+    at_once = {"distill": {"label_weight": 0.3, "student": "resnet18_0.25x"}}
+    for found in (config.override(asked_for, weight).distill, config.override(best, at_once).distill):
+        assert (found.self_training, found.label_weight) == (0.95, 0.3)
+    assert config.override(asked_for, {"distill": {"teacher_epochs": 2}}).distill.self_training == 0
+
+
 @pytest.mark.parametrize("sure", [0.0, 0.8])
 def test_what_fine_tuning_began_for_stays(sure: float, tmp_path: Path) -> None:
     before = recipes.best(FACTS)
@@ -263,3 +273,21 @@ def test_networks_teach_themselves_long_enough(images: int, gray: bool) -> None:
     distill = recipes.best(on_gpu).distill
     assert (distill.self_training, distill.batch) == (0.95, recipes.simclrv2(on_gpu).distill.batch)
     assert recipes.simclrv2(facts).distill.self_training == 0
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"epochs": 3}, "self-training wants 1,000 steps and has fewer"),
+        ({"epochs": 300}, None),
+        ({"epochs": 3, "self_training": 0.0}, None),
+        ({"epochs": 3, "teacher_epochs": 2}, "asked in 2 of 3 epochs, then views come again"),
+        ({"epochs": 3, "teacher_epochs": 3}, "asked in 3 of 3 epochs, so this changes nothing"),
+    ],
+)
+def test_what_a_stage_3_will_not_get_is_told(settings: dict[str, float], expected: str | None) -> None:
+    recipe = config.override(recipes.best(FACTS), {"distill": settings})
+    lines = plan.equations("distill", recipe, plan.derive(recipe.distill, 5000, 1), 1)
+    told = [line for line in lines if not line.startswith(("distill: steps", "distill: peak", "distill: batch"))]
+    assert len(told) == (expected is not None)
+    assert all(str(expected) in line for line in told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from fewlabels.data.sources import open_source
 from fewlabels.errors import UsageError
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier
+from fewlabels.stages.distill import Distill
+from fewlabels.stages.finetune import Finetune
+from fewlabels.stages.pretrain import Pretrain
 from fewlabels.stages.selftrain import SelfTrain
 from fewlabels.use import compare, evaluate
 
@@ -112,9 +116,15 @@ def test_every_table(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(lines) == len(rows) + 2
 
 
-def test_the_table_of_self_training(tmp_path: Path) -> None:
+def test_the_table_of_self_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network for every row that has one, by the stage that the row is named after; all kept."""
+    train, trained = workload.trained, []
+    monkeypatch.setattr(workload, "trained", lambda stage, *rest: (trained.append(type(stage)), train(stage, *rest)))
     rows = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12], selftraining.WAYS)
-    assert len(rows) == 8
+    assert set(rows) == set(selftraining.WAYS)
+    assert Counter(trained) == {  # from labels alone, then one fine-tuning for four rows
+        Pretrain: 1, Finetune: 4, Distill: 2, SelfTrain: 2, selftraining.Unshifted: 2, selftraining.FixMatch: 2,
+    }  # fmt: skip
     again = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12], ["fine-tuned"])
     assert again == {"fine-tuned": rows["fine-tuned"]}
     for row in rows.values():

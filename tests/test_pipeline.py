@@ -27,6 +27,7 @@ from fewlabels.data.sources import open_source
 from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, RunAgain, UsageError
 from fewlabels.stages import loop
 from fewlabels.use import propagate
+from fewlabels.worker import Worker
 
 SMALL = {
     "pretrain": {"epochs": 4, "optimizer": "adamw", "learning_rate": 0.002, "scaling": "none"},
@@ -382,7 +383,9 @@ def test_a_network_that_teaches_itself(photos: Path, tmp_path: Path) -> None:
     assert itself.tensors["stage.average.linear.weight"].shape[0] == 4
 
 
-def test_labels_that_the_features_cannot_tell_keep_a_network_from_teaching_itself(tmp_path: Path) -> None:
+def test_labels_that_the_features_cannot_tell_keep_a_network_from_teaching_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What fine-tuning began with stays, whatever is wished for later; without it other labels are judged anew."""
     images, bright = shapes_images(120, seed=3)
     known = np.arange(120) < 60
@@ -407,8 +410,13 @@ def test_labels_that_the_features_cannot_tell_keep_a_network_from_teaching_itsel
     fl.fit(images, senseless, out=run.path, **wishes)
     assert same(final_weights(run.path), before)
     shutil.rmtree(run.path / "distill")
-    fl.fit(images, senseless, out=run.path, student="resnet18_0.03125x_small", **wishes)
+    timed, measure = [], Worker.seconds_per_step
+    monkeypatch.setattr(
+        Worker, "seconds_per_step", lambda worker: (timed.append(worker.prepared.too_weak), measure(worker))[1]
+    )
+    fl.fit(images, senseless, out=run.path, student="resnet18_0.03125x_small", budget="5m", **wishes)
     assert decided() == why
+    assert timed == [why], "a budget is shared out among the stages that will be run"
     named = {**wishes, "distill": {**SMALL["distill"], "self_training": 0.9}}
     with pytest.raises(CannotCreate, match="finetune stage"):
         fl.fit(images, senseless, out=run.path, **named)

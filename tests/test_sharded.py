@@ -216,10 +216,12 @@ def test_all_ranks_stop_at_a_number_that_one_holds(ranks: list[dict[str, Any]]) 
 def test_a_process_alone_and_compiled_blocks_are_told_why() -> None:
     recipe = config.override(config.Recipe(), {"shard": True})
     derived = plan.derive(recipe.pretrain, 1000, 1)
-    assert "pretrain: shard changes nothing: one process has nobody to share with" in plan.equations(
+    assert "pretrain: shard changes nothing: one process has all of it" in plan.equations(
         "pretrain", recipe, derived, 1
     )
-    assert any("keeps 1/8 of weights" in line for line in plan.equations("pretrain", recipe, derived, 8))
+    many = plan.equations("pretrain", recipe, derived, 8)
+    assert any("keeps 1/8 of weights" in line for line in many)
+    assert not any("shard changes nothing" in line for line in many)
     with pytest.raises(UsageError, match="cannot be used") as raised:
         config.override(config.Recipe(), {"shard": True, "compile": True})
     assert "shard and compile" in raised.value.details[0]

@@ -20,6 +20,7 @@ def results(file: str, folder: Path, world: int = WORLD) -> list[dict[str, Any]]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    shared["PYTHONFAULTHANDLER"] = "1"  # a native crash says where
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     ranks = [
         subprocess.Popen(
@@ -32,9 +33,12 @@ def results(file: str, folder: Path, world: int = WORLD) -> list[dict[str, Any]]
         for rank in range(world)
     ]
     try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output
+        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+        ended = [process.returncode for process in ranks]
+        # all of them: the first to complain is seldom the one that failed
+        assert not any(ended), "\n".join(
+            f"rank {rank} ended with {ended[rank]}:\n{outputs[rank]}" for rank in range(world)
+        )
     finally:
         for process in ranks:
             process.kill()

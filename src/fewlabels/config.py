@@ -161,7 +161,7 @@ class Recipe:
             raise UsageError(f'recipe "{self.name}" cannot be used', details=faults, fix="change these values")
 
 
-FROZEN = ("teacher_epochs", "self_temperature", "label_weight")  # choose a frozen teacher, without self_training
+FROZEN = ("teacher_epochs", "self_temperature", "label_weight")  # choose a frozen teacher; the last: without a student
 SECTIONS = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillRecipe}
 
 
@@ -213,7 +213,8 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     for name, value in overrides.items():
         if name in SECTIONS and isinstance(value, Mapping):
             part = _converted(SECTIONS[name], value, f"{name}.", faults)
-            changes[name] = ({"self_training": 0.0} if any(map(part.get, FROZEN)) else {}) | part
+            knobs = FROZEN[: 2 if part.get("student", recipe.distill.student) else 3]
+            changes[name] = ({"self_training": 0.0} if any(map(part.get, knobs)) else {}) | part
         else:
             changes |= _converted(Recipe, {name: value}, "", faults)
     if faults:
@@ -222,9 +223,8 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
             details=faults,
             fix="see `fewlabels fit --help` for all options",
         )
-    for name in SECTIONS:
-        if name in changes:
-            changes[name] = dataclasses.replace(getattr(recipe, name), **changes[name])
+    for name in SECTIONS.keys() & changes.keys():
+        changes[name] = dataclasses.replace(getattr(recipe, name), **changes[name])
     return dataclasses.replace(recipe, **changes)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fewlabels.config import DistillRecipe, PretrainRecipe, Recipe, Schedule
 from fewlabels.errors import UsageError
 from fewlabels.model import optim
-from fewlabels.recipes import Facts
+from fewlabels.recipes import SELF_TRAINING_STEPS, Facts
 
 STAGES = ("pretrain", "finetune", "distill")
 CPU_MINUTES = 60.0  # what `auto` allows itself without --budget on a CPU
@@ -98,16 +98,15 @@ def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[
         )
     elif isinstance(schedule, PretrainRecipe) and schedule.chunk:
         lines.append(f"{stage}: chunk {schedule.chunk} changes nothing: a batch has {derived.batch} images")
-    if recipe.shard and ranks > 1:
-        lines.append(f"{stage}: each process keeps 1/{ranks} of weights, gradients and optimizer state")
-    elif recipe.shard:
-        lines.append(f"{stage}: shard changes nothing: one process has nobody to share with")
-    if isinstance(schedule, DistillRecipe) and schedule.replays:
+    if recipe.shard:
+        keeps = f"each process keeps 1/{ranks} of weights, gradients and optimizer state"
+        lines.append(f"{stage}: " + (keeps if ranks > 1 else "shard changes nothing: one process has all of it"))
+    if isinstance(schedule, DistillRecipe) and schedule.self_trains and derived.total_steps < SELF_TRAINING_STEPS:
+        lines.append(f"{stage}: self-training wants {SELF_TRAINING_STEPS:,} steps and has fewer: it may give little")
+    if isinstance(schedule, DistillRecipe) and schedule.teacher_epochs:
         asked = f"{schedule.teacher_epochs} of {schedule.epochs:g} epochs"
-        lines.append(f"{stage}: the teacher is asked in {asked}, then views come again")
-    elif isinstance(schedule, DistillRecipe) and schedule.teacher_epochs:
-        asked = f"{schedule.teacher_epochs} epochs and there are {schedule.epochs:g}"
-        lines.append(f"{stage}: teacher_epochs changes nothing: it asks for {asked}")
+        then = "then views come again" if schedule.replays else "so this changes nothing"
+        lines.append(f"{stage}: the teacher is asked in {asked}, {then}")
     return [
         *lines,
         f"{stage}: steps {derived.total_steps:,} = {derived.images:,} images x {schedule.epochs:g} epochs "

@@ -374,7 +374,7 @@ def equations(prepared: Prepared) -> list[str]:
     return [
         line
         for stage in stages_to_run(prepared)
-        for line in plan.equations(stage, prepared.recipe, prepared.derived(stage), runtime.world_size())
+        for line in plan.equations(stage, prepared.followed, prepared.derived(stage), runtime.world_size())
     ]
 
 
