@@ -64,7 +64,7 @@ class Tables:
 
     def __init__(self, laboratory: Lab, scale: Scale, draws: int) -> None:
         self.lab, self.scale, self.draws = laboratory, scale, range(draws)
-        self.usual, self.big = scale.bodies[len(scale.bodies) // 2 - 1], scale.bodies[-1]
+        self.usual, self.big = scale.bodies[(len(scale.bodies) - 1) // 2], scale.bodies[-1]
 
     def each(self, name: str, amount: str, make: Callable[[str, int], float]) -> list[float]:
         """make(amount, draw) of every draw; all labels can be drawn in one way only."""
@@ -227,10 +227,14 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--train", type=int, help="training images, in place of the scale's")
     parser.add_argument("--epochs", type=float, help="of pretraining, in place of the scale's")
+    parser.add_argument("--bodies", nargs="+", help="encoders from small to big, in place of the scale's")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"))
     asked = parser.parse_args()
     scale = SCALES[asked.scale]
-    scale = replace(scale, train=asked.train or scale.train, epochs=asked.epochs or scale.epochs)
+    scale = replace(
+        scale, train=asked.train or scale.train, epochs=asked.epochs or scale.epochs,
+        bodies=tuple(asked.bodies or scale.bodies),
+    )  # fmt: skip
     source = lab.images(asked.data, train=scale.train, test=scale.test)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     laboratory = Lab(
