@@ -59,12 +59,17 @@ def _commands() -> Iterator[str]:
                 continue
             positional = "Positional" in str(item.type)
             option = f"`{item.name.upper()}`" if positional else f"`--{item.name.replace('_', '-')}`"
+            option += "".join(f", `{short}`" for short in re.findall(r"aliases=\[['\"](-\w)['\"]\]", str(item.type)))
             yield f"| {option} | {_default(item.default)} | {_cell(told[kind.__name__, item.name])} |"
         yield ""
 
 
 def _values() -> Iterator[str]:
     """Every value of a recipe with what is allowed."""
+    yield (
+        '"Default" is what a recipe has that does not say it. Without `--recipe` it is `auto`, which says most of '
+        "them by your images,\nlabels and machine: `RUN/recipe.toml` and `fewlabels check` show what came out."
+    )
     for prefix, kind in [("", config.Recipe), *((f"{name}.", kind) for name, kind in config.SECTIONS.items())]:
         yield f"\n{(inspect.getdoc(kind) or '').splitlines()[0]}\n\n| value | default | |\n|---|---|---|"
         for item in dataclasses.fields(kind):

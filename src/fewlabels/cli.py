@@ -231,7 +231,7 @@ def _tell(run: Any, *, as_json: bool) -> None:
         )
         _say(f"{row['name']:<46} {told}" + ("  cross-validated" if row["cross_validated"] else ""))
     if results["rows"] and results["held_out"] is None:
-        print("to measure all of it: give labeled images that no stage sees, with --test or in a folder named test")
+        print("to measure all of it: give labeled images that no stage sees, with --test or the CSV's column split")
     _say(f"report: {run.path / 'report.html'}")
 
 

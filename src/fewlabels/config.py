@@ -75,14 +75,14 @@ class DistillRecipe(Schedule):
     """Stage 3: the fine-tuned teacher into a student, with the unlabeled images again."""
 
     temperature: float = knob(1.0, "softens teacher and student, into a smaller network (paper: 1)", above=0)
-    self_temperature: float = knob(1.0, "the same, into the same network (paper: 0.1)", above=0)
+    self_temperature: float = knob(1.0, "the same, into itself (paper: 0.1), in place of self_training", above=0)
     label_weight: float = knob(0.0, "share of the loss from the true labels (1 - alpha of eq. 3)", least=0, most=1)
     student: str | None = knob(None, 'encoder of the student, e.g. "resnet18_0.25x" or "timm:NAME"; none = itself')
     self_first: bool = knob(
         True, "with a student: distill into the same network first, and teach the student from that"
     )
     teacher_epochs: int = knob(
-        0, "epochs of views that the teacher is asked for; later ones are these again. 0 = asked in all", least=0
+        0, "epochs of views that a frozen teacher is asked for (no self_training); later ones are these again", least=0
     )
     start: str = knob(
         "scratch",

@@ -108,7 +108,7 @@ def best(facts: Facts) -> Recipe:
     Photos on a CPU, where pretraining is short, are seen in four views of crops from a quarter of the area on: for as
     many views 36 % in place of 32 on CIFAR-10 (JPEG), 40 in place of 37 on Imagenette (LOG.md).
 
-    Where features are good enough (evaluate.too_weak) the network then teaches itself, for a thousand steps at least:
+    Where features are good (evaluate.too_weak) the network then teaches itself, a thousand steps if there is time:
     97.7 % on digits with 20 labels where distillation had 90.2; with 740 steps 51.5 on Imagenette with 95 where it had
     49.4. Where they are weak (CIFAR-10 (JPEG), 40 labels, fine-tuned 29.1) it is sure of wrong answers, and lost 2.3.
     """

@@ -74,6 +74,20 @@ def test_a_class_called_train_is_a_class_and_a_mixture_is_refused(tmp_path: Path
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("split", ["test", "Val"])
+def test_a_split_beside_classes_is_not_trained_on_as_a_class(split: str, tmp_path: Path) -> None:
+    for name in (f"{split}/cat/a.png", "cat/b.png", "dog/c.png"):
+        picture(tmp_path / name)
+    with pytest.raises(DataError, match=rf"splits {split} and beside them cat, dog") as refused:
+        open_source(tmp_path)
+    assert "--test" in str(refused.value.fix)
+    (tmp_path / "train").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / name).rename(tmp_path / "train" / name)
+    splits = {name: split for name, _, split in content(open_source(tmp_path))}
+    assert splits == {f"{split}/cat/a.png": split.lower(), "train/cat/b.png": "train", "train/dog/c.png": "train"}
+
+
 def test_clutter_is_passed_over_and_false_pictures_are_not(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     picture(tmp_path / "no_extension.png").rename(tmp_path / "no_extension")

@@ -94,18 +94,18 @@ def is_picture(path: str) -> bool:
 def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
     """(label or None, split) of each relative path.
 
-    Folders at the top are classes, or splits when all of them (but unlabeled/) have a split's name. Below that
-    the first folder is the class; loose files and unlabeled/ have none.
+    Folders at the top are classes ("train" may be one), or splits if all of them (but unlabeled/) have a split's name.
+    Below that the first folder is the class; loose files and unlabeled/ have none.
     """
     tops = {path.split("/", 1)[0] for path in paths if "/" in path}
     tops = {top for top in tops if top.casefold() not in UNLABELED}
     splits = {top for top in tops if top.casefold() in SPLITS}
-    if len(splits) > 1 and splits != tops:
+    if splits != tops and (len(splits) > 1 or any(SPLITS[top.casefold()] != "train" for top in splits)):
         others = ", ".join(sorted(tops - splits)[:5])
         raise DataError(
             f"{root} holds the splits {', '.join(sorted(splits))} and beside them {others}",
             why="the folders at the top must be all splits or all classes",
-            fix="move the others into train/, or away",
+            fix="move the others into train/, or move the split away and give it with --test",
         )
     in_splits = bool(splits) and splits == tops
     labels, found = [], []

@@ -168,7 +168,7 @@ def evaluate(pixels: Tensor, extent: Tensor, *, size: int, kind: str = "photo", 
     """The view for evaluation and prediction; nothing random.
 
     The central square of crop times the shorter side: 0.875 by default, or all of it for views of 32 px and less
-    (method.md 5.3). Glyphs are never cropped: the whole image is resized to the square.
+    (docs/method.md). Glyphs are never cropped: the whole image is resized to the square.
     Arguments, result and errors as for pretrain().
     """
     _check(pixels, extent, size, kind)
