@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewlabels import asked, config, plan, recipes
 from fewlabels.config import FinetuneRecipe, PretrainRecipe, Recipe
-from fewlabels.errors import MissingInput, UsageError
+from fewlabels.errors import CannotCreate, MissingInput, UsageError
 from fewlabels.recipes import Facts
+from fewlabels.runfolder import RunFolder
 
 FACTS = recipes.Facts(images=9469, labeled=95, classes=10, side=160, gray=False, on_gpu=False, threads=2)
 
@@ -194,14 +198,23 @@ def test_a_budget_goes_to_the_stages_that_are_left() -> None:
     recipe = recipes.named("best", FACTS)
     per_step = {"pretrain": 0.5, "finetune": 0.05, "distill": 0.3}
     images = {"pretrain": 9469, "finetune": 95, "distill": 9469}
-    fitted, sums = plan.fit_budget(recipe, images, 600.0, per_step, 1, begun=["pretrain"])
+    total = plan.derive(recipe.pretrain, 9469, 1).total_steps
+    fitted, sums = plan.fit_budget(recipe, images, 600.0, per_step, 1, ["pretrain"], {"pretrain": total})
     costs = plan.cost(fitted, images, per_step, 1)
     assert fitted.pretrain == recipe.pretrain
     assert [line.split(":")[0] for line in sums] == ["distill"]
     assert 450 < costs["finetune"] + costs["supervised"] + costs["distill"] < 600
+    # what is left of a stage that has begun is set aside, 300 s here
+    done = {"pretrain": total - 600, "finetune": 10_000, "supervised": 10_000}
+    fitted, _ = plan.fit_budget(recipe, images, 600.0, per_step, 1, ["pretrain", "finetune"], done)
+    left = plan.cost(fitted, images, per_step, 1, done)
+    assert (left["pretrain"], left["finetune"], left["supervised"]) == (300, 0, 0)
+    assert 200 < left["distill"] <= 0.9 * 600 - 300
     worded = replace(recipe, pretrain=replace(recipe.pretrain, epochs=20))
     fitted, _ = plan.fit_budget(worded, images, 1800.0, per_step, 1, kept=["pretrain"])
     assert fitted.pretrain == worded.pretrain
+    cut, _ = plan.fit_budget(recipe, images, 1e6, per_step, 1, stretch=False)
+    assert cut == recipe, "an hour for `auto` is a limit, not a wish"
     assert 1300 < sum(plan.cost(fitted, images, per_step, 1).values()) < 1800
 
 
@@ -243,6 +256,50 @@ def test_a_label_weight_for_a_student_leaves_self_training() -> None:
     for found in (config.override(asked_for, weight).distill, config.override(best, at_once).distill):
         assert (found.self_training, found.label_weight) == (0.95, 0.3)
     assert config.override(asked_for, {"distill": {"teacher_epochs": 2}}).distill.self_training == 0
+
+
+def test_nor_does_one_in_a_recipe_file_for_a_student_that_an_option_names(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("[distill]\nlabel_weight = 0.3\n")
+    wishes = asked.Asked(images=tmp_path, out=tmp_path, recipe=str(tmp_path / "own.toml"))
+    with_student = replace(wishes, student="resnet18_0.25x")
+    assert asked.resolve(wishes, FACTS, None, set()).distill.self_training == 0
+    found = asked.resolve(with_student, FACTS, None, set()).distill
+    assert (found.self_training, found.label_weight, found.student) == (0.95, 0.3, "resnet18_0.25x")
+
+
+def test_an_edited_recipe_file_counts(tmp_path: Path) -> None:
+    """Also for a run that has only planned; a gone one, and a run of an older version, go on."""
+    file = tmp_path / "own.toml"
+    file.write_text("[pretrain]\nepochs = 7\n[distill]\nepochs = 3\n")
+    folder = RunFolder(tmp_path / "run")
+    wishes = asked.Asked(images=tmp_path, out=folder.path, recipe=str(file))
+
+    before: dict[str, Any] = {
+        "format_version": 1, "asked": wishes.wishes(), "understood": {"labeled": FACTS.labeled}, "precision": "fp32",
+        "recipe": config.as_dict(asked.resolve(wishes, FACTS, None, set())),
+    }  # fmt: skip
+    older = {name: value for name, value in before["asked"].items() if name != "file"}
+    folder.path.mkdir()
+    (folder.path / "resolved.json").write_text(json.dumps(before))
+    file.write_text("[pretrain]\nepochs = 7\n[distill]\nepochs = 5\n")
+    assert asked.resolve(wishes, FACTS, before, set()).distill.epochs == 5
+    assert asked.resolve(wishes, FACTS, before | {"asked": older}, set()).distill.epochs == 3
+    (folder.path / "pretrain" / "step-00000001").mkdir(parents=True)
+    assert asked.of_run(wishes, folder) == wishes, "distillation has not begun"
+    file.write_text("[pretrain]\nepochs = 8\n[distill]\nepochs = 5\n")
+    with pytest.raises(CannotCreate, match=r"own.toml has changed since .*run was begun: pretrain"):
+        asked.of_run(wishes, folder)
+    (folder.path / "distill_self" / "step-00000001").mkdir(parents=True)
+    assert asked.begun_stages(folder) == {"pretrain", "distill"}
+    file.unlink()
+    assert asked.of_run(replace(wishes, recipe="auto"), folder) == wishes
+    assert asked.resolve(wishes, FACTS, before, {"pretrain"}).distill.epochs == 3
+
+
+def test_wishes_are_plain_values(tmp_path: Path) -> None:
+    given = asked.Asked(images=tmp_path, out=tmp_path, keep_labels=np.int64(20), overrides={"size": np.int64(32)})
+    found = given.wishes()
+    assert (type(found["keep_labels"]), found["overrides"]) == (int, {"size": 32})
 
 
 @pytest.mark.parametrize("sure", [0.0, 0.8])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,10 +150,11 @@ def test_a_pretraining_that_never_ran_is_no_reason_to_refuse(model: Path, photos
 
 
 def test_without_labels_its_own_classifier_teaches(model: Path, unlabeled: Path, photos: Path, tmp_path: Path) -> None:
-    run = fl.fit(
-        unlabeled, test=photos / "test", out=tmp_path / "run", recipe="smoke", pretrained=str(model),
-        student="resnet18_0.25x_small", distill={"self_first": False},
-    )  # fmt: skip
+    wishes: dict[str, Any] = {
+        "test": photos / "test", "out": tmp_path / "run", "recipe": "smoke", "pretrained": str(model),
+        "student": "resnet18_0.25x_small", "distill": {"self_first": False},
+    }  # fmt: skip
+    run = fl.fit(unlabeled, **wishes)
     rows = {row["key"]: row for row in run.metrics["rows"]}
     assert list(rows) == ["finetune", "distill"]
     assert rows["finetune"]["name"] == "the given model"
@@ -163,6 +166,24 @@ def test_without_labels_its_own_classifier_teaches(model: Path, unlabeled: Path,
     assert rows["finetune"]["accuracy"] == pytest.approx(float(np.mean(predicted == np.array(truth))))
     assert not (run.path / "finetune").exists()
     assert (run.path / "report.html").is_file()
+    shutil.rmtree(run.path / "data")  # read anew, by the classes of the model
+    shutil.rmtree(run.path / "model")
+    again = fl.fit(unlabeled, **wishes)
+    assert again.metrics["rows"] == run.metrics["rows"]
+
+
+def test_sizes_in_a_recipe_file_count_as_options_do(model: Path, unlabeled: Path, tmp_path: Path) -> None:
+    """They were replaced by those of the given model without a word."""
+    wishes: dict[str, Any] = {"pretrained": str(model), "recipe": "smoke", "until": "distill", "size": 24}
+    run = fl.fit(unlabeled, out=tmp_path / "run", **wishes)
+    assert run.model.size == 24
+    again = fl.fit(unlabeled, out=tmp_path / "again", recipe=run.path / "recipe.toml", until="distill")
+    assert again.model.size == 24
+    fl.fit(unlabeled, out=run.path, pretrained=str(model), recipe="smoke", until="distill", budget="1m")
+    assert fl.load(run.path).size == 24, "what a begun stage has stays, whatever is asked for later"
+    (tmp_path / "other.toml").write_text('encoder = "resnet18_small"\n[finetune]\ntap = 3\n')
+    with pytest.raises(UsageError, match="resnet18_small was asked for"):
+        fl.fit(unlabeled, out=tmp_path / "other", recipe=str(tmp_path / "other.toml"), pretrained=str(model))
 
 
 def test_a_budget_and_check_know_what_is_left(

@@ -108,6 +108,16 @@ print(resident() - before)
     assert found["keep"] > 60e6
 
 
+@pytest.mark.parametrize(("name", "rank", "there"), [("auto", 5, 4), ("cuda", 1, 1), ("cuda:3", 0, 3)])
+def test_more_processes_than_gpus(name: str, rank: int, there: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with pytest.raises(UsageError, match=rf'there is no "cuda:{max(rank, there)}"') as refused:
+        runtime.device(name)
+    assert f"torch sees {there}" in str(refused.value.fix)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes_is_not_waited_for_long(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     port = many_ranks.free_port()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from conftest import shapes_images
 from fewlabels import checkpoint, config, plan, runtime
 from fewlabels.config import Schedule
 from fewlabels.data.loader import Batch
-from fewlabels.errors import Diverged, UsageError
+from fewlabels.errors import Diverged, RunAgain, UsageError
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import ProjectionHead
 from fewlabels.model.optim import LARS
@@ -118,6 +119,19 @@ def told_by_all() -> str:
     try:
         loop.check_finite(state)
     except Diverged as error:
+        return error.what
+    return ""
+
+
+def two_disks(place: Path) -> str:
+    """What is said where one rank's disk does not have the checkpoint that the other's has."""
+    older = place / f"older-{runtime.rank()}"
+    shutil.copytree(place / "stopped", older)
+    if runtime.rank() == 1:
+        shutil.rmtree(older / "pretrain")
+    try:
+        train(older, shard=True)
+    except RunAgain as error:
         return error.what
     return ""
 
@@ -227,6 +241,13 @@ def test_a_process_alone_and_compiled_blocks_are_told_why() -> None:
     assert "shard and compile" in raised.value.details[0]
 
 
+def test_ranks_that_find_different_checkpoints_do_not_go_on(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["apart"] == ranks[1]["apart"]
+    assert ranks[0]["apart"].startswith(
+        f"the processes found different checkpoints of pretrain: of the steps [0, {STOPPED}]"
+    )
+
+
 def one_rank(place: Path) -> None:
     """What this rank does; rank 0 writes what the runs told."""
     for name in ("sharded", "resumed"):
@@ -234,7 +255,11 @@ def one_rank(place: Path) -> None:
         if runtime.is_main():
             (place / f"{name}.json").write_text(json.dumps(found))
     train(place / "stopped", shard=True, stop=True)
-    mine = {name: both_ways(name) for name in STAGES} | {"lars": lars(), "told": told_by_all()}
+    mine = {name: both_ways(name) for name in STAGES} | {
+        "lars": lars(),
+        "told": told_by_all(),
+        "apart": two_disks(place),
+    }
     torch.save(mine, place / f"{runtime.rank()}.pt")
 
 

@@ -5,6 +5,7 @@ The same command on a run folder gets the recipe that was stored there.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -46,22 +47,37 @@ class Asked:
         found = {"images": self.images, "labels": self.labels, "test": self.test}
         return {name: _absolute(str(value)) for name, value in found.items() if isinstance(value, str | Path)}
 
-    def names(self, stage: str, knob: str) -> bool:
-        """Whether the user gave this knob of a stage, as an option or in a recipe file."""
+    def file(self) -> dict[str, Any]:
+        """What the recipe file says; nothing where there is none, or it is gone."""
         path = Path(self.recipe)
-        file = config.read_toml(path) if path.suffix == ".toml" and path.is_file() else {}
-        return any(knob in given.get(stage, {}) for given in (self.overrides, file))
+        return config.read_toml(path) if path.suffix == ".toml" and path.is_file() else {}
+
+    def given(self) -> dict[str, Any]:
+        """The values of the recipe that the user gave, as options or in a recipe file; options count."""
+        file, options = self.file(), {k: v for k, v in self.overrides.items() if v is not None}
+        both = [
+            name for name in config.SECTIONS if all(isinstance(part.get(name), Mapping) for part in (file, options))
+        ]
+        return file | options | {name: {**file[name], **options[name]} for name in both}
+
+    def names(self, stage: str, knob: str) -> bool:
+        """Whether the user gave this knob of a stage."""
+        given = self.given().get(stage)
+        return isinstance(given, Mapping) and knob in given
 
     def wishes(self) -> dict[str, Any]:
         """What decides the recipe, as plain values."""
-        return {
-            "recipe": self.recipe,
-            "student": self.student,
-            "budget": self.budget,
-            "seed": self.seed,
-            "keep_labels": self.keep_labels,
+        found = {
+            "recipe": self.recipe, "student": self.student, "budget": self.budget, "seed": self.seed,
+            "keep_labels": self.keep_labels, "file": self.file(),
             "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
-        }
+        }  # fmt: skip
+        return {**json.loads(json.dumps(found, default=_plain))}
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _absolute(word: str) -> str:
@@ -75,7 +91,8 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
     stored, recipe = folder.resolved(), asked.recipe
     if recipe.endswith(".toml"):
         recipe = str(Path(recipe).absolute())  # a later command may come from another folder
-    before = stored["asked"]["recipe"] if stored and begun_stages(folder) else recipe
+    begun = begun_stages(folder)
+    before = stored["asked"]["recipe"] if stored and begun else recipe
     if recipe not in ("auto", before):
         raise CannotCreate(
             f"{folder.path} was begun with the recipe {before}, and {recipe} is asked for now",
@@ -83,7 +100,16 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
             fix=f"give a new --out (with --pretrained {folder.path} it begins with what was learned), "
             "or leave out --recipe to go on",
         )
-    return replace(asked, recipe=before)
+    asked = replace(asked, recipe=before)
+    new, old = asked.file(), (stored["asked"].get("file") if stored and begun else None) or {}
+    here = {**new, **old}.keys() - (config.SECTIONS.keys() - begun) if new and old else set()
+    if edited := sorted(name for name in here if old.get(name) != new.get(name)):
+        raise CannotCreate(
+            f"{before} has changed since {folder.path} was begun: {', '.join(edited)}",
+            why="one run follows one recipe; nothing was changed",
+            fix=f"give a new --out, or undo the change ({folder.path / 'recipe.toml'} has what the run follows)",
+        )
+    return asked
 
 
 # --- the recipe --------------------------------------------------------------------------------------------------
@@ -93,14 +119,15 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     """The recipe as it will be run. The same command gets its stored recipe; stages already begun keep theirs."""
     if stored and same_wishes(stored, asked, facts.labeled):
         return config.from_dict(stored["recipe"])
-    recipe = of_name(asked.recipe, facts)
+    recipe = of_name(asked.recipe, facts, asked.student)
+    explicit = asked.given()
     if stored and begun:
         before = config.from_dict(stored["recipe"])
         stay = begun | ({"pretrain"} if before.pretrained is not None else set())
         kept = {stage: getattr(before, stage) for stage in stay if stage in config.SECTIONS}
         names = ("encoder", "size", "kind", "working_size", "precision", "compile", "chunk_norm")
         top = {name: getattr(before, name) for name in names}
-        recipe = replace(recipe, **kept, **top)
+        recipe, explicit = replace(recipe, **kept, **top), top | explicit
         if "finetune" in begun and not asked.names("distill", "self_training"):  # which wants another start of it
             recipe = replace(recipe, distill=replace(recipe.distill, self_training=before.distill.self_training))
     if asked.student is not None:
@@ -112,7 +139,7 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
             why="it softens the teaching of a smaller network",
             fix="use distill.self_temperature, or give a student",
         )
-    return _begin_with(recipe, asked.overrides, facts) if recipe.pretrained is not None else recipe
+    return _begin_with(recipe, explicit, facts) if recipe.pretrained is not None else recipe
 
 
 def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Recipe:
@@ -145,22 +172,27 @@ def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Re
 
 
 def same_wishes(stored: dict[str, Any], asked: Asked, labeled: int) -> bool:
-    """Whether a stored plan may be used as it is: the same wishes for as many labels."""
-    return bool(stored["asked"] == asked.wishes() and stored["understood"]["labeled"] == labeled)
+    """Whether a stored plan may be used as it is: the same wishes for as many labels. What an older version did not
+    keep counts as the same, and so does a recipe file that is gone.
+    """
+    wishes, before = asked.wishes(), stored["asked"]
+    same = all(before.get(name, value) == value or (name == "file" and not value) for name, value in wishes.items())
+    return same and bool(stored["understood"]["labeled"] == labeled)
 
 
-def of_name(name: str, facts: Facts) -> Recipe:
-    """The recipe called name, or of the file that it is."""
-    if name.endswith(".toml"):
-        values = config.read_toml(Path(name))
-        # A run's own recipe.toml holds all there was: of knobs that are newer it had the default, not ours of today
-        return config.override(Recipe() if config.is_whole(values) else recipes.best(facts), values)
-    return recipes.named(name, facts)
+def of_name(name: str, facts: Facts, student: str | None = None) -> Recipe:
+    """The recipe called name, or of the file that it is, which may be about a student that an option names."""
+    if not name.endswith(".toml"):
+        return recipes.named(name, facts)
+    values = config.read_toml(Path(name))
+    # A run's own recipe.toml holds all there was: of knobs that are newer it had the default, not ours of today
+    base = Recipe() if config.is_whole(values) else recipes.best(facts)
+    return config.override(replace(base, distill=replace(base.distill, student=student)), values)
 
 
 def begun_stages(folder: RunFolder) -> set[str]:
     """The stages that have saved something."""
-    return {stage for stage in plan.STAGES if any(folder.stage(stage).glob("step-*"))}
+    return {stage for stage in plan.STAGES if any(folder.path.glob(f"{stage}*/step-*"))}  # distill_self is distill
 
 
 # --- from the command line ----------------------------------------------------------------------------------------

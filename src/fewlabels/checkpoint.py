@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -106,20 +106,30 @@ def storage_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file by one rename; /dev/stdout, a pipe or a device is written to, not replaced."""
+@contextmanager
+def text_file(path: Path) -> Iterator[TextIO]:
+    """To write into; replaces path by one rename at the end. /dev/stdout, a pipe or a device is written to itself."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    stream = str(path.absolute().parent) in STREAMS or (path.exists() and not (path.is_file() or path.is_dir()))
     with storage_errors(path):
-        if str(path.absolute().parent) in STREAMS or (path.exists() and not (path.is_file() or path.is_dir())):
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
-            return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own form of odd bytes
-            sync(temporary)
-            temporary.replace(path)
+            # backslashreplace: JSON's own form of odd bytes
+            with (path if stream else temporary).open(
+                "w", encoding="utf-8", errors="backslashreplace", newline=""
+            ) as file:
+                yield file
+            if not stream:
+                sync(temporary)
+                temporary.replace(path)
+                sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-        sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file by one rename, as text_file does."""
+    with text_file(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewlabels import agreement, plan, runtime, watch
+from fewlabels import agreement, checkpoint, plan, runtime, watch
 from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_wishes
 from fewlabels.data.sources import Source
 from fewlabels.errors import DataError, FewlabelsError, RankFailed, RunAgain, Stopped, UsageError
@@ -83,7 +83,7 @@ def fit(
     Raises a FewlabelsError for every fault a user can mend.
     """
     asked = Asked(
-        images=images, labels=labels, out=Path(out), recipe=recipe, test=test, student=student,
+        images=images, labels=labels, out=Path(out), recipe=str(recipe), test=test, student=student,
         budget=parse_budget(budget), seed=seed, device=device, keep_labels=keep_labels, max_bad=max_bad,
         until=until, overrides=overrides,
     )  # fmt: skip
@@ -260,15 +260,17 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
     if seconds <= 0:
         raise UsageError(f"reading the images took {duration(prepared.seconds)}, all of the budget", fix="give more")
     per_step = worker.seconds_per_step()
-    needed = sum(plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size()).values())
+    folder, ranks = prepared.folder, runtime.world_size()
+    saved = {name: checkpoint.glance(folder.stage(name)) or {} for name in (*per_step, "supervised")}
+    done = runtime.from_main({name: int(values.get("step", 0)) for name, values in saved.items()})
+    needed = sum(plan.cost(prepared.recipe, prepared.images, per_step, ranks, done).values())
     if cut_only and needed < plan.TRAINING_SHARE * seconds:
         return prepared, []
     if cut_only:
         say(f"  the full schedule would take {duration(needed)} here; `auto` on a CPU keeps to an hour (see --budget)")
     recipe, sums = plan.fit_budget(
-        prepared.recipe, prepared.images, seconds, per_step, runtime.world_size(),
-        kept=[stage for stage in per_step if "epochs" in asked.overrides.get(stage, {})],
-        begun=begun_stages(prepared.folder),
+        prepared.recipe, prepared.images, seconds, per_step, ranks, stretch=not cut_only, done=done,
+        kept=begun_stages(folder) | {stage for stage in per_step if "epochs" in asked.overrides.get(stage, {})},
     )  # fmt: skip
     return replace(prepared, recipe=recipe), sums
 

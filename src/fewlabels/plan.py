@@ -6,7 +6,7 @@ The user speaks epochs and base learning rates, the loop speaks steps; this file
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from fewlabels.config import DistillRecipe, PretrainRecipe, Recipe, Schedule
@@ -158,32 +158,37 @@ def baseline(finetune: Schedule, images: int, ranks: int) -> Schedule:
     )  # fmt: skip
 
 
-def cost(recipe: Recipe, images: dict[str, int], per_step: dict[str, float], ranks: int) -> dict[str, float]:
-    """Seconds of everything that will be trained, at the measured seconds a step.
+def cost(
+    recipe: Recipe,
+    images: dict[str, int],
+    per_step: dict[str, float],
+    ranks: int,
+    done: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """Seconds of everything that will be trained, at the measured seconds a step, without the steps that are done.
 
     per_step: of pretrain, and with labels of finetune, distill, and distill_self where a student is taught after it.
     """
-    found = {}
-    for name, a_step in per_step.items():
-        stage = "distill" if name == "distill_self" else name
-        found[name] = a_step * derive(getattr(recipe, stage), images[stage], ranks).total_steps
+    schedules = {name: getattr(recipe, name.removesuffix("_self")) for name in per_step}
     if "finetune" in per_step:
-        schedule = baseline(recipe.finetune, images["finetune"], ranks)
-        found["supervised"] = per_step["finetune"] * derive(schedule, images["finetune"], ranks).total_steps
-    return found
+        schedules["supervised"] = baseline(recipe.finetune, images["finetune"], ranks)
+        per_step = per_step | {"supervised": per_step["finetune"]}
+        images = images | {"supervised": images["finetune"]}
+    steps = {n: derive(schedules[n], images[n.removesuffix("_self")], ranks).total_steps for n in schedules}
+    return {name: per_step[name] * max(0, count - (done or {}).get(name, 0)) for name, count in steps.items()}
 
 
 def fit_budget(
     recipe: Recipe, images: dict[str, int], seconds: float, per_step: dict[str, float], ranks: int,
-    kept: Collection[str] = (), begun: Collection[str] = (),
+    kept: Collection[str] = (), done: Mapping[str, int] | None = None, *, stretch: bool = True,
 ) -> tuple[Recipe, list[str]]:  # fmt: skip
-    """recipe with its stages cut or stretched to `seconds`, and the sums behind it.
+    """recipe with its stages cut, or stretched as well, to `seconds`, and the sums behind it.
 
-    per_step: as for `cost`. Fine-tuning and its baseline keep their length up to LABELS_SHARE; of the rest 7 : 3 go
-    to pretraining and distillation. Stages in kept (time is set aside for them) and begun stay as they are.
+    per_step, done: as for `cost`. Fine-tuning and its baseline keep their length up to LABELS_SHARE; of the rest 7 : 3
+    go to pretraining and distillation. Time is set aside for stages in kept, which stay as they are.
     """
-    costs, stay = cost(recipe, images, per_step, ranks), {*kept, *begun}
-    set_aside = sum(costs[stage] for stage in set(kept) - set(begun) if stage != "finetune")
+    costs, stay = cost(recipe, images, per_step, ranks, done), {*kept}
+    set_aside = sum(costs.get(name, 0.0) for stage in stay - {"finetune"} for name in (stage, f"{stage}_self"))
     left = max(0.1 * seconds, TRAINING_SHARE * seconds - set_aside)
     sections: dict[str, Schedule] = {}
     sums: list[str] = []
@@ -203,10 +208,11 @@ def fit_budget(
         schedule: Schedule = getattr(recipe, stage)
         batch = fitted_batch(schedule.batch, images[stage], ranks)
         a_step = per_step[stage] + (per_step.get("distill_self", 0.0) if stage == "distill" else 0.0)
-        epochs = min(MOST_EPOCHS[stage], max(0.1, round(share * left / (images[stage] / batch * a_step), 2)))
+        most = MOST_EPOCHS[stage] if stretch else schedule.epochs
+        epochs = min(most, max(0.1, round(share * left / (images[stage] / batch * a_step), 2)))
         sums.append(
             f"{stage}: {epochs:g} epochs = {share:g} x {left:,.0f} s // ({images[stage]:,} / {batch} steps "
-            f"x {a_step * 1000:.3g} ms), at most {MOST_EPOCHS[stage]:g}"
+            f"x {a_step * 1000:.3g} ms), at most {most:g}"
         )
         sections[stage] = replace(schedule, epochs=epochs)
     return replace(recipe, **sections), sums  # type: ignore[arg-type]

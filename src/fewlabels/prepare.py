@@ -119,7 +119,7 @@ def store_images(source: Source, folder: RunFolder, recipe: Recipe, max_bad: flo
             about |= {} if recipe.store == "auto" else {"store": recipe.store}
             if not _stored(folder, note, about):
                 say(f"reading {source.description} ...")
-                _decode(source, folder, note, about, max_bad)
+                _decode(source, folder, note, about, max_bad, known)
     facts = checkpoint.read_sealed(note)
     kept = np.asarray(facts["kept"], dtype=np.int64)
     store = pixels.open_store(folder.data, lambda row: source.at(int(kept[row])))
@@ -127,7 +127,9 @@ def store_images(source: Source, folder: RunFolder, recipe: Recipe, max_bad: flo
     return labels.assemble(source, store, kept, bad, known)
 
 
-def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any], max_bad: float) -> None:
+def _decode(
+    source: Source, folder: RunFolder, note: Path, about: dict[str, Any], max_bad: float, known: tuple[str, ...]
+) -> None:
     """Make RUN/data; that of a begun run gives way only to the same images. A kill in between leaves no note,
     and without a note they are read again.
     """
@@ -147,7 +149,7 @@ def _decode(source: Source, folder: RunFolder, note: Path, about: dict[str, Any]
         if store.streamed:
             _say_cost(store, time.perf_counter() - started)
         if begun is not None:
-            now = images_digest(labels.assemble(source, store, kept, bad))
+            now = images_digest(labels.assemble(source, store, kept, bad, known))
             check_identity(begun["identity"], begun["identity"] | {"images": now}, "pretrain", folder.path)
             note.unlink(missing_ok=True)
             shutil.rmtree(folder.data, ignore_errors=True)

@@ -95,11 +95,13 @@ def device(name: str = "auto") -> torch.device:
         raise UsageError(f'unknown device "{name}"', fix='use "auto", "cpu", "cuda" or "cuda:0"')
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f'device "{name}" was asked for, but torch sees no CUDA device', fix='use device "cpu"')
-    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
-        raise UsageError(f'there is no "{name}"', fix=f"torch sees {torch.cuda.device_count()}, from cuda:0 on")
     if not (name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())):
         return torch.device("cpu")
     chosen = torch.device(name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if (chosen.index or 0) >= (there := torch.cuda.device_count()):
+        raise UsageError(
+            f'there is no "{chosen}"', fix=f"torch sees {there}, from cuda:0 on, and each process takes one"
+        )
     torch.cuda.set_device(chosen)
     return chosen
 
@@ -416,11 +418,14 @@ def whole(x: Tensor) -> Tensor:
 
 
 def whole_on_main(x: Tensor) -> Tensor:
-    """The same, but only on rank 0, in the host's memory; the other ranks keep their part."""
+    """The same, but only on rank 0, in the host's memory; the other ranks keep their part, and never hold more."""
     if not is_sharded(x):
         return x
-    rows = whole(x.detach())
-    return rows.cpu() if is_main() else part(x)
+    mine, share = part(x.detach()), -(-len(x) // world_size())  # ranks have as many rows each, the last ones fewer
+    padded = torch.cat([mine, mine.new_zeros(share - len(mine), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(world_size())] if is_main() else None
+    dist.gather(padded, parts)
+    return torch.cat(parts)[: len(x)].cpu() if parts else mine
 
 
 def fill(x: Tensor, rows: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +218,17 @@ def test_a_table_is_written_whole_or_not_at_all(model: Model, tmp_path: Path, mo
         predict.write_predictions(model, np.zeros((1, 8, 8, 3), np.uint8), out)
     assert out.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_a_pipe_is_written_to_and_stays(model: Model, tmp_path: Path) -> None:
+    """As /dev/stdout does: root's rename put a file in its place."""
+    images, read = np.zeros((2, 8, 8, 3), np.uint8), list[str]()
+    os.mkfifo(tmp_path / "pipe")
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    predict.write_predictions(model, images, tmp_path / "pipe")
+    reader.join(timeout=30)
+    predict.write_predictions(model, images, tmp_path / "file.csv")
+    assert read == [(tmp_path / "file.csv").read_bytes().decode().replace("\r\n", "\n")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.csv", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()

@@ -16,7 +16,7 @@ from fewlabels import checkpoint, runtime
 from fewlabels.config import Schedule
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Order, Waiting, training_batches
-from fewlabels.errors import DataError, Diverged, Stopped, UsageError
+from fewlabels.errors import DataError, Diverged, RunAgain, Stopped, UsageError
 from fewlabels.model import optim
 from fewlabels.plan import Derived, derive
 from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
@@ -100,7 +100,12 @@ def run(job: Job, at: Workplace) -> None:
 def _run(job: Job, at: Workplace, state: TrainState) -> None:
     total = job.derived.total_steps
     spent = _resume(job, at, state)
-    runtime.barrier()
+    if len(steps := set(runtime.from_all(state.step))) > 1:  # a disk gave one of them an older listing, or an error
+        raise RunAgain(
+            f"the processes found different checkpoints of {job.name}: of the steps {sorted(steps)}",
+            why="they would train different weights as one",
+            fix="run the same command again; if it stays, compare what the machines see in the run folder",
+        )
     if state.step >= total:
         return
     at.folder.status("running", job.name)

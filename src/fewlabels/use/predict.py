@@ -286,20 +286,14 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
         raise UsageError(f"{out} is a folder", fix=f"give a file name, such as {out / 'predictions.csv'}")
     counts = dict.fromkeys(model.classes, 0)
     unreadable = 0
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with checkpoint.storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                for prediction in _write_rows(file, model, source):
-                    if prediction.probabilities is None:
-                        unreadable += 1
-                    else:
-                        counts[model.classes[int(prediction.probabilities.argmax())]] += 1
-            checkpoint.sync(temporary)
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with checkpoint.text_file(out) as file:
+        for prediction in _write_rows(file, model, source):
+            if prediction.probabilities is None:
+                unreadable += 1
+            else:
+                counts[model.classes[int(prediction.probabilities.argmax())]] += 1
     predicted = sum(counts.values())
     return {
         "out": str(out),
