@@ -108,6 +108,9 @@ def lars() -> tuple[list[Tensor], list[Tensor]]:
                 runtime.fill(weight.grad, size * torch.randn(weight.shape))
             optimizer.step()
         ends.append([runtime.whole(weight.detach()) for weight in module])
+        for weight, found in zip(module, ends[-1], strict=True):  # odd numbers of rows, and a rank without any
+            kept = runtime.whole_on_main(weight.detach())
+            assert torch.equal(kept, found if runtime.is_main() else runtime.part(weight.detach()))
     return ends[0], ends[1]
 
 
