@@ -213,7 +213,8 @@ def test_a_budget_goes_to_the_stages_that_are_left() -> None:
     worded = replace(recipe, pretrain=replace(recipe.pretrain, epochs=20))
     fitted, _ = plan.fit_budget(worded, images, 1800.0, per_step, 1, kept=["pretrain"])
     assert fitted.pretrain == worded.pretrain
-    cut, _ = plan.fit_budget(recipe, images, 1e6, per_step, 1, stretch=False)
+    asked_for = {"pretrain": recipe.pretrain.epochs, "distill": recipe.distill.epochs}
+    cut, _ = plan.fit_budget(recipe, images, 1e6, per_step, 1, longest=asked_for)
     assert cut == recipe, "an hour for `auto` is a limit, not a wish"
     assert 1300 < sum(plan.cost(fitted, images, per_step, 1).values()) < 1800
 

@@ -303,6 +303,21 @@ def test_a_budget_for_what_is_done_is_told_to_change_nothing(
     assert same(final_weights(tmp_path / "run"), final_weights(run.path))
 
 
+def test_the_hour_of_auto_is_not_spent_on_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pretraining took it; labels come later, and the other stages keep the length that the recipe gives them."""
+    images, classes = shapes_images(40, size=16)
+    slow = {"pretrain": 1000.0, "finetune": 1e-3, "distill": 1e-3}
+    to_run = prepare.stages_to_run
+    monkeypatch.setattr(Worker, "seconds_per_step", lambda worker: {s: slow[s] for s in to_run(worker.prepared)})
+    wishes = {**SMALL, "encoder": "resnet18_0.0625x_small", "out": tmp_path / "run"}
+    fl.fit(images, until="pretrain", **wishes)
+    assert "the full schedule would take" in capsys.readouterr().err
+    fl.fit(images, [*classes[:20], *[None] * 20], until="finetune", **wishes)
+    assert "the full schedule would take" not in capsys.readouterr().err
+
+
 def test_labels_may_come_after_pretraining(photos: Path, tmp_path: Path) -> None:
     images, classes = shapes_images(80, size=16)
     # A recipe whose fine-tuning depends on the number of labels, and numbers in words that must survive

@@ -43,4 +43,6 @@ def results(file: str, folder: Path, world: int = WORLD) -> list[dict[str, Any]]
         for process in ranks:
             process.kill()
             process.wait()
+            assert process.stdout is not None
+            process.stdout.close()  # or a later test is blamed for it
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -110,8 +110,8 @@ def storage_errors(path: Path) -> Iterator[None]:
 def text_file(path: Path) -> Iterator[TextIO]:
     """To write into; replaces path by one rename at the end. /dev/stdout, a pipe or a device is written to itself."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    stream = str(path.absolute().parent) in STREAMS or (path.exists() and not (path.is_file() or path.is_dir()))
     with storage_errors(path):
+        stream = str(path.absolute().parent) in STREAMS or (path.exists() and not (path.is_file() or path.is_dir()))
         try:
             # backslashreplace: JSON's own form of odd bytes
             with (path if stream else temporary).open(

@@ -269,7 +269,8 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
     if cut_only:
         say(f"  the full schedule would take {duration(needed)} here; `auto` on a CPU keeps to an hour (see --budget)")
     recipe, sums = plan.fit_budget(
-        prepared.recipe, prepared.images, seconds, per_step, ranks, stretch=not cut_only, done=done,
+        prepared.recipe, prepared.images, seconds, per_step, ranks, done=done,
+        longest={s: getattr(prepared.recipe, s).epochs for s in plan.MOST_EPOCHS} if cut_only else plan.MOST_EPOCHS,
         kept=begun_stages(folder) | {stage for stage in per_step if "epochs" in asked.overrides.get(stage, {})},
     )  # fmt: skip
     return replace(prepared, recipe=recipe), sums

@@ -180,9 +180,9 @@ def cost(
 
 def fit_budget(
     recipe: Recipe, images: dict[str, int], seconds: float, per_step: dict[str, float], ranks: int,
-    kept: Collection[str] = (), done: Mapping[str, int] | None = None, *, stretch: bool = True,
+    kept: Collection[str] = (), done: Mapping[str, int] | None = None, longest: Mapping[str, float] = MOST_EPOCHS,
 ) -> tuple[Recipe, list[str]]:  # fmt: skip
-    """recipe with its stages cut, or stretched as well, to `seconds`, and the sums behind it.
+    """recipe with its stages cut or stretched to `seconds`, up to `longest` epochs, and the sums behind it.
 
     per_step, done: as for `cost`. Fine-tuning and its baseline keep their length up to LABELS_SHARE; of the rest 7 : 3
     go to pretraining and distillation. Time is set aside for stages in kept, which stay as they are.
@@ -208,11 +208,10 @@ def fit_budget(
         schedule: Schedule = getattr(recipe, stage)
         batch = fitted_batch(schedule.batch, images[stage], ranks)
         a_step = per_step[stage] + (per_step.get("distill_self", 0.0) if stage == "distill" else 0.0)
-        most = MOST_EPOCHS[stage] if stretch else schedule.epochs
-        epochs = min(most, max(0.1, round(share * left / (images[stage] / batch * a_step), 2)))
+        epochs = min(longest[stage], max(0.1, round(share * left / (images[stage] / batch * a_step), 2)))
         sums.append(
             f"{stage}: {epochs:g} epochs = {share:g} x {left:,.0f} s // ({images[stage]:,} / {batch} steps "
-            f"x {a_step * 1000:.3g} ms), at most {most:g}"
+            f"x {a_step * 1000:.3g} ms), at most {longest[stage]:g}"
         )
         sections[stage] = replace(schedule, epochs=epochs)
     return replace(recipe, **sections), sums  # type: ignore[arg-type]

@@ -224,7 +224,7 @@ def test_a_pipe_is_written_to_and_stays(model: Model, tmp_path: Path) -> None:
     """As /dev/stdout does: root's rename put a file in its place."""
     images, read = np.zeros((2, 8, 8, 3), np.uint8), list[str]()
     os.mkfifo(tmp_path / "pipe")
-    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()), daemon=True)
     reader.start()
     predict.write_predictions(model, images, tmp_path / "pipe")
     reader.join(timeout=30)

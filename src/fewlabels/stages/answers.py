@@ -34,11 +34,10 @@ class Answers:
         self.rows: np.memmap[Any, Any] | None = None
         self.asked: dict[int, np.ndarray] = {}  # epoch below T -> (n,) bool, whose views it held
         self.bytes = 4 * int(np.prod(self.shape))
-        self.whole = False  # whether every rank may read
+        self.readable = False  # by every rank
         whole = self.path.is_file() and self.path.stat().st_size == self.bytes
-        # Somebody removed the file of a begun stage: the teacher is asked to the end
-        self.lost = not whole and any(folder.glob("step-*"))
-        runtime.barrier()  # no rank creates what another is still looking for
+        # Somebody removed the file of a begun stage: the teacher is asked to the end. All look before one makes it
+        self.lost = runtime.any_rank(flag=not whole and any(folder.glob("step-*")))
 
     def __call__(self, batch: Batch, ask: Callable[[slice | Tensor], Tensor]) -> Tensor:
         """Logits (B, K) of the batch's views. ask(rows) gives the teacher's own for these rows of the batch."""
@@ -49,10 +48,10 @@ class Answers:
             if not self.lost:
                 self._write(epoch, places, answers)
             return answers
-        if not self.whole:  # rank 0 has the last rows in its memory, and a file opened before them may stay without
+        if not self.readable:  # rank 0 has the last rows in its memory, and a file opened before them may stay without
             self.sync()
             runtime.barrier()
-            self.whole = True
+            self.readable = True
         answers = torch.from_numpy(self._open()[epoch, places]).to(batch.pixels.device)
         # An epoch leaves out what does not fill a batch; those images are asked for whenever their turn comes, and
         # never kept, so that what is read does not depend on where a run was broken
