@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sys
+import weakref
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -35,16 +39,61 @@ def test_what_a_signal_cut_short_may_call_it_by_another_name() -> None:
     with pytest.raises(Stopped, match="SIGUSR1") as stopped, Interrupts().watching():
         try:
             os.kill(os.getpid(), signal.SIGUSR1)
-        except Stopped as error:
+        except BaseException as error:
             raise ImportError("cannot import name") from error  # so do packages that import something optional
     assert stopped.value.exit_code == 75
 
 
+def test_what_swallows_any_exception_does_not_swallow_a_signal() -> None:
+    reached = False
+    with pytest.raises(Stopped), Interrupts().watching():
+        with contextlib.suppress(Exception):  # as matplotlib does while it draws
+            os.kill(os.getpid(), signal.SIGTERM)
+        reached = True
+    assert not reached
+
+
+class Finalized:
+    """Python prints what its finalizer raises, and goes on."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_finalizer_stops_at_the_end_of_the_block() -> None:
+    with pytest.raises(Stopped) as stopped, Interrupts().watching() as interrupts:
+        Finalized()
+        assert interrupts.pending()
+    assert stopped.value.exit_code == 143
+
+
+def test_a_signal_in_the_callback_of_a_weak_reference_prints_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    kept: weakref.WeakKeyDictionary[Interrupts, int] = weakref.WeakKeyDictionary()
+    callback = kept._remove.__code__  # type: ignore[attr-defined]
+    with pytest.raises(Stopped), Interrupts().watching() as interrupts:
+        key = Interrupts()
+        kept[key] = 1
+
+        def at_the_callback(frame: FrameType, event: str, _: object) -> None:
+            if event == "call" and frame.f_code is callback:
+                interrupts._handle(signal.SIGTERM, frame)
+
+        sys.setprofile(at_the_callback)
+        del key
+        sys.setprofile(None)
+        assert interrupts.pending()
+    assert not kept
+    assert not capfd.readouterr().err
+
+
 def test_while_training_it_only_raises_a_flag() -> None:
-    with Interrupts().watching() as interrupts:
+    flagged = False
+    with pytest.raises(Stopped), Interrupts().watching() as interrupts:
         interrupts.patient = True
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupts.pending()
+        flagged = interrupts.pending()
+    assert flagged
 
 
 def test_another_rank_waits_for_rank_0_and_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

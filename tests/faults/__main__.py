@@ -39,6 +39,11 @@ def main() -> int:
         )
     injected, survived = (sum(row[key] for row in rows) for key in ("injected", "survived"))
     print(f"{'all':<52} {injected:8,} {survived:8,}" + (f"   failed: {', '.join(failed)}" if failed else ""))
+    for row in rows:  # once more, last and short: CI may show the end alone
+        for words in row["failures"]:
+            print(
+                f"{row['name']}: NOT survived: " + (words if len(words) < 700 else f"{words[:200]} ... {words[-500:]}")
+            )
     return 1 if failed else 0
 
 

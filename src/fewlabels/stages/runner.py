@@ -119,7 +119,7 @@ def _run(job: Job, at: Workplace, state: TrainState) -> None:
         rhythm = pace(job.derived, job.seed, evaluate=job.scores is not None)
         spare_rng = torch.random.fork_rng(devices=[at.device] if at.device.type == "cuda" else [])
         with spare_rng, _enough_memory(job, at):
-            finished = train(state, waiting, rhythm, listeners, at.precision)
+            train(state, waiting, rhythm, listeners, at.precision)
     except Diverged as error:
         raise Diverged(error.what, step=error.step, images=_seen(job, at.dataset, error)) from error
     except DataError:
@@ -131,10 +131,8 @@ def _run(job: Job, at: Workplace, state: TrainState) -> None:
         at.interrupts.patient = False
         batches.close()
     at.folder.status("running", job.name, seconds={job.name: clock.seconds()}, waited={job.name: waiting.seconds})
-    if not finished:
-        raise Stopped(
-            from_signal(at.interrupts), f"at step {state.step:,} of {total:,} of {job.name}; everything is saved"
-        )
+    if number := from_signal(at.interrupts):
+        raise Stopped(number, f"at step {state.step:,} of {total:,} of {job.name}; everything is saved")
     say(f"{job.name}: done in {duration(clock.seconds())}{_waited(waiting.seconds, clock.here(), at.dataset)}")
 
 
@@ -164,7 +162,7 @@ def _seen(job: Job, dataset: Dataset, error: Diverged) -> list[str]:
 
 
 def from_signal(interrupts: Interrupts) -> int:
-    """The number of the signal that stopped the ranks, the same on all of them though perhaps one rank got it."""
+    """The number of the signal that stops the ranks, the same on all of them though perhaps one rank got it; or 0."""
     return max(runtime.from_all(interrupts.received or 0))
 
 
