@@ -30,7 +30,8 @@ from fewlabels import checkpoint, config, plan, prepare, recipes
 from fewlabels.config import Recipe
 from fewlabels.data import labels, views
 from fewlabels.data.labels import Dataset
-from fewlabels.data.sources import Source, open_source
+from fewlabels.data.source import Source
+from fewlabels.data.sources import open_source
 from fewlabels.errors import UsageError
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead

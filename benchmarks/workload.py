@@ -17,7 +17,8 @@ from fewlabels.config import Schedule
 from fewlabels.data import labels, pixels, views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch, Order, training_batches
-from fewlabels.data.sources import Source, open_source
+from fewlabels.data.source import Source
+from fewlabels.data.sources import open_source
 from fewlabels.model import optim
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import ProjectionHead

@@ -228,6 +228,10 @@ def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.nda
     assert fitted.predict_proba(images).shape == (64, 4)
     assert fitted.transform(images).shape[0] == 64
     assert 0 <= fitted.score(images, classes * 10) <= 1
+    spaced = np.where(y < 0, "", np.char.add(y.astype(str), " "))  # names are told without spaces around them
+    named = fl.FewLabelClassifier(recipe="smoke", random_state=np.int64(3)).fit(images, spaced)
+    assert named.classes_.tolist() == ["0 ", "10 ", "20 ", "30 "]
+    assert (named.predict_proba(images) == fitted.predict_proba(images)).all()
 
 
 @pytest.mark.parametrize(
@@ -268,3 +272,12 @@ def test_another_set_of_images_takes_nothing_from_the_run_that_is_there(
 def test_a_command_alone_is_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["fit"]) == 66
+
+
+def test_a_path_that_cannot_be_is_no_bug(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["check", "a" * 300]) == 74
+    (tmp_path / "file").write_text("")
+    assert cli.main(["report", str(tmp_path / "file" / "run")]) in (66, 74)
+    told = capsys.readouterr().err
+    assert "File name too long" in told
+    assert "this is a bug" not in told

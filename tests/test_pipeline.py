@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fewlabels as fl
@@ -254,6 +255,7 @@ def test_pretraining_alone_keeps_the_results_of_a_finished_run(run: fl.Run, phot
     before = (run.path / "results.json").read_bytes()
     fl.fit(photos, out=run.path, recipe="smoke", until="pretrain", **SMALL)
     assert (run.path / "results.json").read_bytes() == before
+    assert json.loads((run.path / "status.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.parametrize("budget", [None, "1m"])
@@ -348,6 +350,21 @@ def test_fine_tuning_from_the_probe(photos: Path, tmp_path: Path, monkeypatch: p
     rows = {row["key"]: row for row in probed.metrics["rows"]}
     assert rows["finetune"]["accuracy"] == pytest.approx(rows["tap0_logistic"]["accuracy"], abs=0.05)
     assert rows["finetune"]["accuracy"] > rows["most_frequent"]["accuracy"] + 0.2
+
+
+def test_fine_tuning_begins_anew_as_it_had_begun(photos: Path, tmp_path: Path) -> None:
+    """Its only save is damaged: the linear layer must begin with the probe again."""
+    asked = {**SMALL, "finetune": {"start": "probe", "epochs": 4}}
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **asked)
+    before = final_weights(tmp_path / "run", ("finetune",))
+    for place in (tmp_path / "run" / "finetune").glob("step-*/*.safetensors"):
+        raw = bytearray(place.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        place.write_bytes(bytes(raw))
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **asked)
+    after = final_weights(tmp_path / "run", ("finetune",))
+    for name, tensor in before.items():  # within one process a momentum may differ by 1e-12
+        torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_a_student_of_another_size(photos: Path, tmp_path: Path) -> None:
@@ -613,3 +630,12 @@ def test_the_survey_tells_the_full_size_and_gray(tmp_path: Path) -> None:
         Image.fromarray(image).rotate(90, expand=True).save(tmp_path / name / "2.png")
         (tmp_path / name / "3.png").write_text("not a picture")
         assert prepare.survey(open_source(tmp_path / name)) == (700, name == "gray")
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_the_survey_looks_at_more_than_the_first_image(kind: str, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
+    images[0] = 0  # as a film may begin
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "a.npz", images=images)
+    assert prepare.survey(open_source(tmp_path / f"a.{kind}")) == (16, False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -15,7 +17,7 @@ import pytest
 
 from fewlabels import checkpoint, runtime
 from fewlabels.errors import CannotCreate, DataError, Stopped
-from fewlabels.runfolder import Interrupts, RunFolder
+from fewlabels.runfolder import Interrupts, RunFolder, metrics
 
 BEGUN = {
     "format_version": checkpoint.FORMAT_VERSION,
@@ -109,7 +111,7 @@ def test_another_rank_waits_for_rank_0_and_ends_with_it(monkeypatch: pytest.Monk
         raise RuntimeError("another reason")
 
 
-@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "bad_images.csv", "distill/teacher-logits.f32"])
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "bad_images.csv", "distill/teacher-logits-16.f32"])
 def test_a_run_does_not_write_through_a_link(tmp_path: Path, name: str) -> None:
     precious = tmp_path / "precious"
     precious.write_text("precious")
@@ -161,3 +163,36 @@ def test_odd_bytes_in_a_path_come_back_from_json(tmp_path: Path) -> None:
     checkpoint.write_json(tmp_path / "resolved.json", BEGUN | {"inputs": {"images": path}})
     found = RunFolder(tmp_path).resolved()
     assert found is not None and found["inputs"]["images"] == path
+
+
+def test_a_damaged_line_of_the_log_is_left_out(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step in (1, 2, 3, 4):
+        run.log("pretrain", step, 4, {"loss": 1.0})
+    lines = run.metrics_file.read_bytes().splitlines(keepends=True)
+    lines[0] = lines[0].replace(b"pre", b"p\xf2e")
+    lines[1] = lines[1].replace(b'"step"', b'"stfp"')
+    lines[2] = lines[2][:20]  # torn, with the next line behind it
+    run.metrics_file.write_bytes(b"".join([*lines, b"3\n", lines[3]]))
+    run.cut_metrics("finetune", 0)
+    assert [record["step"] for record in metrics(tmp_path) if record["stage"] == "pretrain"] == [4]
+
+
+def test_a_disk_that_keeps_no_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with RunFolder(tmp_path / "run").locked():
+        assert (tmp_path / "run").is_dir()
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
+def test_what_cuts_rank_0_short_reaches_the_others_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(runtime, "from_main", told.append)
+    with pytest.raises(Stopped), Interrupts().watching(), runtime.main_first():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert told[0][1] == 75  # type: ignore[index]

@@ -18,7 +18,7 @@ import torch
 
 from fewlabels import config, runtime
 from fewlabels.asked import Asked
-from fewlabels.data.sources import Source
+from fewlabels.data.source import Source
 from fewlabels.errors import DataError, FewlabelsError, UsageError
 from fewlabels.prepare import Prepared, flat, images_digest, versions
 from fewlabels.runfolder import RunFolder

@@ -49,6 +49,9 @@ def _help(item: dataclasses.Field[Any]) -> str:
     return str(item.metadata["about"])
 
 
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO), "free some space, run the same command again")
+FIXES |= dict.fromkeys(CLOSED, "give another path, or give yourself the right to use it")
 RecipeOptions = _overrides(config.Recipe)
 
 
@@ -375,10 +378,8 @@ def _code(words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            return _complain(
-                StorageError(f"the disk failed: {error}", fix="free some space, run the same command again")
-            )
+        if error.errno in FIXES:
+            return _complain(StorageError(f"{error.filename or 'the disk'}: {error.strerror}", fix=FIXES[error.errno]))
         return _bug()
     except Exception:
         return _bug()

@@ -19,7 +19,7 @@ from fewlabels.use.predict import Model
 class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Pretrain, fine-tune and distill behind scikit-learn's contract.
 
-    recipe: name of a recipe. student: encoder to deploy, None = the same network. random_state: the seed.
+    recipe: name of a recipe. student: encoder to deploy, None = the same network. random_state: the seed, None = 0.
     out: the run folder; None = a temporary one that lives as long as the fitted model needs it.
 
     Learned: classes_ (K,), model_, run_dir_ (only where out was given), n_features_in_ is not set: X are images,
@@ -27,7 +27,7 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
     """
 
     def __init__(
-        self, recipe: str = "auto", student: str | None = None, random_state: int = 0, out: str | None = None
+        self, recipe: str = "auto", student: str | None = None, random_state: int | None = 0, out: str | None = None
     ) -> None:
         self.recipe = recipe
         self.student = student
@@ -40,16 +40,15 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
         known = sorted({value for value in labels if not _is_unlabeled(value)}, key=lambda v: (str(type(v)), v))
         if not known:
             raise DataError("y holds no label, only -1", fix="label some images; -1 means unlabeled")
-        by_name = {str(value): value for value in known}
-        names = [None if _is_unlabeled(value) else str(value) for value in labels]
+        by_name = {str(value).strip(): value for value in known}  # as labels are read
+        names = [None if _is_unlabeled(value) else str(value).strip() for value in labels]
+        seed = int(self.random_state or 0)  # None, and numpy's numbers
         if self.out is not None:
-            run = fit(X, names, out=self.out, recipe=self.recipe, student=self.student, seed=self.random_state)
+            run = fit(X, names, out=self.out, recipe=self.recipe, student=self.student, seed=seed)
             self.model_, self.run_dir_ = run.model, Path(self.out)
         else:
             with tempfile.TemporaryDirectory(prefix="fewlabels-") as folder:
-                run = fit(
-                    X, names, out=Path(folder) / "run", recipe=self.recipe, student=self.student, seed=self.random_state
-                )
+                run = fit(X, names, out=Path(folder) / "run", recipe=self.recipe, student=self.student, seed=seed)
                 self.model_ = run.model
         # scikit-learn's metrics take columns for sorted values of y; the model has "c2" before "c10"
         values = np.asarray([by_name[name] for name in self.model_.classes])
@@ -81,4 +80,8 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
 
 
 def _is_unlabeled(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value == "") or (not isinstance(value, str) and value == -1)
+    return (
+        value is None
+        or (isinstance(value, str) and value.strip() == "")
+        or (not isinstance(value, str) and value == -1)
+    )

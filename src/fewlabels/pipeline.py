@@ -16,7 +16,7 @@ from typing import Any
 
 from fewlabels import agreement, checkpoint, plan, runtime, watch
 from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_wishes
-from fewlabels.data.sources import Source
+from fewlabels.data.source import Source
 from fewlabels.errors import DataError, FewlabelsError, RankFailed, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
@@ -84,8 +84,8 @@ def fit(
     """
     asked = Asked(
         images=images, labels=labels, out=Path(out), recipe=str(recipe), test=test, student=student,
-        budget=parse_budget(budget), seed=seed, device=device, keep_labels=keep_labels, max_bad=max_bad,
-        until=until, overrides=overrides,
+        budget=parse_budget(budget), seed=int(seed) if hasattr(seed, "__index__") else seed, device=device,
+        keep_labels=keep_labels, max_bad=max_bad, until=until, overrides=overrides,
     )  # fmt: skip
     return run(asked)
 
@@ -221,7 +221,9 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
     with runtime.main_first():
         later = set(plan.STAGES[plan.STAGES.index(stages[-1]) + 1 :]) & begun_stages(folder)
         # `fewlabels pretrain` on a finished run must not replace its results by those of less
-        if runtime.is_main() and not (later and (folder.path / "results.json").exists()):
+        if runtime.is_main() and later and (folder.path / "results.json").exists():
+            folder.status("finished")
+        elif runtime.is_main():
             _publish(prepared, worker, stages[-1])
     say(f"report: {folder.report}")
 

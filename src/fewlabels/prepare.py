@@ -25,7 +25,8 @@ from fewlabels.asked import Asked, begun_stages, resolve
 from fewlabels.config import Recipe
 from fewlabels.data import decode, labels, pixels, views
 from fewlabels.data.labels import Dataset
-from fewlabels.data.sources import Source, open_source
+from fewlabels.data.source import Source
+from fewlabels.data.sources import open_source
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, duration, say

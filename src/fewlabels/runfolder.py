@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,10 +52,12 @@ class RunFolder:
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise CannotCreate(
                     f"another process is working in {self.path}", fix="wait for it, or give another --out"
                 ) from error
+            except OSError as error:  # Lustre without -o flock, some NFS
+                say(f"  warning: {self.path} cannot be locked ({error.strerror}): let no other process work in it")
             yield
 
     def _check_ours(self) -> None:
@@ -142,14 +144,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a torn last line (a kill while it was written) is left out."""
+    """The lines of metrics.jsonl; a torn one (a kill while it was written) or a damaged one is left out."""
     path = run / "metrics.jsonl"
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            found += [record] if isinstance(record["stage"], str) and record["step"] <= record["total_steps"] else []
     return found
 
 
@@ -158,6 +159,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 class _Signal(BaseException):
     """Raised where a signal comes. An Exception is swallowed in places: matplotlib draws on, an image is unreadable."""
+
+    exit_code = property(lambda self: Stopped(self.args[0], OUTSIDE).exit_code)
 
 
 class Interrupts:
@@ -200,7 +203,7 @@ class Interrupts:
         self.received = self.received or number
         # What a weak reference's callback raises, Python prints and forgets: 7 % of the signals in a report met one
         if not (self.patient or (frame and "weakref" in frame.f_globals.get("__name__", ""))) and runtime.is_main():
-            raise _Signal
+            raise _Signal(number)
 
     def pending(self) -> bool:
         """Whether a signal has come."""

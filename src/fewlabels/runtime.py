@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewlabels.errors import FewlabelsError, RankFailed, RunAgain, UsageError
+from fewlabels.errors import RankFailed, RunAgain, UsageError
 
 T = TypeVar("T")
 
@@ -372,7 +372,7 @@ def main_first() -> Iterator[None]:
             yield
         except BaseException as error:
             failure = error
-    code = failure.exit_code if isinstance(failure, FewlabelsError) else 1
+    code = getattr(failure, "exit_code", 1)
     problem = from_main(None if failure is None else (f"rank 0 failed: {type(failure).__name__}: {failure}", code))
     if failure is not None:
         raise failure

@@ -15,8 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fewlabels import plan, runtime
-from fewlabels.asked import begun_stages
+from fewlabels import checkpoint, plan, runtime
 from fewlabels.data import views
 from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.errors import UsageError
@@ -195,7 +194,8 @@ class Worker:
         if "finetune" not in self.classifiers:
             network = self._teacher("finetune", self.pretrain())
             network.encoder.freeze(self.recipe.finetune.freeze_below)
-            if self.recipe.finetune.start == "probe" and "finetune" not in begun_stages(self.prepared.folder):
+            saved, _ = checkpoint.latest(self.prepared.folder.stage("finetune"))  # begun with damaged saves: it is anew
+            if self.recipe.finetune.start == "probe" and runtime.from_main(saved is None):
                 self._start_from_probe(network)
             stage = Finetune(network, view=self._view("finetune"))
             self._train("finetune", stage)

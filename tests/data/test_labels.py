@@ -294,3 +294,17 @@ def test_facts_that_do_not_fit_the_table_are_refused(tmp_path: Path, facts: dict
     (tmp_path / "images.csv").write_text("image,label,split\nx,b,train\ny,b,train\n")
     with pytest.raises(DataError, match="does not fit its run"):
         read_images(tmp_path / "images.csv", [0, 1], facts)  # type: ignore[arg-type]
+
+
+def test_training_images_that_are_all_held_out(tmp_path: Path) -> None:
+    images = noise(8)
+    with pytest.raises(DataError, match="every training image is also held out"):
+        dataset(tmp_path, images, test=images.copy())
+
+
+def test_identical_images_count_once(tmp_path: Path) -> None:
+    images = noise(8)
+    images[5], images[6] = images[1], images[1]
+    found = dataset(tmp_path, images, [0, 1, 0, 1, 0, 1, 1, 0])
+    assert found.once(found.labeled).tolist() == [0, 1, 2, 3, 4, 7]
+    assert found.once(np.array([6, 5, 0])).tolist() == [6, 0]

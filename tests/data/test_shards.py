@@ -19,7 +19,8 @@ from conftest import same, shapes_images
 from fewlabels import checkpoint, runtime
 from fewlabels.asked import Asked
 from fewlabels.data import decode, labels, loader, parquet, pixels, places, shards
-from fewlabels.data.sources import Source, open_source
+from fewlabels.data.source import Source
+from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, FewlabelsError, MissingInput, StorageError, UsageError
 
 COUNT, SHARDS = 40, 3

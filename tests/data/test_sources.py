@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from fewlabels.data import decode
-from fewlabels.data.sources import Source, open_source
+from fewlabels.data.source import Source
+from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, MissingInput, UsageError
 
 GREEN = np.full((6, 8, 3), (20, 200, 30), np.uint8)
@@ -496,3 +497,83 @@ def test_held_out_images_keep_their_class_under_a_labels_csv(tmp_path: Path) -> 
     assert dict(zip(source.names, source.labels, strict=True)) == {
         "a.png": "cat", "test/cat/b.png": "cat", "test/dog/c.png": "cat"
     }  # fmt: skip
+
+
+def test_two_images_of_one_name_are_never_mixed_up(tmp_path: Path, stack: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", images=stack, test_images=stack[:3])
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\nimage-000001,cat\nimage-000003,dog\ntest-000001,cat\n")
+    assert open_source(tmp_path / "a.npz", table).labels == (None, "cat", None, "dog", *[None] * 4, "cat", None)
+    for name in ("same/1.png", "other/1.png"):
+        picture(tmp_path / name)
+    twice = [tmp_path / "same/1.png", tmp_path / "same/1.png"]
+    table.write_text(f"image,label\n{tmp_path}/same/1.png,cat\n")
+    with pytest.raises(DataError) as refused:
+        open_source(twice, table)
+    assert "several images are called" in refused.value.details[0]
+
+
+def test_parquet_files_whose_images_share_names_can_be_labeled(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name in ("a", "b"):
+        write_parquet(tmp_path / f"{name}.parquet", 3, metadata={})
+        (tmp_path / f"{name}.parquet").rename(tmp_path / "d" / f"{name}.parquet")
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\na.parquet/2.png,cat\nb.parquet/1.png,dog\n")
+    source = open_source(tmp_path / "d", table)
+    assert dict(zip(source.names, source.labels, strict=True))["a.parquet/2.png"] == "cat"
+    assert [label for label in source.labels if label] == ["cat", "dog"]
+    table.write_text("image,label\n2.png,cat\n")
+    with pytest.raises(DataError) as refused:
+        open_source(tmp_path / "d", table)
+    assert 'images are called "2.png"' in refused.value.details[0]
+
+
+def test_parquet_files_are_one_set(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    (tmp_path / "d").mkdir()
+    raw = picture(tmp_path / "x.png").read_bytes()
+    for name, label in (("a", "cat"), ("b", "Cat")):
+        pq.write_table(pa.table({"image": [raw], "label": [label]}), tmp_path / f"d/{name}.parquet")
+    with pytest.raises(DataError) as refused:
+        open_source(tmp_path / "d")
+    assert "look like one class" in refused.value.details[0]
+    named = pa.table({"image": [raw], "label": [1]})
+    pq.write_table(named, tmp_path / "d/a.parquet")
+    pq.write_table(named.replace_schema_metadata({"class_names": json.dumps(["ant", "bee"])}), tmp_path / "d/b.parquet")
+    with pytest.raises(DataError, match="declare different classes"):
+        open_source(tmp_path / "d")
+
+
+def test_shards_beside_pictures_are_told(tmp_path: Path) -> None:
+    picture(tmp_path / "cover.png")
+    (tmp_path / "images.tar").write_bytes(b"")
+    assert open_source(tmp_path).notes == ("1 .tar or .parquet files beside pictures are passed over",)
+
+
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    with pytest.raises(MissingInput, match="is empty"):
+        open_source("")
+
+
+class NAType:
+    """As pandas.NA: neither equal to anything nor not."""
+
+    def __eq__(self, other: object) -> NAType:  # type: ignore[override]
+        return self
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+def test_what_is_no_sequence_of_labels(stack: np.ndarray) -> None:
+    for labels in (dict.fromkeys(map(str, range(7)), "cat"), set("abcdefg"), 5):
+        with pytest.raises(UsageError, match="labels cannot be a"):
+            open_source(stack, labels)
+    missing = NAType()
+    assert open_source(stack, ["a", missing, "b", missing, "a", "b", "a"]).labels[:4] == ("a", None, "b", None)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from fewlabels.data import decode
-from fewlabels.data.sources import Source, open_source
+from fewlabels.data.source import Source
+from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, MissingInput
 
 
@@ -194,7 +195,8 @@ def test_images_that_a_csv_takes_out_of_their_place_are_noted(tmp_path: Path) ->
     assert "3 images of another class or split" in note
     assert note.endswith('counts: "test/cat/4.png" (line 5), "train/cat/1.png" (line 2), "train/dog/3.png" (line 4)')
     file.write_text("image,label\n1.png,x\n2.png,y\n3.png,y\n")  # its classes are not the folders
-    assert not open_source(tmp_path, file).notes
+    (note,) = open_source(tmp_path, file).notes
+    assert note == "not measured, since labels.csv has no such class: held-out images in cat, dog"
 
 
 def test_a_missing_csv(album: Path) -> None:

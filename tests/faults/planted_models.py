@@ -262,7 +262,7 @@ def run_link(place: Place, name: str) -> list[str]:
 
 
 in_each("a run whose file is a link out of it", 73, "links", {
-    name: name for name in (".lock", "metrics.jsonl", "bad_images.csv", "distill/teacher-logits.f32")
+    name: name for name in (".lock", "metrics.jsonl", "bad_images.csv", "distill/teacher-logits-16.f32")
 }, run_link)  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from fewlabels.data.loader import Batch, training_batches
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier
 from fewlabels.stages import loop
-from fewlabels.stages.answers import FILE, Answers
+from fewlabels.stages.answers import Answers
 from fewlabels.stages.distill import Distill
 from fewlabels.stages.loop import Listeners, TrainState
 from fewlabels.stages.runner import Job
@@ -133,10 +134,19 @@ def test_a_lost_file_only_costs_time(dataset: labels.Dataset, tmp_path: Path, br
     expected = online.state()
     train(online, expected, dataset, tmp_path / "a")
     begin(dataset, tmp_path / "b", broken_at)
-    (tmp_path / "b" / FILE).unlink()
+    next((tmp_path / "b").glob("teacher-logits*")).unlink()
     state = go_on(dataset, tmp_path / "b")
     for name, tensor in expected.tensors().items():
         torch.testing.assert_close(state.tensors()[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_answers_of_another_batch_are_not_read(dataset: labels.Dataset, tmp_path: Path) -> None:
+    """The batch follows the number of ranks: other images were left out, and their rows hold no answer."""
+    begin(dataset, tmp_path, ASKED * 2)
+    job = work(dataset)
+    other = replace(job, schedule=replace(job.schedule, batch=18))
+    assert answers(other, tmp_path).lost
+    assert not answers(job, tmp_path).lost
 
 
 def test_in_a_whole_run(tmp_path: Path) -> None:
@@ -147,5 +157,5 @@ def test_in_a_whole_run(tmp_path: Path) -> None:
         student="resnet18_0.25x_small", distill={"epochs": 6, "teacher_epochs": 2},
     )  # fmt: skip
     assert np.isfinite(run.model.predict_proba(images[:4])).all()
-    assert not list(run.path.rglob(FILE))
+    assert not list(run.path.rglob("teacher-logits*"))
     assert "asked in 2 of 6 epochs" in (run.path / "resolved.json").read_text()

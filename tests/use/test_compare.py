@@ -35,7 +35,9 @@ def test_a_self_trained_network_is_right_as_often_as_it_is_sure(
     monkeypatch.setattr(compare, "outputs", lambda *_: [logits])
     monkeypatch.setattr(compare, "costs", lambda *_: {})
     rows = np.arange(100)
-    dataset: Any = SimpleNamespace(labeled=rows[:4], held_out=rows[:0], labels=rows % 4, train=rows, num_classes=4)
+    dataset: Any = SimpleNamespace(
+        labeled=rows[:4], held_out=rows[:0], labels=rows % 4, train=rows, num_classes=4, once=lambda ids: ids
+    )
     setting: Any = None
     comparison = compare.Comparison(dataset, setting, compare.NAMES | {"distill": name})
     network: Any = SimpleNamespace(eval=lambda: None)

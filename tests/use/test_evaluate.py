@@ -331,6 +331,14 @@ def test_evaluate_run_takes_the_test_split_where_there_is_one(tmp_path: Path, mo
     assert (found["n"], found["split"]) == (8, "test")
 
 
+def test_evaluate_run_passes_over_test_images_without_labels(tmp_path: Path, model: Model) -> None:
+    _folder(tmp_path / "val", 8)
+    (tmp_path / "test").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "test" / "a.png")
+    found = evaluate.evaluate_run(model, tmp_path)
+    assert (found["n"], found["split"]) == (8, "val")
+
+
 def test_evaluate_run_refuses_unknown_classes_and_no_labels(tmp_path: Path, model: Model) -> None:
     images, _ = shapes_images(4)
     with pytest.raises(DataError, match="none of its images has a label"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import threading
 from pathlib import Path
@@ -87,6 +88,8 @@ def test_large_pictures_are_seen_at_the_size_of_training(model: Model) -> None:
         np.zeros((2, 8, 8, 3)),
         np.zeros((0, 8, 8, 3), np.uint8),
         [np.zeros((8, 8), np.int64)],
+        [np.zeros((8, 8, 4), np.uint8)],
+        [np.zeros((0, 4, 3), np.uint8)],
         [Image.new("RGB", (4, 4)), 7],
         3.5,
         None,
@@ -232,3 +235,11 @@ def test_a_pipe_is_written_to_and_stays(model: Model, tmp_path: Path) -> None:
     assert read == [(tmp_path / "file.csv").read_bytes().decode().replace("\r\n", "\n")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.csv", "pipe"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_picture_that_cannot_be_read_is_named_by_its_place(model: Model) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "PNG")
+    truncated = Image.open(io.BytesIO(file.getvalue()[:2000]))  # PIL reads its pixels later
+    with pytest.raises(DataError, match="image 1 of the list cannot be read"):
+        model.predict([Image.new("RGB", (8, 8)), truncated])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fewlabels.errors import DataError, MissingInput
-from fewlabels.use import evaluate, figures, report
+from fewlabels.use import evaluate, facts, figures, report
 from fewlabels.use.facts import clean
 from sample_run import CLASSES, make_run
 
@@ -415,3 +415,20 @@ def test_a_browser_draws_it_without_an_error(run: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert "held-out images right" in done.stdout
     assert "CONSOLE" not in done.stderr  # what the page's own policy refuses is said there
+
+
+@pytest.mark.parametrize("name", ["rows", "classes", "final", "labels_used", "images_used"])
+def test_damaged_results_are_said_to_be_so(run: Path, name: str) -> None:
+    file = run / "results.json"
+    file.write_text(file.read_text().replace(f'"{name}"', f'"x{name}"'))
+    with pytest.raises(DataError, match="not what it should be"):
+        report.write(run)
+
+
+def test_a_run_from_a_model_does_not_wait_for_pretraining(run: Path) -> None:
+    change(run / "resolved.json", derived={"finetune": {}, "distill": {}})
+    change(run / "status.json", state="stopped")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [json.dumps(line) + "\n" for line in lines if line["stage"] == "finetune"]
+    (run / "metrics.jsonl").write_text("".join(kept))
+    assert report.progress(facts.read(run))["missing"] == ["distilling has not begun"]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fewlabels import checkpoint
 from fewlabels.data.pixels import BadImage, PixelStore
-from fewlabels.data.sources import Source
+from fewlabels.data.source import Source
 from fewlabels.errors import DataError, UsageError, nearest, printable
 
 Ints = npt.NDArray[np.int64]
@@ -93,6 +93,11 @@ class Dataset:
         """Rows of the test images with a label; without any, of the validation images."""
         return _held_out(self.splits, self.labels)
 
+    def once(self, ids: Ints) -> Ints:
+        """ids without those that are, pixel for pixel, images that come before among them."""
+        keys = np.ascontiguousarray(self.store.hashes[ids]).view("V32").reshape(-1)
+        return ids[np.sort(np.unique(keys, return_index=True)[1])]
+
     @property
     def num_classes(self) -> int:
         """K; 0 without labels."""
@@ -129,6 +134,12 @@ def assemble(
     splits, leaked = _without_leaks(groups, splits)
     train = splits == TRAIN
     notes = [f"also held out, left out of training: {_some(leaked, names)}"] if len(leaked) else []
+    if not train.any():
+        raise DataError(
+            f"{source.description}: every training image is also held out",
+            why="held-out images are never trained on",
+            fix="give other images as test",
+        )
     if not taught:
         _check_learnable(labels, splits, classes, source, kept)
     counts = np.bincount(labels[train & (labels >= 0)], minlength=len(classes))

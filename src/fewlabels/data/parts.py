@@ -8,6 +8,7 @@ Shapes: N images, H, W their height and width; arrays are (N, H, W), (N, H, W, 1
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import tokenize
 import zipfile
@@ -140,9 +141,10 @@ class ArrayFile:
             raise damaged(self.path, error) from error
 
     def sample(self, count: int) -> Iterator[Payload]:
-        """One image: they are all of one size."""
-        for _, image in zip(range(min(count, 1)), self.payloads(), strict=False):
-            yield image
+        """Images from all over an .npy file, the first ones of an .npz file's member."""
+        if self.member is not None:
+            return itertools.islice(self.payloads(), count)
+        return (image for row in spread(len(self), count) if (image := self.at(int(row))) is not None)
 
     def at(self, row: int) -> Payload | None:
         """One image of an .npy file; the members of an .npz file may be compressed."""

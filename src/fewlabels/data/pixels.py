@@ -43,7 +43,7 @@ from fewlabels.data.parquet import Parquet
 from fewlabels.data.parts import UNREADABLE, Files
 from fewlabels.data.places import AT_ONCE
 from fewlabels.data.shards import Tars
-from fewlabels.data.sources import Source
+from fewlabels.data.source import Source
 from fewlabels.data.streamed import OnDemand, Paths, pixel_hash, write_paths
 from fewlabels.data.tables import cell
 from fewlabels.errors import DataError, MissingInput, RunAgain, StorageError, UsageError

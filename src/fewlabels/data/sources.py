@@ -1,85 +1,29 @@
 """Whatever holds images becomes a Source: names, labels, splits, and the images themselves as a stream.
 
-Reading order: `open_source`, then the openers in the order of `_open`, then how labels are laid over a source.
-Nothing is decoded here.
+Reading order: `open_source`, then the openers in the order of `_open`. Nothing is decoded here.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fewlabels.data import folders, shards, tables
-from fewlabels.data.decode import Payload
 from fewlabels.data.parquet import open_parquet
-from fewlabels.data.parts import ALLOWED_ARRAYS, Array, Files, Part, check_images, open_npy, open_npz
+from fewlabels.data.parts import ALLOWED_ARRAYS, Array, Files, check_images, open_npy, open_npz
+from fewlabels.data.source import Source, join, unlabeled
+from fewlabels.data.told import with_labels, with_sequence
 from fewlabels.errors import DataError, MissingInput, UsageError, nearest, printable
 
 KINDS = """a folder of pictures, .tar or .parquet files, a labels CSV, a .tar, .parquet, .npz or .npy file, \
 shards-{000..127}.tar, a URL of such files, a uint8 array, a list of paths, or "digits\""""
 DIGITS_TRAIN = 1200  # of 1,797: the rest is the test split
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images, in a fixed order, with what is said of them.
-
-    names are printable and for people; two images may share one. A label is a class name or None. classes are the
-    names that the source declares, in its own order, if it does. folder is where the images' relative names start.
-    lines are those of the CSV that says a label, 0 where none does; notes are what a person should know.
-    """
-
-    description: str
-    names: Sequence[str]
-    labels: Sequence[str | None]
-    splits: Sequence[str]
-    classes: tuple[str, ...] | None
-    parts: tuple[Part, ...]
-    folder: Path | None = None
-    lines: npt.NDArray[np.int32] | None = None
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def named(self, index: int) -> str:
-        """An image's name in quotes, with the line of the CSV that says its label."""
-        line = 0 if self.lines is None else int(self.lines[index])
-        return f'"{self.names[index]}"' + (f" (line {line})" if line else "")
-
-    def payloads(self) -> Iterator[Payload]:
-        """Every image, one per name and in that order, streaming: a path, encoded bytes, or pixels."""
-        return chain.from_iterable(part.payloads() for part in self.parts)
-
-    def sample(self, count: int) -> Iterator[Payload]:
-        """About count images from all over the source, without reading the rest where that is cheap."""
-        share = max(1, count // len(self.parts))
-        return chain.from_iterable(part.sample(share) for part in self.parts)
-
-    @property
-    def seekable(self) -> bool:
-        """Whether `at` gives every image."""
-        return all(part.at(0) is not None for part in self.parts if len(part))
-
-    @functools.cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate(map(len, self.parts)))
-
-    def at(self, index: int) -> Payload | None:
-        """One image by its place; None where its part is a stream only."""
-        number = bisect_right(self._ends, index)
-        return self.parts[number].at(index - (self._ends[number - 1] if number else 0))
 
 
 def open_source(images: Any, labels: Any = None, *, test: Any = None) -> Source:
@@ -91,7 +35,7 @@ def open_source(images: Any, labels: Any = None, *, test: Any = None) -> Source:
     """
     source = _open(images)
     if labels is not None:
-        source = _with_labels(source, labels)
+        source = with_labels(source, labels)
     if test is not None:
         held_out = open_source(*test) if isinstance(test, tuple) and len(test) == 2 else _open(test)
         source = _with_test(source, held_out)
@@ -103,6 +47,8 @@ def _open(images: Any) -> Source:
         return _array(images)
     if isinstance(images, str) and images == "digits":
         return _digits()
+    if images == "":
+        raise MissingInput("the path of the images is empty", why=f"images are {KINDS}", fix="is a variable unset?")
     if isinstance(images, str | os.PathLike):
         return _shards(str(images)) if shards.is_pattern(str(images)) else _path(Path(images))
     if isinstance(images, list | tuple):
@@ -151,6 +97,7 @@ def _folder(root: Path) -> Source:
             fix="put pictures (JPEG, PNG, WebP, ...) into it, or into folders named after their classes",
         )
     labels, splits = folders.place(paths, root)
+    passed = sum(name.lower().endswith(shards.ENDINGS) for name in os.listdir(root))  # noqa: PTH208 - names, not paths
     return Source(
         description=f"folder {printable(str(root))}",
         names=tuple(map(printable, paths)),
@@ -159,6 +106,7 @@ def _folder(root: Path) -> Source:
         classes=None,
         parts=(Files(tuple(f"{root}/{path}" for path in paths)),),
         folder=root,
+        notes=(f"{passed:,} .tar or .parquet files beside pictures are passed over",) if passed else (),
     )
 
 
@@ -173,7 +121,7 @@ def _paths(images: Sequence[Any]) -> Source:
     if not images:
         raise DataError("the list of images is empty", fix="give at least one path")
     paths = tuple(os.fsdecode(image) for image in images)
-    return _unlabeled(f"{len(paths):,} files", tuple(map(printable, paths)), Files(paths))
+    return unlabeled(f"{len(paths):,} files", tuple(map(printable, paths)), Files(paths))
 
 
 def _csv(path: Path) -> Source:
@@ -220,8 +168,21 @@ def _shards(images: str | Path) -> Source:
         replace(source := _parquet(place), splits=(split,) * len(source))
         for place, split in zip(found.places, found.splits, strict=True)
     ]
-    joined = functools.reduce(_joined, opened)
-    return joined if len(opened) == 1 else replace(joined, description=f"parquet files {shown}")
+    if len(opened) == 1:
+        return opened[0]
+    told = {source.classes for source in opened if any(label is not None for label in source.labels)}
+    if len(told) > 1:
+        raise DataError(
+            f"the parquet files {shown} declare different classes",
+            details=["none" if names is None else ", ".join(names[:20]) for names in told],
+            why="one number would mean two classes",
+            fix="write them with one list of class names",
+        )
+    joined = replace(functools.reduce(join, opened), description=f"parquet files {shown}")
+    if len(set(joined.names)) < len(joined):  # else no table could name them
+        names = (f"{file}/{n}" for file, source in zip(found.names, opened, strict=True) for n in source.names)
+        joined = replace(joined, names=tuple(map(printable, names)))
+    return with_sequence(joined, joined.labels)
 
 
 def _tars(found: shards.Shards, shown: str) -> Source:
@@ -229,17 +190,17 @@ def _tars(found: shards.Shards, shown: str) -> Source:
     if not facts.names:
         raise DataError(f"{shown} holds no pictures", why="members are known by their endings: .jpg, .png, ...")
     texts = "; the .txt members are captions and no labels" if facts.captions else ""
-    source = _unlabeled(f"tar {shown} ({len(found.places):,} files{texts})", facts.names, facts.part)
-    return _with_sequence(replace(source, splits=tuple(facts.splits)), facts.labels)
+    source = unlabeled(f"tar {shown} ({len(found.places):,} files{texts})", facts.names, facts.part)
+    return with_sequence(replace(source, splits=tuple(facts.splits)), facts.labels)
 
 
 def _parquet(place: str) -> Source:
     facts = open_parquet(place)
     if not facts.names:
         raise DataError(f"{place} has no rows", fix="give a file with at least one image")
-    source = _unlabeled(f"parquet {printable(place)}", tuple(map(printable, facts.names)), facts.part)
+    source = unlabeled(f"parquet {printable(place)}", tuple(map(printable, facts.names)), facts.part)
     source = replace(source, classes=facts.classes)
-    return source if facts.labels is None else _with_sequence(source, facts.labels)
+    return source if facts.labels is None else with_sequence(source, facts.labels)
 
 
 def _npz(path: Path) -> Source:
@@ -248,23 +209,25 @@ def _npz(path: Path) -> Source:
     joined: Source | None = None
     for name, part in images.items():
         split = "test" if name == "test_images" else "train"
-        source = _unlabeled(f"npz {printable(str(path))}", _numbers(len(part)), part)
+        source = unlabeled(
+            f"npz {printable(str(path))}", _numbers(len(part), "image" if split == "train" else split), part
+        )
         source = replace(source, classes=classes, splits=(split,) * len(part))
         labels = small.get(name.replace("images", "labels"))
-        source = source if labels is None else _with_sequence(source, labels)
-        joined = source if joined is None else _joined(joined, source)
+        source = source if labels is None else with_sequence(source, labels)
+        joined = source if joined is None else join(joined, source)
     assert joined is not None
     return joined
 
 
 def _npy(path: Path) -> Source:
     part = open_npy(path)
-    return _unlabeled(f"npy {printable(str(path))}", _numbers(len(part)), part)
+    return unlabeled(f"npy {printable(str(path))}", _numbers(len(part)), part)
 
 
 def _array(images: np.ndarray) -> Source:
     check_images(images.shape, images.dtype, "images")
-    return _unlabeled(f"array of {len(images):,} images", _numbers(len(images)), Array(images))
+    return unlabeled(f"array of {len(images):,} images", _numbers(len(images)), Array(images))
 
 
 def _digits() -> Source:
@@ -284,166 +247,10 @@ def _digits() -> Source:
     )
 
 
-def _numbers(count: int) -> tuple[str, ...]:
-    return tuple(f"image-{i:06d}" for i in range(count))
-
-
-def _unlabeled(description: str, names: tuple[str, ...], part: Part) -> Source:
-    count = len(names)
-    return Source(description, names, (None,) * count, ("train",) * count, None, (part,))
-
-
-# --- labels laid over a source -----------------------------------------------------------------------------------
-
-
-def _with_labels(source: Source, labels: Any) -> Source:
-    if not isinstance(labels, str | os.PathLike):
-        return _with_sequence(source, labels)
-    path = Path(labels)
-    if path.suffix == ".txt" and not re.search("[,;\t]", tables.read_text(path)):
-        return _with_list(source, path)
-    table = tables.read_table(path)
-    parts = [part for part in source.parts if isinstance(part, Files)]
-    if len(parts) == len(source.parts):
-        files = [file for part in parts for file in part.paths]
-        where = [path.parent, source.folder] if source.folder else [path.parent]
-        find = tables.Finder(where, _real_paths(files, source.folder))
-    else:
-        find = tables.Finder([Path("/")], (f"/{name}" for name in source.names))
-    answers = tables.match(table, find, lambda: source.names)
-    # Held-out images that the table does not name keep the class of their place, if it is one of the table's
-    told, places = {a.label for a in answers.values()}, zip(source.labels, source.splits, strict=True)
-    owns = (own if split != "train" and own in told else None for own, split in places)
-    found = [answers.get(i) or tables.Answer(own, None, 0) for i, own in enumerate(owns)]
-    return replace(
-        source,
-        description=f"{source.description}, labels from {printable(str(path))}",
-        labels=tuple(answer.label for answer in found),
-        splits=tuple(a.split or split for a, split in zip(found, source.splits, strict=True)),
-        classes=None,
-        lines=np.array([answer.line for answer in found], dtype=np.int32),
-        notes=tables.overruled(found, source.names, source.labels, source.splits),
-    )
-
-
-def _with_list(source: Source, path: Path) -> Source:
-    """source with labels for those training images only whose file names a text file lists, one a line.
-
-    That is the form of the reference's subsets of ImageNet (imagenet_subsets/1percent.txt). The class is that of the
-    image's place (its class folder), or the synset that the name begins with. Held-out images keep their labels.
-    """
-    lines = [line.strip() for line in tables.read_text(path).splitlines()]
-    places: dict[str, list[int]] = {}
-    for i, name in enumerate(source.names):
-        places.setdefault(name.rsplit("/", 1)[-1], []).append(i)
-    chosen: list[str | None] = [
-        label if split != "train" else None for label, split in zip(source.labels, source.splits, strict=True)
-    ]
-    faults = []
-    for number, name in enumerate(lines, start=1):
-        found = places.get(name.rsplit("/", 1)[-1], [])
-        synset = re.match(r"(n\d{8})_", name)
-        label = source.labels[found[0]] if len(found) == 1 else None
-        if name and len(found) != 1:
-            faults.append(f'line {number}: "{name}" is the name of {len(found) or "no"} images')
-        elif name and label is None and synset is None:
-            faults.append(f'line {number}: "{name}" is in no class folder')
-        elif name:
-            chosen[found[0]] = label or synset[1]  # type: ignore[index]
-    if faults or not any(lines):
-        raise DataError(
-            f"{len(faults):,} fault{'' if len(faults) == 1 else 's'} in {path}" if faults else f"{path} is empty",
-            details=faults,
-            why="each line names an image that is labeled; all others are used without their labels",
-            fix="list file names of the images, or give a CSV with the columns image,label",
-        )
-    description = f"{source.description}, labels of the images in {printable(str(path))}"
-    return replace(source, description=description, labels=tuple(chosen), classes=None)
-
-
-def _real_paths(files: Sequence[str], root: Path | None) -> Iterable[str]:
-    """Absolute paths that agree with a real folder's; links below root stay as they are named."""
-    if root is None:
-        return (os.path.join(os.path.realpath(os.path.dirname(f)), os.path.basename(f)) for f in files)  # noqa: PTH118, PTH119, PTH120
-    real = os.path.realpath(root)
-    return (real + file[len(str(root)) :] for file in files)
-
-
-def _with_sequence(source: Source, labels: Iterable[Any]) -> Source:
-    """source with one label per image, each an int, a class name, or -1, None, NaN or "" for unlabeled."""
-    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    if not isinstance(values, list) or len(values) != len(source):
-        count = len(values) if isinstance(values, list) else 1
-        raise DataError(
-            f"{count:,} labels for {len(source):,} images ({source.description})",
-            why="there must be exactly one label per image, -1 or None for an unlabeled one",
-            fix="give the labels in the order of the images, or a CSV that names them",
-        )
-    classes = source.classes or ()
-    faults = [f"class {k}: {fault}" for k, name in enumerate(classes) if (fault := tables.name_fault(name))]
-    faults += [f'two classes are called "{name}"' for name, count in Counter(classes).items() if count > 1]
-    names: dict[Any, str | None] = {}
-    for i, value in enumerate(values):
-        try:
-            known = (type(value), value) in names
-        except TypeError:
-            faults.append(f"label {i}: a {type(value).__name__} is not a label")
-            continue
-        if not known:
-            names[type(value), value], fault = _class_of(value, source.classes)
-            faults += [f"label {i}: {fault}"] if fault else []
-    alike = tables.twins(dict.fromkeys(name for name in names.values() if name is not None))
-    faults += [f'the classes "{one}" and "{other}" look like one class' for one, other in alike]
-    if faults:
-        raise DataError(
-            f"{len(faults):,} fault{'s' if len(faults) > 1 else ''} in the labels of {source.description}",
-            details=faults,
-            why="a label that is guessed would be learned",
-            fix='use whole numbers or class names, and -1, None or "" for unlabeled images',
-        )
-    declared = (
-        source.classes if source.classes and all(n is None or n in source.classes for n in names.values()) else None
-    )
-    return replace(source, labels=tuple(names[type(value), value] for value in values), classes=declared)
-
-
-def _class_of(value: Any, classes: tuple[str, ...] | None) -> tuple[str | None, str]:
-    """(class name or None, fault or '') of one label of a sequence."""
-    if value is None or value == "" or value != value or (value == -1 and not isinstance(value, bool)):
-        return None, ""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, str):
-        name = value.strip()
-        return name or None, tables.label_fault(name) if name else ""
-    if isinstance(value, bool):
-        return str(value), ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int | np.integer) or value < 0:
-        return None, f"{value!r} is neither a whole number from 0 nor a class name"
-    if classes is None:
-        return str(value), ""
-    if value >= len(classes):
-        return None, f"{value} is not one of the {len(classes)} declared classes (0 to {len(classes) - 1})"
-    return classes[value], ""
+def _numbers(count: int, word: str = "image") -> tuple[str, ...]:
+    return tuple(f"{word}-{i:06d}" for i in range(count))
 
 
 def _with_test(source: Source, held_out: Source) -> Source:
-    joined = _joined(source, replace(held_out, splits=("test",) * len(held_out)))
+    joined = join(source, replace(held_out, splits=("test",) * len(held_out)))
     return replace(joined, description=f"{source.description}, test images: {held_out.description}", folder=None)
-
-
-def _joined(first: Source, second: Source) -> Source:
-    """Both sources as one; declared classes stay only where both declare the same."""
-    lines = [np.zeros(len(each), np.int32) if each.lines is None else each.lines for each in (first, second)]
-    return replace(
-        first,
-        names=(*first.names, *second.names),
-        labels=(*first.labels, *second.labels),
-        splits=(*first.splits, *second.splits),
-        classes=first.classes if first.classes == second.classes else None,
-        parts=first.parts + second.parts,
-        lines=np.concatenate(lines),
-        notes=first.notes + second.notes,
-    )

@@ -294,7 +294,8 @@ class Finder:
         self.number: dict[str, int] = {}
         self.by_name: dict[str, list[int]] = {}
         for index, file in enumerate(files):
-            self.number[os.path.normpath(file)] = index
+            path = os.path.normpath(file)
+            self.number[path] = -1 if path in self.number else index  # as arrays and shards may have it
             self.by_name.setdefault(os.path.basename(file), []).append(index)  # noqa: PTH119 - 1 us, not 5
             if not file.isprintable():  # as our own tables call it
                 for folder in self.folders:
@@ -310,7 +311,8 @@ class Finder:
             inside = inside or bool(paths)
             for path in paths:
                 if path in self.number:
-                    return self.number[path]
+                    number = self.number[path]
+                    return number if number >= 0 else f'several images are called "{spelled}"'
             same_name = self.by_name.get(spelled, [])
             if len(same_name) == 1:
                 return same_name[0]

@@ -21,14 +21,15 @@ from torch import Tensor
 from fewlabels import checkpoint, runtime
 from fewlabels.data.loader import Batch, Order
 
-FILE = "teacher-logits.f32"
-
 
 class Answers:
-    """The teacher's logits for T epochs of views: float32 (T, n, K) in folder/teacher-logits.f32."""
+    """The teacher's logits for T epochs of views: float32 (T, n, K) in folder/teacher-logits-BATCH.f32.
+
+    By the batch, which follows the number of ranks: other batches leave out other images at an epoch's end.
+    """
 
     def __init__(self, folder: Path, order: Order, epochs: int, num_classes: int) -> None:
-        self.path, self.order, self.epochs = folder / FILE, order, epochs
+        self.path, self.order, self.epochs = folder / f"teacher-logits-{order.batch}.f32", order, epochs
         self.sorted = np.sort(order.ids)  # the row of an image is its place in here
         self.shape = (epochs, len(order.ids), num_classes)
         self.rows: np.memmap[Any, Any] | None = None
@@ -70,7 +71,8 @@ class Answers:
         """Delete the file: the stage is done."""
         self.rows = None
         if runtime.is_main():
-            self.path.unlink(missing_ok=True)
+            for path in self.path.parent.glob("teacher-logits*"):
+                path.unlink()
 
     def _write(self, epoch: int, places: np.ndarray, answers: Tensor) -> None:
         """Rank 0 writes the rows of all ranks. It reads them in a later epoch only: many collectives lie in between."""

@@ -79,7 +79,6 @@ def save(folder: Path, network: Classifier, card: Card, head: ProjectionHead | N
     head: the projection head, if card.whole_head.
     """
     tensors = _state(network, head, card)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.publish(folder) as temporary:
         checkpoint.write_tensors(temporary / WEIGHTS, tensors)
         description = {"format_version": checkpoint.FORMAT_VERSION, **dataclasses.asdict(card)}

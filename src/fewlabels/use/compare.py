@@ -89,9 +89,12 @@ def tapped(encoder: nn.Module, head: ProjectionHead | None) -> Callable[[Tensor]
 
 
 def known_features(dataset: Dataset, encoder: nn.Module, setting: Setting) -> tuple[Floats, np.ndarray]:
-    """Frozen features (n, D) of labeled training images, of some where there are very many, and their labels (n,)."""
+    """Frozen features (n, D) of labeled training images, of some where there are very many, and their labels (n,).
+
+    Identical ones once: left out of a fit, one would be told by the other.
+    """
     encoder.eval()
-    ids = evaluate.spread(dataset.labeled, evaluate.PROBED_IMAGES)
+    ids = evaluate.spread(dataset.once(dataset.labeled), evaluate.PROBED_IMAGES)
     (features,) = outputs(dataset, ids, setting, lambda view: [encoder(view)])
     return features, dataset.labels[ids]
 
@@ -158,6 +161,7 @@ class Comparison:
         self.dataset, self.setting, self.names = dataset, setting, names
         self.labeled, self.held = dataset.labeled, dataset.held_out
         self.known, self.truth = dataset.labels[self.labeled], dataset.labels[self.held]
+        self.once = np.flatnonzero(np.isin(self.labeled, dataset.once(self.labeled)))  # of known, to cross-validate
         self.rows: list[dict[str, Any]] = []
 
     def measure(self, probabilities: Floats) -> dict[str, Any]:
@@ -166,7 +170,7 @@ class Comparison:
 
     def expected_accuracy(self, known: list[Floats]) -> float | None:
         """Cross-validated accuracy of logistic regression inside the labels, the mean over several features of them."""
-        some = evaluate.spread(np.arange(len(self.known)), evaluate.PROBED_IMAGES)
+        some = evaluate.spread(self.once, evaluate.PROBED_IMAGES)
         told = [evaluate.cross_validated(features[some], self.known[some])["accuracy"] for features in known]
         # (correct + 1) / (n + 2), Laplace's rule: 20 labels all right do not make a network certain
         return (float(np.mean(told)) * len(some) + 1) / (len(some) + 2) if None not in told else None
@@ -189,7 +193,7 @@ class Comparison:
                 fitted = evaluate.logistic_regression(fit_on, self.known, num_classes=self.dataset.num_classes)
                 measured = self.measure(fitted.predict_proba(tell))
             else:
-                measured = evaluate.cross_validated(fit_on, self.known)
+                measured = evaluate.cross_validated(fit_on[self.once], self.known[self.once])
             self.rows.append(row(key.format(index=index), name.format(index=index), measured))
         return known
 
@@ -207,7 +211,7 @@ class Comparison:
         (logits,) = outputs(self.dataset, some, self.setting, lambda view: [network(view)])
         if self.names[key] == SELF_TRAINED:
             sure = torch.from_numpy(logits).softmax(dim=1).amax(dim=1) >= SURE
-            expected = max(expected or 0.0, float(sure.float().mean()))
+            expected = max(expected or 0.0, float(sure.float().mean())) or None
         temperature = evaluate.temperature_for_confidence(logits, expected)
         measured, probabilities = None, np.zeros((0, self.dataset.num_classes), dtype=np.float32)
         if len(self.held):

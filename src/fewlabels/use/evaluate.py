@@ -21,7 +21,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
 from fewlabels.data import parts
-from fewlabels.data.sources import Source, open_source
+from fewlabels.data.source import Source
+from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, printable
 from fewlabels.use.predict import Model
 
@@ -351,13 +352,14 @@ def _unit(features: Floats) -> npt.NDArray[np.float64]:
 def evaluate_run(model: Model, images: object, labels: object = None) -> dict[str, Any]:
     """`measure` of model on labeled images of any source, with what was passed over.
 
-    A source with splits is measured on its test images, else on its val images, else on all. Adds "images" (the
-    source), "split", "unlabeled", "unreadable" (name and reason) and "trained_on": whether these are the images that
-    the run of the model was trained on.
+    A source with splits is measured on its labeled test images, else on its val images, else on all. Adds "images"
+    (the source), "split", "unlabeled", "unreadable" (name and reason) and "trained_on": whether these are the images
+    that the run of the model was trained on.
     """
     source = open_source(images, labels)
-    split = next((name for name in ("test", "val", "train") if name in source.splits), "train")
     numbers = _class_numbers(source, model.classes)
+    labeled = {split for split, number in zip(source.splits, numbers, strict=True) if number >= 0}
+    split = next((name for name in ("test", "val", "train") if name in labeled), "train")
     rows, truth, unreadable, unlabeled = [], [], [], 0
     for index, prediction in enumerate(
         model.each(source, keep=[s == split and n >= 0 for s, n in zip(source.splits, numbers, strict=True)])

@@ -75,7 +75,8 @@ def export(model: Model, folder: str | os.PathLike[str], *, format: str) -> Path
             checkpoint.sync(temporary)
             temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may have become no folder
+            temporary.unlink()
         model.network.to(model.device)
     return target
 

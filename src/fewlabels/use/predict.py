@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
-from fewlabels.data.sources import Source, open_source
+from fewlabels.data.source import Source
+from fewlabels.data.sources import open_source
 from fewlabels.data.tables import cell
 from fewlabels.errors import DataError, UsageError, printable
 from fewlabels.model.heads import Classifier
@@ -216,7 +217,8 @@ def as_source(images: Any) -> Source:
 def _in_memory(images: Sequence[Any]) -> Source:
     """A source of PIL images and arrays (H, W[, 3]) uint8 of any sizes."""
     for index, image in enumerate(images):
-        is_pixels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3)
+        is_pixels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size > 0
+        is_pixels = is_pixels and (image.ndim == 2 or image.shape[2:] == (3,))
         if not (is_pixels or isinstance(image, Image.Image)):
             found = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise DataError(
@@ -240,7 +242,11 @@ class Pictures:
 
     def payloads(self) -> Iterator[decode.Payload]:
         """Every image in order; PIL images as files in memory, so that all images pass through one decoder."""
-        return (image if isinstance(image, np.ndarray) else _encoded(image) for image in self.images)
+        for index, image in enumerate(self.images):
+            try:
+                yield image if isinstance(image, np.ndarray) else _encoded(image)
+            except (OSError, ValueError) as error:  # PIL reads a file when its pixels are asked for
+                raise DataError(f"image {index} of the list cannot be read: {error}", fix="leave it out") from error
 
     def sample(self, count: int) -> Iterator[decode.Payload]:
         """The first count images."""

@@ -23,7 +23,7 @@ from PIL import Image
 
 from fewlabels import __version__, checkpoint
 from fewlabels.data.pixels import open_store
-from fewlabels.errors import FewlabelsError, MissingInput
+from fewlabels.errors import DataError, FewlabelsError, MissingInput
 from fewlabels.runfolder import duration
 from fewlabels.use import figures
 from fewlabels.use.facts import Facts, is_number, part, read
@@ -51,7 +51,12 @@ def write(run: Path) -> Path:
             why="it has none of resolved.json, status.json and results.json, from which the report is made",
             fix="give the folder that was --out of `fewlabels fit`",
         )
-    checkpoint.write_text(run / "report.html", render(read(run)))
+    try:
+        page = render(read(run))
+    except (KeyError, TypeError, IndexError, AttributeError, jinja2.UndefinedError) as error:
+        fix = "run the same fit command again: it measures anew"
+        raise DataError(f"a result of {run} is not what it should be: {error!r}", fix=fix) from error
+    checkpoint.write_text(run / "report.html", page)
     return run / "report.html"
 
 
@@ -89,9 +94,8 @@ def render(run: Facts) -> str:
 def progress(run: Facts) -> Facts:
     """Whether the run is finished, and in words what is missing."""
     state = run["status"].get("state", "")
-    has_labels = part(run["resolved"], "understood").get("labeled", 1) != 0
     missing = []
-    for stage in ("pretrain", "finetune", "distill") if has_labels else ("pretrain",):
+    for stage in part(run["resolved"], "derived") or ("pretrain", "finetune", "distill"):
         records = run["metrics"].get(stage)
         if not records:
             missing.append(f"{STAGES[stage]} has not begun")

@@ -117,8 +117,7 @@ def open_run(run: Path) -> tuple[Dataset, bool]:
 def candidates(dataset: Dataset) -> tuple[Ints, Ints]:
     """Rows with a label and rows that may be suggested: one of each set of equal images, at most MOST_IMAGES in all."""
     train = dataset.train[np.argsort(dataset.labels[dataset.train] < 0, kind="stable")]  # those with a label first
-    equal = np.ascontiguousarray(dataset.store.hashes[train]).view("V32").reshape(-1)
-    first = np.sort(train[np.unique(equal, return_index=True)[1]])
+    first = np.sort(dataset.once(train))
     known = evaluate.spread(first[dataset.labels[first] >= 0], MOST_IMAGES // 2)
     return known, evaluate.spread(first[dataset.labels[first] < 0], MOST_IMAGES - len(known))
 

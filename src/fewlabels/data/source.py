@@ -1,0 +1,88 @@
+"""What a source of images is: names, labels, splits, and the images themselves as a stream. Nothing is decoded here."""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fewlabels.data.decode import Payload
+from fewlabels.data.parts import Part
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images, in a fixed order, with what is said of them.
+
+    names are printable and for people; two images may share one. A label is a class name or None. classes are the
+    names that the source declares, in its own order, if it does. folder is where the images' relative names start.
+    lines are those of the CSV that says a label, 0 where none does; notes are what a person should know.
+    """
+
+    description: str
+    names: Sequence[str]
+    labels: Sequence[str | None]
+    splits: Sequence[str]
+    classes: tuple[str, ...] | None
+    parts: tuple[Part, ...]
+    folder: Path | None = None
+    lines: npt.NDArray[np.int32] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def named(self, index: int) -> str:
+        """An image's name in quotes, with the line of the CSV that says its label."""
+        line = 0 if self.lines is None else int(self.lines[index])
+        return f'"{self.names[index]}"' + (f" (line {line})" if line else "")
+
+    def payloads(self) -> Iterator[Payload]:
+        """Every image, one per name and in that order, streaming: a path, encoded bytes, or pixels."""
+        return chain.from_iterable(part.payloads() for part in self.parts)
+
+    def sample(self, count: int) -> Iterator[Payload]:
+        """About count images from all over the source, without reading the rest where that is cheap."""
+        share = max(1, count // len(self.parts))
+        return chain.from_iterable(part.sample(share) for part in self.parts)
+
+    @property
+    def seekable(self) -> bool:
+        """Whether `at` gives every image."""
+        return all(part.at(0) is not None for part in self.parts if len(part))
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self.parts)))
+
+    def at(self, index: int) -> Payload | None:
+        """One image by its place; None where its part is a stream only."""
+        number = bisect_right(self._ends, index)
+        return self.parts[number].at(index - (self._ends[number - 1] if number else 0))
+
+
+def unlabeled(description: str, names: tuple[str, ...], part: Part) -> Source:
+    """Images of which nothing is said, all to train on."""
+    count = len(names)
+    return Source(description, names, (None,) * count, ("train",) * count, None, (part,))
+
+
+def join(first: Source, second: Source) -> Source:
+    """Both sources as one; declared classes stay only where both declare the same."""
+    lines = [np.zeros(len(each), np.int32) if each.lines is None else each.lines for each in (first, second)]
+    return replace(
+        first,
+        names=(*first.names, *second.names),
+        labels=(*first.labels, *second.labels),
+        splits=(*first.splits, *second.splits),
+        classes=first.classes if first.classes == second.classes else None,
+        parts=first.parts + second.parts,
+        lines=np.concatenate(lines),
+        notes=first.notes + second.notes,
+    )

@@ -1,0 +1,158 @@
+"""How labels are laid over a source: a table or a list that names its images, or one label for each."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewlabels.data import tables
+from fewlabels.data.parts import Files
+from fewlabels.data.source import Source
+from fewlabels.errors import DataError, UsageError, printable
+
+
+def with_labels(source: Source, labels: Any) -> Source:
+    """source with the labels of a CSV, of a list of files, or of a sequence."""
+    if not isinstance(labels, str | os.PathLike):
+        return with_sequence(source, labels)
+    path = Path(labels)
+    if path.suffix == ".txt" and not re.search("[,;\t]", tables.read_text(path)):
+        return _with_list(source, path)
+    table = tables.read_table(path)
+    parts = [part for part in source.parts if isinstance(part, Files)]
+    if len(parts) == len(source.parts):
+        files = [file for part in parts for file in part.paths]
+        where = [path.parent, source.folder] if source.folder else [path.parent]
+        find = tables.Finder(where, _real_paths(files, source.folder))
+    else:
+        find = tables.Finder([Path("/")], (f"/{name}" for name in source.names))
+    answers = tables.match(table, find, lambda: source.names)
+    # Held-out images that the table does not name keep the class of their place, if it is one of the table's
+    told, places = {a.label for a in answers.values()}, zip(source.labels, source.splits, strict=True)
+    owns = [own if split != "train" else None for own, split in places]
+    found = [answers.get(i) or tables.Answer(own if own in told else None, None, 0) for i, own in enumerate(owns)]
+    lost = sorted({own for i, own in enumerate(owns) if own and own not in told and i not in answers})
+    note = f"not measured, since {path.name} has no such class: held-out images in {', '.join(lost[:20])}"
+    return replace(
+        source,
+        description=f"{source.description}, labels from {printable(str(path))}",
+        labels=tuple(answer.label for answer in found),
+        splits=tuple(a.split or split for a, split in zip(found, source.splits, strict=True)),
+        classes=None,
+        lines=np.array([answer.line for answer in found], dtype=np.int32),
+        notes=(*tables.overruled(found, source.names, source.labels, source.splits), *([note] if lost else [])),
+    )
+
+
+def _with_list(source: Source, path: Path) -> Source:
+    """source with labels for those training images only whose file names a text file lists, one a line.
+
+    That is the form of the reference's subsets of ImageNet (imagenet_subsets/1percent.txt). The class is that of the
+    image's place (its class folder), or the synset that the name begins with. Held-out images keep their labels.
+    """
+    lines = [line.strip() for line in tables.read_text(path).splitlines()]
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(source.names):
+        places.setdefault(name.rsplit("/", 1)[-1], []).append(i)
+    chosen: list[str | None] = [
+        label if split != "train" else None for label, split in zip(source.labels, source.splits, strict=True)
+    ]
+    faults = []
+    for number, name in enumerate(lines, start=1):
+        found = places.get(name.rsplit("/", 1)[-1], [])
+        synset = re.match(r"(n\d{8})_", name)
+        label = source.labels[found[0]] if len(found) == 1 else None
+        if name and len(found) != 1:
+            faults.append(f'line {number}: "{name}" is the name of {len(found) or "no"} images')
+        elif name and label is None and synset is None:
+            faults.append(f'line {number}: "{name}" is in no class folder')
+        elif name:
+            chosen[found[0]] = label or synset[1]  # type: ignore[index]
+    if faults or not any(lines):
+        raise DataError(
+            f"{len(faults):,} fault{'' if len(faults) == 1 else 's'} in {path}" if faults else f"{path} is empty",
+            details=faults,
+            why="each line names an image that is labeled; all others are used without their labels",
+            fix="list file names of the images, or give a CSV with the columns image,label",
+        )
+    description = f"{source.description}, labels of the images in {printable(str(path))}"
+    return replace(source, description=description, labels=tuple(chosen), classes=None)
+
+
+def _real_paths(files: Sequence[str], root: Path | None) -> Iterable[str]:
+    """Absolute paths that agree with a real folder's; links below root stay as they are named."""
+    if root is None:
+        return (os.path.join(os.path.realpath(os.path.dirname(f)), os.path.basename(f)) for f in files)  # noqa: PTH118, PTH119, PTH120
+    real = os.path.realpath(root)
+    return (real + file[len(str(root)) :] for file in files)
+
+
+def with_sequence(source: Source, labels: Iterable[Any]) -> Source:
+    """source with one label per image, each an int, a class name, or -1, None, NaN or "" for unlabeled."""
+    if isinstance(labels, Mapping | Set) or not (hasattr(labels, "tolist") or isinstance(labels, Iterable)):
+        raise UsageError(f"labels cannot be a {type(labels).__name__}", fix="give a list, in the order of the images")
+    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if not isinstance(values, list) or len(values) != len(source):
+        count = len(values) if isinstance(values, list) else 1
+        raise DataError(
+            f"{count:,} labels for {len(source):,} images ({source.description})",
+            why="there must be exactly one label per image, -1 or None for an unlabeled one",
+            fix="give the labels in the order of the images, or a CSV that names them",
+        )
+    classes = source.classes or ()
+    faults = [f"class {k}: {fault}" for k, name in enumerate(classes) if (fault := tables.name_fault(name))]
+    faults += [f'two classes are called "{name}"' for name, count in Counter(classes).items() if count > 1]
+    names: dict[Any, str | None] = {}
+    for i, value in enumerate(values):
+        try:
+            known = (type(value), value) in names
+        except TypeError:
+            faults.append(f"label {i}: a {type(value).__name__} is not a label")
+            continue
+        if not known:
+            names[type(value), value], fault = _class_of(value, source.classes)
+            faults += [f"label {i}: {fault}"] if fault else []
+    alike = tables.twins(dict.fromkeys(name for name in names.values() if name is not None))
+    faults += [f'the classes "{one}" and "{other}" look like one class' for one, other in alike]
+    if faults:
+        raise DataError(
+            f"{len(faults):,} fault{'s' if len(faults) > 1 else ''} in the labels of {source.description}",
+            details=faults,
+            why="a label that is guessed would be learned",
+            fix='use whole numbers or class names, and -1, None or "" for unlabeled images',
+        )
+    declared = (
+        source.classes if source.classes and all(n is None or n in source.classes for n in names.values()) else None
+    )
+    return replace(source, labels=tuple(names[type(value), value] for value in values), classes=declared)
+
+
+def _class_of(value: Any, classes: tuple[str, ...] | None) -> tuple[str | None, str]:
+    """(class name or None, fault or '') of one label of a sequence."""
+    if value is None or type(value).__name__ == "NAType":  # pandas.NA, of which no comparison is true or false
+        return None, ""
+    if value == "" or value != value or (value == -1 and not isinstance(value, bool)):
+        return None, ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        name = value.strip()
+        return name or None, tables.label_fault(name) if name else ""
+    if isinstance(value, bool):
+        return str(value), ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int | np.integer) or value < 0:
+        return None, f"{value!r} is neither a whole number from 0 nor a class name"
+    if classes is None:
+        return str(value), ""
+    if value >= len(classes):
+        return None, f"{value} is not one of the {len(classes)} declared classes (0 to {len(classes) - 1})"
+    return classes[value], ""
