@@ -186,6 +186,8 @@ def test_check_changes_nothing(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert code == 0
     assert "32 images, 32 labeled in 4 classes, 16 held-out test images" in out
     assert "MB of disk" in out
+    assert re.search(r"^labels: \w+ 8, \w+ 8, \w+ 8, \w+ 8$", out, re.MULTILINE), "a misspelled class shows here"
+    assert "nothing is held out" not in out
     assert re.search(r"pretrain: largest batch that fits: about \d+ \(asked 16\), about \d+ with --recompute", out)
     assert sorted(photos.rglob("*")) == before
     assert not (tmp_path / "out").exists()

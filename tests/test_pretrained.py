@@ -49,7 +49,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    (root / "names.txt").write_text("\n".join(NAMES))
+    (root / "names.txt").write_text("\n".join(NAMES), encoding="utf-8-sig")  # as Windows saves it
     return import_reference(published, root / "imported", classes=root / "names.txt")[0]
 
 

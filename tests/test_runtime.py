@@ -138,3 +138,12 @@ def test_without_a_store_to_meet_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "JOINING", timedelta(seconds=2))
     with pytest.raises(RunAgain, match="not all of the 2 processes came"):
         runtime.start("cpu")
+
+
+def test_a_world_that_nobody_started_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError) as refused:
+        runtime.start("cpu")
+    assert "unset WORLD_SIZE" in refused.value.fix

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewlabels import __version__
-from fewlabels.errors import DataError, FewlabelsError, StorageError
+from fewlabels.errors import CLOSED, DataError, FewlabelsError, StorageError
 
 # Of all files of a run and a model together, apart from the package's version: see check_format
 FORMAT_VERSION = 1
@@ -97,6 +97,9 @@ def storage_errors(path: Path) -> Iterator[None]:
             free = f"{shutil.disk_usage(place).free / 1e6:,.0f} MB are free there; "
         except OSError:  # a disk that fails may not even say that
             free = ""
+        if getattr(error, "errno", None) in CLOSED:
+            fix = "give another path, or give yourself the right to use it"
+            raise StorageError(f"{path} cannot be written: {error.strerror}", fix=fix) from error  # type: ignore[union-attr]
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         full = full or any(words in str(error) for words in ("No space left", "quota exceeded"))  # safetensors has none
         raise StorageError(

@@ -24,7 +24,7 @@ import tyro
 from tyro.conf import Positional
 
 import fewlabels
-from fewlabels import config
+from fewlabels import config, errors
 from fewlabels.errors import CannotCreate, FewlabelsError, RankFailed, StorageError, UsageError, nearest, printable
 
 
@@ -49,9 +49,8 @@ def _help(item: dataclasses.Field[Any]) -> str:
     return str(item.metadata["about"])
 
 
-CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO), "free some space, run the same command again")
-FIXES |= dict.fromkeys(CLOSED, "give another path, or give yourself the right to use it")
+FIXES |= dict.fromkeys(errors.CLOSED, "give another path, or give yourself the right to use it")
 RecipeOptions = _overrides(config.Recipe)
 
 
@@ -70,7 +69,7 @@ class Fit:
     student: str | None = None
     """Encoder to deploy, e.g. resnet18_0.25x or timm:NAME. Left out: the same network."""
     budget: str | None = None
-    """90s, 30m, 2h: fit the schedule to the measured speed."""
+    """90s, 30m, 2h or minutes: fit the schedule to the measured speed."""
     test: str | None = None
     """Held-out images with labels; no stage sees them."""
     keep_labels: str | None = None
@@ -301,6 +300,8 @@ def _suggest(command: Suggest) -> None:
     out = Path(command.out) if command.out else None
     if out and out.exists():
         raise CannotCreate(f"{out} is there already", why="it may hold labels", fix="give another --out")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     found = suggest.suggest(Path(command.run), command.count, device=command.device)
     if out:
         checkpoint.write_text(out, found.table())

@@ -161,6 +161,7 @@ class Recipe:
             raise UsageError(f'recipe "{self.name}" cannot be used', details=faults, fix="change these values")
 
 
+LARGEST = 1e15  # of any number
 FROZEN = ("teacher_epochs", "self_temperature", "label_weight")  # choose a frozen teacher; the last: without a student
 SECTIONS = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillRecipe}
 
@@ -195,9 +196,10 @@ def _faults(part: Any, prefix: str) -> typing.Iterator[str]:
 
 
 def _within(value: float, options: Mapping[str, Any]) -> bool:
-    # NaN fails every comparison that it must pass
+    # NaN fails every comparison that it must pass; no sum of steps is made of infinity
     return (
-        value >= options.get("least", float("-inf"))
+        abs(value) < LARGEST
+        and value >= options.get("least", float("-inf"))
         and value <= options.get("most", float("inf"))
         and (value > options["above"] if "above" in options else True)
     )
@@ -240,7 +242,7 @@ def _converted(kind: type, values: Mapping[str, Any], prefix: str, faults: list[
         else:
             try:
                 found[name] = _as_type(value, hints[name])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 faults.append(f"{prefix}{name} = {value!r} is not {_type_name(hints[name])}")
     return found
 

@@ -165,7 +165,10 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
         rows = prepared.recipe.distill.teacher_epochs * prepared.images["distill"]
         disk += 4e-6 * rows * prepared.dataset.num_classes  # while a stage runs, the teacher's answers
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    lines = [prepared.dataset.understood.line(), *prepared.dataset.understood.notes]
+    known = prepared.dataset.understood
+    classes = ", ".join(f"{name} {count:,}" for name, count in [*known.classes.items()][:50])
+    lines = [known.line(), *([f"labels: {classes}"] if classes else []), *known.notes]
+    lines += [] if known.held_out else ["nothing is held out, so networks will not be measured (--test, or a split)"]
     lines += [f"unreadable: {line}" for line in bad[:20]] + found + _told(largest)
     lines += [
         f"{name}: {sum(parts.values()) / 1e6:,.0f} MB a process whatever the batch" for name, parts in held.items()
@@ -281,8 +284,10 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
 def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
     """The table, the artefact and the report, from trained networks."""
     recipe, path = prepared.recipe, prepared.folder.path
+    layout = prepared.precision.channels_last
+    setting = replace(prepared.setting, precision=runtime.Precision(None, layout))  # that of `predict`, not of training
     results, arrays = compare.compare(
-        prepared.dataset, worker.pretrain(), worker.classifiers, final, prepared.setting, worker.names()
+        prepared.dataset, worker.pretrain(), worker.classifiers, final, setting, worker.names()
     )
     compare.write(path, results, arrays)
     classifier, head = worker.classifiers.get(final), None

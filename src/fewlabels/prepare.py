@@ -236,7 +236,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
         later = " ".join(str(folder / name) for name in ("finetune", "supervised", "distill_self", "distill"))
         fix = "give a new --out for the new settings, or repeat the command that made this folder"
         if stage != "pretrain":
-            fix += f"; to keep the pretraining and do the rest anew, first rm -r {later}"
+            fix += f"; to keep the pretraining and do the rest anew, first rm -rf {later}"
         raise CannotCreate(
             f"{folder} holds another run's {stage} stage",
             details=differences,

@@ -49,6 +49,8 @@ def start(name: str = "auto") -> torch.device:
             meeting = _meet(store, number, world)
         except dist.DistError as error:  # a time-out, or the store that rank 0 or torchrun holds is not there
             raise _not_all_came() from error
+        except ValueError as error:  # WORLD_SIZE alone, as some clusters set it
+            raise UsageError(str(error), fix="start with torchrun, or unset WORLD_SIZE") from error
         store.set_timeout(COLLECTIVE)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo", timeout=COLLECTIVE, rank=number, world_size=world,

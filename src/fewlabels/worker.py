@@ -194,8 +194,8 @@ class Worker:
         if "finetune" not in self.classifiers:
             network = self._teacher("finetune", self.pretrain())
             network.encoder.freeze(self.recipe.finetune.freeze_below)
-            saved, _ = checkpoint.latest(self.prepared.folder.stage("finetune"))  # begun with damaged saves: it is anew
-            if self.recipe.finetune.start == "probe" and runtime.from_main(saved is None):
+            saves = self.prepared.folder.stage("finetune")  # where all are damaged it begins anew
+            if self.recipe.finetune.start == "probe" and runtime.from_main(checkpoint.latest(saves)[0] is None):
                 self._start_from_probe(network)
             stage = Finetune(network, view=self._view("finetune"))
             self._train("finetune", stage)

@@ -289,3 +289,7 @@ def test_timm_encoder():
     assert not any(p.requires_grad for p in net.parameters())
     with pytest.raises(UsageError, match="-1 or 4"):
         net.freeze(2)
+
+
+def test_the_narrowest_stem_has_a_channel():
+    assert encoder("resnet50_0.02x_sk").eval()(torch.rand(1, 3, 32, 32)).shape[0] == 1

@@ -185,6 +185,8 @@ def test_without_head_or_classifier(tmp_path):
         ("pretrained/r50_1x_sk0", 5, 0, "pretrained"),
         ("supervised/r50_1x_sk0", 5, 0, "supervised"),
         ("distill_1pct/r152_3x_sk1/r152_3x_sk1", 5, 0, "distill_1pct"),
+        ("pretrained_models/m", 5, 0, "nothing in the file tells"),
+        ("pretrained/fewer_labels", 751, 1, "751 steps"),
         ("mine", 751, 1, "751 steps"),
         ("mine", 3754, 1, "3,754 steps"),
         ("mine", 37535, 0, "37,535 steps"),
@@ -221,7 +223,7 @@ def test_a_classifier_on_the_projections_is_known_by_its_width(tmp_path):
 def test_what_the_optimizer_trained_tells_the_tap(tmp_path):
     arrays = variables()
     slot = {"head_contrastive/nl_0/dense/kernel/Momentum": arrays["head_contrastive/nl_0/dense/kernel"]}
-    assert load_reference(writer.write(tmp_path / "m", arrays | slot)).tap == 1
+    assert load_reference(writer.write(tmp_path / "supervised" / "m", arrays | slot)).tap == 1
 
 
 # --- what is refused -------------------------------------------------------------------------------------------

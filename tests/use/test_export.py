@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_onnx_is_one_file_with_its_facts_inside(onnx_file: Path) -> None:
     assert all(t.data_location != onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
     facts = {entry.key: entry.value for entry in proto.metadata_props}
     assert json.loads(facts["classes"]) == list(CLASSES)
-    assert json.loads(facts["preprocessing"]) == {"inside": True, "size": 16, "kind": "photo"}
+    assert json.loads(facts["preprocessing"]) == {"inside": True, "size": 16, "kind": "photo", "longest_side": 48}
     assert facts["temperature"] == "1.5"
     shape = [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
     assert shape[1] == 3 and all(isinstance(shape[i], str) for i in (0, 2, 3))
@@ -226,6 +227,25 @@ def test_a_full_disk_leaves_the_old_file(tiny: Model, tmp_path: Path, monkeypatc
         export.export(tiny, tmp_path, format="torch")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
     assert (tmp_path / "model.pt2").read_text() == "before"
+
+
+def test_a_file_that_cannot_grow_is_a_fault_of_the_disk(tiny: Model, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="writing failed"):
+            export.export(tiny, tmp_path, format="torch")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_too_large_for_one_file_is_refused_first(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "LARGEST_ONNX", 100)
+    with pytest.raises(UsageError, match="2 GiB"):
+        export.export(tiny, tmp_path, format="onnx")
 
 
 def test_a_file_in_place_of_the_folder_is_named(tiny: Model, tmp_path: Path) -> None:

@@ -243,3 +243,11 @@ def test_a_picture_that_cannot_be_read_is_named_by_its_place(model: Model) -> No
     truncated = Image.open(io.BytesIO(file.getvalue()[:2000]))  # PIL reads its pixels later
     with pytest.raises(DataError, match="image 1 of the list cannot be read"):
         model.predict([Image.new("RGB", (8, 8)), truncated])
+
+
+def test_pictures_that_are_not_there_are_no_unreadable_ones(model: Model, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(MissingInput, match="1 of the pictures are not there") as refused:
+        predict.write_predictions(model, [str(tmp_path / "a.png"), str(tmp_path / "b.png")], tmp_path / "p.csv")
+    assert refused.value.details[0].endswith("b.png")
+    assert not (tmp_path / "p.csv").exists()

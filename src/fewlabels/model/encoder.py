@@ -201,7 +201,7 @@ class Stem(nn.Module):
         if small:
             self.conv = conv(3, channels, kernel=3)
         elif resnet_d:
-            half = channels // 2
+            half = max(1, channels // 2)
             self.first.append(ConvNorm(3, half, kernel=3, stride=2))
             self.first.append(ConvNorm(half, half, kernel=3))
             self.conv = conv(half, channels, kernel=3)

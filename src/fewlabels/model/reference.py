@@ -206,17 +206,17 @@ def _tap(
     widths = [head.width(k) for k in range(layers + 1)] if head is not None else kernel[:1]
     fitting = [k for k in range(layers + 1) if kernel[:1] in ((), (widths[k],))]
     trained = sum(f"trained/{k}" in shapes for k in range(layers))
-    category = next((c for c in TAP_BY_CATEGORY if any(c in part for part in path.absolute().parts)), "")
+    category = next((c for c in TAP_BY_CATEGORY if c in path.absolute().parts), "")
     if asked is not None:
         tap, why = asked, "as asked"
     elif len(fitting) == 1:
         tap, why = fitting[0], f"the only layer with {kernel[0]:,} features"
-    elif category:
-        tap, why = TAP_BY_CATEGORY[category], f"the folder is called {category}"
     elif 0 < trained < layers:  # TensorFlow 2 fine-tunes the layers below the classifier and no others
         tap, why = trained, f"the optimizer trained {trained} of {layers} layers of the head"
     elif step in TAP_BY_STEP:
         tap, why = TAP_BY_STEP[step], f"it made {step:,} steps, as the published models of that kind"
+    elif category:
+        tap, why = TAP_BY_CATEGORY[category], f"the folder is called {category}"
     else:
         tap, why = 0, "nothing in the file tells; 0 is the reference's own setting"
     tap = tap if layers else 0

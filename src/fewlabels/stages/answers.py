@@ -39,6 +39,8 @@ class Answers:
         whole = self.path.is_file() and self.path.stat().st_size == self.bytes
         # Somebody removed the file of a begun stage: the teacher is asked to the end. All look before one makes it
         self.lost = runtime.any_rank(flag=not whole and any(folder.glob("step-*")))
+        # Nor may rows be read later that another batch passed by
+        self._delete(*(p for p in folder.glob("teacher-logits*") if self.lost or p != self.path))
 
     def __call__(self, batch: Batch, ask: Callable[[slice | Tensor], Tensor]) -> Tensor:
         """Logits (B, K) of the batch's views. ask(rows) gives the teacher's own for these rows of the batch."""
@@ -70,9 +72,11 @@ class Answers:
     def remove(self) -> None:
         """Delete the file: the stage is done."""
         self.rows = None
-        if runtime.is_main():
-            for path in self.path.parent.glob("teacher-logits*"):
-                path.unlink()
+        self._delete(*self.path.parent.glob("teacher-logits*"))
+
+    def _delete(self, *paths: Path) -> None:
+        for path in paths if runtime.is_main() else ():
+            path.unlink()
 
     def _write(self, epoch: int, places: np.ndarray, answers: Tensor) -> None:
         """Rank 0 writes the rows of all ranks. It reads them in a later epoch only: many collectives lie in between."""

@@ -32,6 +32,7 @@ from fewlabels.use.predict import Model
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4
+LARGEST_ONNX = 1 << 31  # bytes: a limit of protobuf
 # Sizes on which an exported program is compared, as (B, H, W): odd, tiny, wide, tall, batch 1 and many
 TRIALS = ((1, 2, 2), (1, 37, 61), (3, 64, 48), (8, 33, 33), (1, 129, 200), (12, 17, 95), (8, 96, 31))
 Arrays = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
@@ -53,12 +54,17 @@ class Program(nn.Module):
 def export(model: Model, folder: str | os.PathLike[str], *, format: str) -> Path:
     """Write folder/model.onnx or folder/model.pt2 and return its path. format: "onnx" or "torch".
 
+    `predict` first brings a picture larger than those of training down to their longest side (card.canvas); the program
+    scales it in one step, and its probabilities may then differ by some hundredths.
+
     Raises UsageError for an unknown format or missing packages, DataError if the exported program does not agree
     with the Python model to 1e-4 on each probability.
     """
     if format not in FORMATS:
         raise UsageError(f'unknown export format "{format}"', fix="use " + " or ".join(f'"{f}"' for f in FORMATS))
     model.check_classifies()
+    if format == "onnx" and sum(p.nbytes for p in model.network.parameters()) > LARGEST_ONNX:
+        raise UsageError("the model is too large for one ONNX file, which holds 2 GiB", fix="use --format torch")
     needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
     _require(needed)
     target = Path(folder) / FORMATS[format]
@@ -89,7 +95,9 @@ def _facts(model: Model) -> dict[str, str]:
         "classes": json.dumps(card.classes),
         "input": "images: uint8 (B, 3, H, W), RGB, upright, values 0 to 255, H and W at least 2",
         "output": "probabilities: float32 (B, K), columns in the order of classes",
-        "preprocessing": json.dumps({"inside": True, "size": card.size, "kind": card.kind}),
+        "preprocessing": json.dumps(
+            {"inside": True, "size": card.size, "kind": card.kind, "longest_side": card.canvas}
+        ),
         "encoder": card.encoder,
         "temperature": repr(card.temperature),
     }
@@ -159,7 +167,9 @@ def _write_torch(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
         exported = torch.export.export(program, (_example(),), dynamic_shapes=_dynamic())
     for node in exported.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of the machine that exported
-    torch.export.save(exported, path, extra_files={"fewlabels.json": json.dumps(facts)})
+    file = io.BytesIO()  # a disk that fails under torch's own writer aborts the process
+    torch.export.save(exported, file, extra_files={"fewlabels.json": json.dumps(facts)})
+    path.write_bytes(file.getvalue())
     loaded = torch.export.load(path).module()
 
     def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

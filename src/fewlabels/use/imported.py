@@ -97,7 +97,7 @@ def _names(path: Path, count: int) -> tuple[str, ...]:
     if not path.is_file():
         raise MissingInput(f"{path} is not there", fix="give a text file with one class name a line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text: {error}", fix="save it as UTF-8, one class name a line") from error
     if lines and all(re.fullmatch(r"n\d{8}_\d+\.JPEG", line) for line in lines):

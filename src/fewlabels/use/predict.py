@@ -29,7 +29,7 @@ from fewlabels.data import decode, views
 from fewlabels.data.source import Source
 from fewlabels.data.sources import open_source
 from fewlabels.data.tables import cell
-from fewlabels.errors import DataError, UsageError, printable
+from fewlabels.errors import DataError, MissingInput, UsageError, printable
 from fewlabels.model.heads import Classifier
 from fewlabels.runfolder import read_json
 from fewlabels.use import artefact
@@ -288,6 +288,9 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
     "unreadable", "counts": {class: n}}.
     """
     source, out = as_source(images), Path(out_csv)
+    listed = [image for image in images if isinstance(image, str)] if isinstance(images, list) else []
+    if missing := [path for path in listed if not os.path.lexists(path)]:
+        raise MissingInput(f"{len(missing):,} of the pictures are not there", details=missing, fix="correct the paths")
     if out.is_dir():
         raise UsageError(f"{out} is a folder", fix=f"give a file name, such as {out / 'predictions.csv'}")
     counts = dict.fromkeys(model.classes, 0)
