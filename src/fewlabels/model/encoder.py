@@ -48,7 +48,8 @@ def encoder(name: str, *, stem: str | None = None) -> Encoder:
         return TimmEncoder(name.removeprefix("timm:"))
     match = re.fullmatch(r"resnet(\d{2,3})(?:_(\d+(?:\.\d+)?)x)?(_sk)?(_small)?", name, re.ASCII)
     if match is None or int(match[1]) not in BLOCKS:
-        names = [f"resnet{depth}{ending}" for depth in BLOCKS for ending in ("", "_2x", "_sk", "_2x_sk", "_small")]
+        endings = ("", "_0.125x", "_0.25x", "_0.5x", "_2x", "_sk", "_2x_sk", "_small")
+        names = [f"resnet{depth}{ending}" for depth in BLOCKS for ending in endings]
         raise UsageError(
             f'unknown encoder "{name}"{nearest(name, names)}',
             fix=f"use resnetDEPTH[_WIDTHx][_sk][_small] with depth {_listed(BLOCKS)}, or timm:NAME",
