@@ -258,6 +258,19 @@ def test_pretraining_alone_keeps_the_results_of_a_finished_run(run: fl.Run, phot
     assert json.loads((run.path / "status.json").read_text())["state"] == "finished"
 
 
+def test_pretraining_again_does_not_call_a_run_finished_that_stopped_later(
+    run: fl.Run, photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    results = tmp_path / "run" / "results.json"  # as `fewlabels finetune` leaves it before a fit that stops
+    results.write_text(results.read_text().replace('"final": "distill"', '"final": "finetune"'))
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="pretrain", **SMALL)
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "stopped"
+    assert "distill has begun" in status["reason"]
+    assert json.loads((tmp_path / "run/results.json").read_text())["final"] == "finetune"
+
+
 @pytest.mark.parametrize("budget", [None, "1m"])
 @pytest.mark.parametrize("student", ["resnet19", "timm:vit_tiny_patch16_224"])
 def test_a_wrong_student_is_found_before_training(

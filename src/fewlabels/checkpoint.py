@@ -92,14 +92,14 @@ def storage_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, FewlabelsError):  # some are OSErrors too
             raise
+        if getattr(error, "errno", None) in CLOSED:
+            fix = "give another path, or give yourself the right to use it"
+            raise StorageError(f"{path} cannot be written: {error.strerror}", fix=fix) from error  # type: ignore[union-attr]
         place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
         try:
             free = f"{shutil.disk_usage(place).free / 1e6:,.0f} MB are free there; "
         except OSError:  # a disk that fails may not even say that
             free = ""
-        if getattr(error, "errno", None) in CLOSED:
-            fix = "give another path, or give yourself the right to use it"
-            raise StorageError(f"{path} cannot be written: {error.strerror}", fix=fix) from error  # type: ignore[union-attr]
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         full = full or any(words in str(error) for words in ("No space left", "quota exceeded"))  # safetensors has none
         raise StorageError(

@@ -161,7 +161,7 @@ class Recipe:
             raise UsageError(f'recipe "{self.name}" cannot be used', details=faults, fix="change these values")
 
 
-LARGEST = 1e15  # of any number
+LARGEST = 1e30  # of any number
 FROZEN = ("teacher_epochs", "self_temperature", "label_weight")  # choose a frozen teacher; the last: without a student
 SECTIONS = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillRecipe}
 

@@ -42,7 +42,7 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
             raise DataError("y holds no label, only -1", fix="label some images; -1 means unlabeled")
         by_name = {str(value).strip(): value for value in known}  # as labels are read
         names = [None if _is_unlabeled(value) else str(value).strip() for value in labels]
-        seed = int(self.random_state or 0)  # None, and numpy's numbers
+        seed = 0 if self.random_state is None else self.random_state
         if self.out is not None:
             run = fit(X, names, out=self.out, recipe=self.recipe, student=self.student, seed=seed)
             self.model_, self.run_dir_ = run.model, Path(self.out)

@@ -30,7 +30,7 @@ from fewlabels.prepare import (
     write_resolved,
 )
 from fewlabels.runfolder import Interrupts, RunFolder, duration, read_json, say
-from fewlabels.use import artefact, compare, report, suggest
+from fewlabels.use import artefact, compare, facts, report, suggest
 from fewlabels.use.artefact import Card
 from fewlabels.use.predict import Model, load
 from fewlabels.worker import Worker
@@ -168,7 +168,7 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     known = prepared.dataset.understood
     classes = ", ".join(f"{name} {count:,}" for name, count in [*known.classes.items()][:50])
     lines = [known.line(), *([f"labels: {classes}"] if classes else []), *known.notes]
-    lines += [] if known.held_out else ["nothing is held out, so networks will not be measured (--test, or a split)"]
+    lines += [] if known.held_out else ["no labeled image is held out, so networks will not be measured (see --test)"]
     lines += [f"unreadable: {line}" for line in bad[:20]] + found + _told(largest)
     lines += [
         f"{name}: {sum(parts.values()) / 1e6:,.0f} MB a process whatever the batch" for name, parts in held.items()
@@ -222,12 +222,16 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
         worker.supervised()
     folder.status("running", "report")
     with runtime.main_first():
-        later = set(plan.STAGES[plan.STAGES.index(stages[-1]) + 1 :]) & begun_stages(folder)
-        # `fewlabels pretrain` on a finished run must not replace its results by those of less
-        if runtime.is_main() and later and (folder.path / "results.json").exists():
-            folder.status("finished")
-        elif runtime.is_main():
-            _publish(prepared, worker, stages[-1])
+        later = [s for s in plan.STAGES[plan.STAGES.index(stages[-1]) + 1 :] if s in begun_stages(folder)]
+        final = read_json(folder.results_file) if later else None
+        if runtime.is_main():
+            # `fewlabels pretrain` on a finished run must not replace its results by those of less
+            if final and final.get("final") in later:
+                folder.status("finished")
+            else:
+                _publish(prepared, worker, stages[-1])
+            if later and (final or {}).get("final") != later[-1]:
+                folder.status("stopped", reason=f"{later[-1]} has begun; `fewlabels fit` goes on with it")
     say(f"report: {folder.report}")
 
 
@@ -315,4 +319,4 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
         )  # fmt: skip
         artefact.save(prepared.folder.model, classifier, card, head)
     prepared.folder.status("finished")
-    report.write(path)
+    checkpoint.write_text(prepared.folder.report, report.render(facts.read(path)))

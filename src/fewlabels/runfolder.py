@@ -160,7 +160,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 class _Signal(BaseException):
     """Raised where a signal comes. An Exception is swallowed in places: matplotlib draws on, an image is unreadable."""
 
-    exit_code = property(lambda self: Stopped(self.args[0], OUTSIDE).exit_code)
+    def __init__(self, number: int) -> None:
+        self.exit_code = Stopped(number, OUTSIDE).exit_code
+        super().__init__(Stopped(number, OUTSIDE).what)
 
 
 class Interrupts:

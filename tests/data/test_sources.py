@@ -540,10 +540,15 @@ def test_parquet_files_are_one_set(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         open_source(tmp_path / "d")
     assert "look like one class" in refused.value.details[0]
+    for name, label in (("a", "cat"), ("b", "cow")):  # names decide, whatever is declared
+        table = pa.table({"image": [raw], "label": [label]})
+        declared = {"class_names": json.dumps(["cat", "unlabeled"])}
+        pq.write_table(table.replace_schema_metadata(declared if name == "a" else {}), tmp_path / f"d/{name}.parquet")
+    assert open_source(tmp_path / "d").labels == ("cat", "cow")
     named = pa.table({"image": [raw], "label": [1]})
     pq.write_table(named, tmp_path / "d/a.parquet")
     pq.write_table(named.replace_schema_metadata({"class_names": json.dumps(["ant", "bee"])}), tmp_path / "d/b.parquet")
-    with pytest.raises(DataError, match="declare different classes"):
+    with pytest.raises(DataError, match="others have numbers only"):
         open_source(tmp_path / "d")
 
 

@@ -251,3 +251,8 @@ def test_pictures_that_are_not_there_are_no_unreadable_ones(model: Model, tmp_pa
         predict.write_predictions(model, [str(tmp_path / "a.png"), str(tmp_path / "b.png")], tmp_path / "p.csv")
     assert refused.value.details[0].endswith("b.png")
     assert not (tmp_path / "p.csv").exists()
+
+
+def test_a_list_of_gray_arrays_with_a_channel(model: Model) -> None:
+    gray = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    assert (model.predict_proba(list(gray)) == model.predict_proba(list(gray[..., 0]))).all()

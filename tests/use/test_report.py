@@ -417,6 +417,12 @@ def test_a_browser_draws_it_without_an_error(run: Path, tmp_path: Path) -> None:
     assert "CONSOLE" not in done.stderr  # what the page's own policy refuses is said there
 
 
+def test_a_word_in_place_of_a_number_is_said_to_be_so(run: Path) -> None:
+    change(run / "results.json", labels_used="abc")
+    with pytest.raises(DataError, match="not what it should be"):
+        report.write(run)
+
+
 @pytest.mark.parametrize("name", ["rows", "classes", "final", "labels_used", "images_used"])
 def test_damaged_results_are_said_to_be_so(run: Path, name: str) -> None:
     file = run / "results.json"

@@ -170,19 +170,23 @@ def _shards(images: str | Path) -> Source:
     ]
     if len(opened) == 1:
         return opened[0]
-    told = {source.classes for source in opened if any(label is not None for label in source.labels)}
-    if len(told) > 1:
+    labeled = [source for source in opened if any(label is not None for label in source.labels)]
+    bare = [s for s in labeled if not s.classes and all(label is None or label.isdecimal() for label in s.labels)]
+    if bare and any(source.classes for source in labeled):
         raise DataError(
-            f"the parquet files {shown} declare different classes",
-            details=["none" if names is None else ", ".join(names[:20]) for names in told],
-            why="one number would mean two classes",
-            fix="write them with one list of class names",
+            f"of the parquet files {shown} some declare names of their classes and others have numbers only",
+            details=[source.description for source in bare],
+            why="which name a number means is not said",
+            fix="write all of them with the class names, or with the names themselves",
         )
     joined = replace(functools.reduce(join, opened), description=f"parquet files {shown}")
     if len(set(joined.names)) < len(joined):  # else no table could name them
         names = (f"{file}/{n}" for file, source in zip(found.names, opened, strict=True) for n in source.names)
         joined = replace(joined, names=tuple(map(printable, names)))
-    return with_sequence(joined, joined.labels)
+    if alike := tables.twins(dict.fromkeys(label for label in joined.labels if label is not None)):
+        details = [f'the classes "{one}" and "{other}" look like one class' for one, other in alike]
+        raise DataError(f"classes of {shown} differ in spelling only", details=details, fix="write each in one way")
+    return joined
 
 
 def _tars(found: shards.Shards, shown: str) -> Source:

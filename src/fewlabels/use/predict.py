@@ -218,7 +218,7 @@ def _in_memory(images: Sequence[Any]) -> Source:
     """A source of PIL images and arrays (H, W[, 3]) uint8 of any sizes."""
     for index, image in enumerate(images):
         is_pixels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size > 0
-        is_pixels = is_pixels and (image.ndim == 2 or image.shape[2:] == (3,))
+        is_pixels = is_pixels and image.ndim > 1 and image.shape[2:] in ((), (1,), (3,))
         if not (is_pixels or isinstance(image, Image.Image)):
             found = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise DataError(

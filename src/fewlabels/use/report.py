@@ -53,7 +53,9 @@ def write(run: Path) -> Path:
         )
     try:
         page = render(read(run))
-    except (KeyError, TypeError, IndexError, AttributeError, jinja2.UndefinedError) as error:
+    except FewlabelsError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, jinja2.UndefinedError) as error:
         fix = "run the same fit command again: it measures anew"
         raise DataError(f"a result of {run} is not what it should be: {error!r}", fix=fix) from error
     checkpoint.write_text(run / "report.html", page)
