@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,9 @@ def test_evaluate_run_passes_over_test_images_without_labels(tmp_path: Path, mod
     Image.new("RGB", (8, 8)).save(tmp_path / "test" / "a.png")
     found = evaluate.evaluate_run(model, tmp_path)
     assert (found["n"], found["split"]) == (8, "val")
+    shutil.move(tmp_path / "val", tmp_path / "train")
+    with pytest.raises(DataError, match="none of its images has a label"):
+        evaluate.evaluate_run(model, tmp_path)
 
 
 def test_evaluate_run_refuses_unknown_classes_and_no_labels(tmp_path: Path, model: Model) -> None:

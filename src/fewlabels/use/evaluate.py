@@ -359,7 +359,9 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
     source = open_source(images, labels)
     numbers = _class_numbers(source, model.classes)
     labeled = {split for split, number in zip(source.splits, numbers, strict=True) if number >= 0}
-    split = next((name for name in ("test", "val", "train") if name in labeled), "train")
+    there = [name for name in ("test", "val", "train") if name in source.splits]
+    # Images to train on never stand in for held-out ones without labels
+    split = next((name for name in there if name in labeled and name != "train"), there[0] if there else "train")
     rows, truth, unreadable, unlabeled = [], [], [], 0
     for index, prediction in enumerate(
         model.each(source, keep=[s == split and n >= 0 for s, n in zip(source.splits, numbers, strict=True)])

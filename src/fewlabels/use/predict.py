@@ -215,7 +215,7 @@ def as_source(images: Any) -> Source:
 
 
 def _in_memory(images: Sequence[Any]) -> Source:
-    """A source of PIL images and arrays (H, W[, 3]) uint8 of any sizes."""
+    """A source of PIL images and arrays (H, W[, 1 or 3]) uint8 of any sizes."""
     for index, image in enumerate(images):
         is_pixels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size > 0
         is_pixels = is_pixels and image.ndim > 1 and image.shape[2:] in ((), (1,), (3,))
@@ -223,7 +223,7 @@ def _in_memory(images: Sequence[Any]) -> Source:
             found = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise DataError(
                 f"image {index} of the list is of the wrong kind: {found}",
-                why="a list in memory holds PIL images or uint8 arrays (H, W) or (H, W, 3)",
+                why="a list in memory holds PIL images or uint8 arrays (H, W) or (H, W, 1 or 3)",
                 fix="convert it: np.uint8 with values 0 to 255",
             )
     count = len(images)
