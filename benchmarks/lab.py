@@ -42,7 +42,7 @@ from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
 from fewlabels.use import compare, evaluate, propagate
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
-SMALL, WORKING_SIZE = 48, {"cpu": 96, "cuda": 336}  # px, as the recipes have it
+SMALL, WORKING_SIZE = 48, {False: 96, True: 336}  # px, as the recipes have it; True: on a GPU
 MOST_LABEL_STEPS = 1500  # of fine-tuning: with all labels 30 epochs would take most of a table's hour
 
 
@@ -108,19 +108,23 @@ class Lab:
 
     def __init__(
         self, source: Source, folder: Path, *, epochs: float, distill_epochs: float, recipe: str = "best",
-        batch: int | None = None, device: torch.device | None = None,
+        batch: int | None = None, distill_batch: int | None = None, device: torch.device | None = None,
+        on_gpu: bool | None = None,
         pool: Callable[[Dataset], Dataset] = lambda whole: whole,
         choose: Callable[[Dataset, str | int, int], Dataset] = labels.keep_labels,
     ) -> None:  # fmt: skip
-        """batch: of pretraining, in place of the recipe's, which follows the number of images. pool: leaves images out
-        of training. choose: the dataset with an amount of its labels, by the draw.
+        """batch, distill_batch: of pretraining and of stage 3, in place of the recipe's. on_gpu: whether the recipe is
+        that of a GPU, in place of whether it runs on one. pool: leaves images out of training. choose: the dataset with
+        an amount of its labels, by the draw.
         """
         self.folder, self.device, self.choose = folder, device or torch.device("cpu"), choose
+        self.on_gpu = self.device.type == "cuda" if on_gpu is None else on_gpu
         self.precision = workload.precision(self.device)
         self.side, self.gray = prepare.survey(source)
-        working_size = None if self.side <= SMALL else min(self.side, WORKING_SIZE[self.device.type])
+        working_size = None if self.side <= SMALL else min(self.side, WORKING_SIZE[self.on_gpu])
         self.dataset = pool(workload.stored(source, folder, working_size=working_size))
-        self.epochs, self.distill_epochs, self.recipe_name, self.batch = epochs, distill_epochs, recipe, batch
+        self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
+        self.batch, self.distill_batch = batch, distill_batch
         self.general = self.recipe(len(self.dataset.labeled))
         self._keep_to(config.as_dict(self.general))
         self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
@@ -131,11 +135,14 @@ class Lab:
         """The recipe that `fewlabels fit` has for so many labels, with this laboratory's epochs and batch."""
         facts = recipes.Facts(
             images=len(self.dataset.train), labeled=labeled, classes=self.dataset.num_classes, side=self.side,
-            gray=self.gray, on_gpu=self.device.type == "cuda", threads=torch.get_num_threads(),
+            gray=self.gray, on_gpu=self.on_gpu, threads=torch.get_num_threads(),
         )  # fmt: skip
         found = recipes.named(self.recipe_name, facts)
         pretrain = replace(found.pretrain, epochs=self.epochs, batch=self.batch or found.pretrain.batch)
-        return replace(found, pretrain=pretrain, distill=replace(found.distill, epochs=self.distill_epochs))
+        batch = self.distill_batch or found.distill.batch
+        return replace(
+            found, pretrain=pretrain, distill=replace(found.distill, epochs=self.distill_epochs, batch=batch)
+        )
 
     # --- what is kept ---
 

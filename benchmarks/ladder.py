@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=10_000, help="training images")
     parser.add_argument("--epochs", type=float, default=40.0, help="of pretraining")
     parser.add_argument("--again", type=float, default=6.0, help="epochs of self-training")
+    parser.add_argument("--again-batch", type=int, help="of self-training, in place of the recipe's")
+    parser.add_argument("--gpu-settings", action="store_true", help="those of a GPU, on a CPU too")
     parser.add_argument("--fixmatch", action="store_true", help="it takes most of the time")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"))
@@ -64,9 +66,12 @@ def main() -> None:
     source = lab.images(asked.data, train=asked.train, test=10_000)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     labs = {
-        name: Lab(source, asked.out / name, epochs=asked.epochs, distill_epochs=asked.again, recipe=name, device=device)
+        name: Lab(
+            source, asked.out / name, epochs=asked.epochs, distill_epochs=asked.again, recipe=name, device=device,
+            distill_batch=asked.again_batch, on_gpu=asked.gpu_settings or None,
+        )
         for name in asked.recipes
-    }
+    }  # fmt: skip
     again = asked.labels if asked.stage_3 is None else asked.stage_3
     rows = climbed(labs, Body(asked.encoder), asked.draws, asked.labels, again, fixmatch=asked.fixmatch)
     told(f"{Path(asked.data).name}, {asked.encoder}", rows)

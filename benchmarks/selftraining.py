@@ -128,7 +128,7 @@ class Comparison:
     ) -> float:
         few = self.lab.few(amount, draw)
         settings = replace(self.lab.recipe(len(few.labeled)).distill, epochs=epochs)
-        if self.lab.device.type == "cpu":  # steps count, as in recipes.best
+        if not self.lab.on_gpu:  # steps count, as in recipes.best
             settings = replace(settings, batch=min(128, settings.batch))
         beside = plan.beside(plan.derive(settings, len(few.train), 1).batch, len(few.labeled), 1)
         order = Order(few.labeled, beside, 1000 + draw)

@@ -42,15 +42,23 @@ def test_only_a_clear_difference_decides(
         Precision(torch.bfloat16, True): seconds[2], Precision(torch.bfloat16, False): seconds[3],
     }  # fmt: skip
     monkeypatch.setattr(runtime, "_has_bf16", lambda device: True)
-    monkeypatch.setattr(runtime, "_seconds_per_convolution", lambda form, device: measured[form])
+    monkeypatch.setattr(runtime, "_seconds_per_convolution", lambda form: measured[form])
     assert runtime.precision(CPU) == expected
     monkeypatch.setattr(runtime, "_has_bf16", lambda device: False)
     assert runtime.precision(CPU) == USUAL
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_gpu_that_has_bf16_computes_in_it(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: there and not including_emulation)
+    monkeypatch.delattr(runtime, "_seconds_per_convolution")  # the CPU would be measured
+    found = runtime.precision(torch.device("cuda"))
+    assert found == Precision(torch.bfloat16 if there else None, channels_last=True)
+
+
 def test_every_format_can_be_measured() -> None:
     for form in (USUAL, Precision(None, False), Precision(torch.bfloat16, True), Precision(torch.bfloat16, False)):
-        assert 0 < runtime._seconds_per_convolution(form, CPU) < 10
+        assert 0 < runtime._seconds_per_convolution(form) < 10
 
 
 def test_what_was_asked_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,9 @@ class Recipe:
         choices=("auto", "pixels", "streamed"),
     )
     pretrained: str | None = knob(None, "model folder (of `fewlabels import` or a run) that takes pretraining's place")
-    precision: str = knob("auto", "bf16, fp32, or auto: measured", choices=("auto", "bf16", "fp32"))
+    precision: str = knob(
+        "auto", "bf16, fp32, or auto: bf16 on a GPU that has it, on a CPU measured", choices=("auto", "bf16", "fp32")
+    )
     recompute: bool = knob(False, "compute activations again for the gradient: less memory, more time, the same result")
     shard: bool = knob(
         False, "under torchrun: each process keeps its part of weights, gradients and optimizer state: less memory"

@@ -385,7 +385,7 @@ def test_a_member_of_negative_size_is_an_error(tmp_path: Path) -> None:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
-    with pytest.raises(DataError, match="negative size"):
+    with pytest.raises(DataError, match=r"negative size|invalid offset"):  # ours, or that of Python's newer tarfile
         open_source(tmp_path)
 
 
