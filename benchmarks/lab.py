@@ -234,14 +234,13 @@ class Lab:
         classifier = Classifier(network, head, tap=tap, num_classes=few.num_classes)
 
         def train() -> None:
-            if start == "propagated":
-                spread = compare.propagated(few, *self.pretrained(body), self.setting)
-                self._start_from_probe(classifier, few, *spread, propagate.STRENGTH)
-            elif settings.start == "probe":
-                self._start_from_probe(classifier, few, few.labeled, few.labels[few.labeled])
-            self._on_labels(classifier, settings, few, draw)
+            spread = compare.propagated(few, *self.pretrained(body), self.setting) if start == "propagated" else few
+            if settings.start == "probe":
+                self._start_from_probe(classifier, spread, propagate.STRENGTH if start == "propagated" else 0.1)
+            self._on_labels(classifier, settings, spread, draw, count=len(few.labeled))
 
         name = f"finetuned {body}, {self.epochs:g} epochs, tap {tap}, {amount}, draw {draw}, from {start}"
+        name += " and on propagated labels" * (start == "propagated")
         self.kept(name, classifier, train)
         return classifier
 
@@ -286,20 +285,23 @@ class Lab:
         torch.manual_seed(1000 + draw)
         return Classifier(encoder(name), None, tap=0, num_classes=self.dataset.num_classes)
 
-    def _start_from_probe(
-        self, network: Classifier, few: Dataset, ids: np.ndarray, known: np.ndarray, strength: float = 0.1
-    ) -> None:
-        """The classifier becomes the logistic regression on what it sees of images ids, of the classes known."""
+    def _start_from_probe(self, network: Classifier, few: Dataset, strength: float) -> None:
+        """The classifier becomes the logistic regression on what it sees of the labeled images."""
         network.to(self.device).eval()
-        (features,) = compare.outputs(few, ids, self.setting, lambda view: [network.features(view)])
+        (features,) = compare.outputs(few, few.labeled, self.setting, lambda view: [network.features(view)])
+        known = few.labels[few.labeled]
         fitted = evaluate.logistic_regression(features, known, num_classes=few.num_classes, strength=strength)
         with torch.no_grad():
             for mine, found in zip((network.linear.weight, network.linear.bias), fitted.linear(), strict=True):
                 mine.copy_(torch.from_numpy(found))
 
-    def _on_labels(self, classifier: Classifier, settings: Any, few: Dataset, draw: int, *, longer: int = 1) -> None:
-        derived = plan.derive(settings, len(few.labeled), 1)
-        settings = replace(settings, epochs=settings.epochs * min(1.0, longer * MOST_LABEL_STEPS / derived.total_steps))
+    def _on_labels(
+        self, classifier: Classifier, settings: Any, few: Dataset, draw: int, *, longer: int = 1, count: int = 0
+    ) -> None:
+        """Fine-tuning on the labeled images of few, in as many steps as for `count` of them."""
+        derived = plan.derive(settings, count or len(few.labeled), 1)
+        steps = derived.total_steps * min(1.0, longer * MOST_LABEL_STEPS / derived.total_steps)
+        settings = replace(settings, batch=derived.batch, epochs=(steps - 0.5) * derived.batch / len(few.labeled))
         self.train(Finetune(classifier, view=self.view(views.finetune, 2)), settings, few, few.labeled, draw)
 
     def train(self, stage: Stage, settings: Any, dataset: Dataset, ids: np.ndarray, seed: int) -> None:

@@ -24,9 +24,11 @@ import fewlabels as fl
 from conftest import same, shapes_images
 from fewlabels import checkpoint, config, plan, prepare
 from fewlabels.data import pixels, views
+from fewlabels.data.loader import Batch
 from fewlabels.data.sources import open_source
 from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, RunAgain, UsageError
 from fewlabels.stages import loop
+from fewlabels.stages.finetune import Finetune
 from fewlabels.use import propagate
 from fewlabels.worker import Worker
 
@@ -378,6 +380,37 @@ def test_fine_tuning_begins_anew_as_it_had_begun(photos: Path, tmp_path: Path) -
     after = final_weights(tmp_path / "run", ("finetune",))
     for name, tensor in before.items():  # within one process a momentum may differ by 1e-12
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_very_few_labels_are_learned_as_the_graph_spreads_them(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On more images than have labels, in as many steps as these would take, and again so after a stop."""
+    seen: list[dict[int, int]] = []
+    forward = Finetune.forward
+
+    def noted(self: Finetune, batch: Batch) -> dict[str, torch.Tensor]:
+        seen.append(dict(zip(batch.ids.tolist(), batch.labels.tolist(), strict=True)))
+        return forward(self, batch)
+
+    monkeypatch.setattr(Finetune, "forward", noted)
+    asked = {**SMALL, "finetune": {**SMALL["finetune"], "start": "probe"}}
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **asked)
+    whole = final_weights(tmp_path / "run", ("finetune",))
+    steps = json.loads((tmp_path / "run" / "resolved.json").read_text())["derived"]["finetune"]["total_steps"]
+    spread = [batch for batch in seen[:steps] if len(batch) == 16]
+    assert len(spread) == steps
+    learned = {image: label for batch in spread for image, label in batch.items()}
+    assert len(learned) > 60 and set(learned.values()) == {0, 1, 2, 3}
+    assert all(learned[image] == label for batch in spread for image, label in batch.items()), "always the same"
+    for save in sorted((tmp_path / "run" / "finetune").glob("step-*"))[1:]:
+        shutil.rmtree(save)
+    seen.clear()
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **asked)
+    assert 0 < len(seen) < steps
+    assert seen == spread[-len(seen) :]
+    for name, tensor in final_weights(tmp_path / "run", ("finetune",)).items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_a_student_of_another_size(photos: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fewlabels import checkpoint, plan, runtime
 from fewlabels.data import views
+from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.errors import UsageError
 from fewlabels.model.encoder import Encoder
@@ -194,11 +196,17 @@ class Worker:
         if "finetune" not in self.classifiers:
             network = self._teacher("finetune", self.pretrain())
             network.encoder.freeze(self.recipe.finetune.freeze_below)
-            saves = self.prepared.folder.stage("finetune")  # where all are damaged it begins anew
-            if self.recipe.finetune.start == "probe" and runtime.from_main(checkpoint.latest(saves)[0] is None):
-                self._start_from_probe(network)
-            stage = Finetune(network, view=self._view("finetune"))
-            self._train("finetune", stage)
+            job, at = self._job("finetune", Finetune(network, view=self._view("finetune"))), self.workplace
+            last, _ = checkpoint.latest(self.prepared.folder.stage("finetune"))  # where all are damaged it begins anew
+            done = runtime.from_main(last.step if last else 0)
+            if self.recipe.finetune.start == "probe" and done < job.derived.total_steps:
+                at = replace(at, dataset=self._spread())
+                ids, was = at.dataset.labeled, job.derived  # as many steps, whatever they are
+                epochs = (was.total_steps - 0.5) * was.batch / len(ids)
+                job = replace(job, ids=ids, schedule=replace(job.schedule, batch=was.batch, epochs=epochs))
+                if not done:
+                    self._start_from_probe(network, at.dataset)
+            runner.run(job, at)
             self.classifiers["finetune"] = network
         return self.classifiers["finetune"]
 
@@ -210,18 +218,21 @@ class Worker:
             say(f"  {why}")
         return why
 
-    def _start_from_probe(self, network: Classifier) -> None:
-        """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""
-        network.eval()
-        ids, known, strength = self.dataset.labeled, self.dataset.labels[self.dataset.labeled], 0.1
+    def _spread(self) -> Dataset:
+        """The images with very few labels spread over the neighbour graph; with more as they are."""
         # A given model may have lost the upper layers of its head. Before self-training it is wrong to be sure early:
         # digits, 2 labels a class, ended at 91.0, 87.9, 88.8 % from propagated labels, at 99.3, 97.7, 98.2 without
-        few = len(ids) <= propagate.FEW_LABELS * self.dataset.num_classes
-        if few and self.recipe.pretrained is None and not self.prepared.self_trains:
-            spread = compare.propagated(self.dataset, *self.pretrain(), self.prepared.setting)
-            ids, known, strength = *spread, propagate.STRENGTH
-        (features,) = compare.outputs(self.dataset, ids, self.prepared.setting, lambda view: [network.features(view)])
-        classes = self.dataset.num_classes
+        few = len(self.dataset.labeled) <= propagate.FEW_LABELS * self.dataset.num_classes
+        if not few or self.recipe.pretrained is not None or self.prepared.self_trains:
+            return self.dataset
+        return compare.propagated(self.dataset, *self.pretrain(), self.prepared.setting)
+
+    def _start_from_probe(self, network: Classifier, dataset: Dataset) -> None:
+        """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""
+        network.eval()
+        ids, strength = dataset.labeled, 0.1 if dataset is self.dataset else propagate.STRENGTH
+        (features,) = compare.outputs(dataset, ids, self.prepared.setting, lambda view: [network.features(view)])
+        known, classes = dataset.labels[ids], dataset.num_classes
         fitted = evaluate.logistic_regression(features, known, num_classes=classes, strength=strength)
         weight, bias = runtime.from_main(fitted.linear())
         with torch.no_grad():
@@ -304,15 +315,11 @@ class Worker:
         else:
             schedule = getattr(self.recipe, kind)
         return Job(
-            name=name,
-            stage=stage,
-            schedule=schedule,
-            ids=self.dataset.labeled if labeled_only else self.dataset.train,
-            seed=self.prepared.seed + (STREAMS[name] << 32),
-            identity=identity(self.prepared, name),
+            name=name, stage=stage, schedule=schedule, seed=self.prepared.seed + (STREAMS[name] << 32),
+            ids=self.dataset.labeled if labeled_only else self.dataset.train, identity=identity(self.prepared, name),
             scores=self._feature_scores if name == "pretrain" and len(self.dataset.labeled) else None,
             shard=self.recipe.shard,
-        )
+        )  # fmt: skip
 
     def _train(self, name: str, stage: Stage) -> None:
         runner.run(self._job(name, stage), self.workplace)

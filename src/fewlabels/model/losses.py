@@ -36,12 +36,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.1, *, normaliz
 
 
 def nt_xent_with_queue(
-    first: Tensor,
-    second: Tensor,
-    first_key: Tensor,
-    second_key: Tensor,
-    queue: Tensor,
-    temperature: float = 0.1,
+    first: Tensor, second: Tensor, first_key: Tensor, second_key: Tensor, queue: Tensor, temperature: float = 0.1
 ) -> Tensor:
     """NT-Xent against the keys of a momentum encoder and a queue of earlier keys (the paper's memory extension).
 

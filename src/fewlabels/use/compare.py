@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +99,17 @@ def known_features(dataset: Dataset, encoder: nn.Module, setting: Setting) -> tu
     return features, dataset.labels[ids]
 
 
-def propagated(
-    dataset: Dataset, encoder: nn.Module, head: ProjectionHead | None, setting: Setting
-) -> tuple[np.ndarray, np.ndarray]:
-    """Training images, labeled ones first, and the classes that labels give them over the projections' graph."""
+def propagated(dataset: Dataset, encoder: nn.Module, head: ProjectionHead | None, setting: Setting) -> Dataset:
+    """The images, some of whose training images have the class that labels give them over the projections' graph."""
     labeled = dataset.labeled
     others = evaluate.spread(np.setdiff1d(dataset.train, labeled), propagate.MOST_IMAGES)
     ids, see = np.concatenate([labeled, others]), tapped(encoder, head)
     (projections,) = outputs(dataset, ids, setting, lambda view: see(view)[-1:])
-    given = propagate.propagate(projections, dataset.labels[ids], dataset.num_classes)
-    told = np.flatnonzero(given[len(labeled) :] >= 0) + len(labeled)
-    some = np.concatenate([np.arange(len(labeled)), evaluate.spread(told, propagate.FITTED_IMAGES)])
-    return ids[some], given[some]
+    given = runtime.from_main(propagate.propagate(projections, dataset.labels[ids], dataset.num_classes))
+    told = evaluate.spread(np.flatnonzero(given[len(labeled) :] >= 0) + len(labeled), propagate.FITTED_IMAGES)
+    labels = dataset.labels.copy()
+    labels[ids[told]] = given[told]
+    return replace(dataset, labels=labels)
 
 
 def feature_scores(dataset: Dataset, encoder: nn.Module, setting: Setting) -> dict[str, float]:
