@@ -73,13 +73,19 @@ class Comparison:
         return {
             name: {
                 f"{a} labels": [
-                    self.lab.cell(f"{name}, {self.body}, {a} labels, draw {n}", partial(WAYS[name], self, a, n))
-                    for n in self.draws
+                    self.lab.cell(self._named(name, a, n), partial(WAYS[name], self, a, n)) for n in self.draws
                 ]
                 for a in amounts
             }
             for name in ways
         }
+
+    def _named(self, name: str, amount: int, draw: int) -> str:
+        spread = ", on propagated labels" * (name in (TUNED, DISTILLED, "itself") and self._spreads(amount))
+        return f"{name}, {self.body}, {amount} labels, draw {draw}{spread}"
+
+    def _spreads(self, amount: int) -> bool:
+        return self.propagates and amount <= propagate.FEW_LABELS * self.lab.dataset.num_classes
 
     def _alone(self, amount: int, draw: int) -> float:
         return self.lab.accuracy(self.lab.supervised(self.body.encoder, amount, draw))
@@ -94,8 +100,7 @@ class Comparison:
         return self.lab.accuracy(self._teacher(amount, draw))
 
     def _teacher(self, amount: int, draw: int) -> Classifier:
-        few = amount <= propagate.FEW_LABELS * self.lab.dataset.num_classes
-        return self.lab.finetuned(self.body, 1, amount, draw, start="propagated" if self.propagates and few else None)
+        return self.lab.finetuned(self.body, 1, amount, draw, start="propagated" if self._spreads(amount) else None)
 
     def _finetuned(self, amount: int, draw: int) -> Classifier:
         return self.lab.finetuned(self.body, 1, amount, draw)
@@ -105,7 +110,7 @@ class Comparison:
         epochs = self.lab.distill_epochs * PASSES / (1 + 1 / 3)
         start = self.lab.recipe(len(few.labeled)).distill.start
         student = self.lab.distilled(
-            self.body.encoder, teacher, f"itself, {self.body}, {amount}, draw {draw}, {epochs:g} epochs", few, draw,
+            self.body.encoder, teacher, self._named("itself", amount, draw) + f", {epochs:g} epochs", few, draw,
             body=self.body if start == "pretrained" else None, epochs=epochs,
         )  # fmt: skip
         return self.lab.accuracy(student)
@@ -128,7 +133,7 @@ class Comparison:
     ) -> float:
         few = self.lab.few(amount, draw)
         settings = replace(self.lab.recipe(len(few.labeled)).distill, epochs=epochs)
-        if not self.lab.on_gpu:  # steps count, as in recipes.best
+        if not (self.lab.on_gpu or self.lab.distill_batch):  # steps count, as in recipes.best
             settings = replace(settings, batch=min(128, settings.batch))
         beside = plan.beside(plan.derive(settings, len(few.train), 1).batch, len(few.labeled), 1)
         order = Order(few.labeled, beside, 1000 + draw)

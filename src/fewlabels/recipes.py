@@ -103,15 +103,15 @@ def best(facts: Facts) -> Recipe:
     """Ours: the paper's method with settings that measured better at few labels and small budgets.
 
     Gentler views, and the paper's LARS only in batches of 1,024 (CIFAR-10 (JPEG), 60 epochs on a GPU, tap 0: 45, 56 and
-    65 % with 40, 250 and 4,000 labels, AdamW 40, 54 and 64). Digits and drawings prefer SGD and a temperature of 0.5
-    (tap 0: 91.7 % against 86.5 at 0.2, 83.4 with AdamW). Photos on a CPU, where pretraining is short, are seen in four
-    views of crops from a quarter of the area on: for as many views 36 % in place of 32 on CIFAR-10 (JPEG), 40 in place
-    of 37 on Imagenette (LOG.md).
+    65 % with 40, 250 and 4,000 labels, AdamW 40, 54 and 64; who asks for smaller ones there should ask for AdamW too).
+    Digits and drawings prefer SGD and a temperature of 0.5 (tap 0: 91.7 % against 86.5 at 0.2, 83.4 with AdamW). Photos
+    on a CPU, where pretraining is short, are seen in four views of crops from a quarter of the area on: for as many
+    views 36 % in place of 32 on CIFAR-10 (JPEG), 40 in place of 37 on Imagenette (LOG.md).
 
     Where features are good (evaluate.too_weak) the network then teaches itself, a thousand steps if there is time:
     97.7 % on digits with 20 labels where distillation had 90.2; with 740 steps 51.5 on Imagenette with 95 where it had
-    49.4. Where they are weak it is sure of wrong answers, and so it is on photos with up to 4 labels a class (CIFAR-10
-    (JPEG), 40 labels: 34 % where fine-tuning had 43): these distill.
+    49.4. Where they are weak it is sure of wrong answers, and so it can be on photos with up to 4 labels a class
+    (CIFAR-10 (JPEG), 40 labels: 34 % where fine-tuning had 43; Imagenette gained): these distill.
     """
     base = simclrv2(facts)
     pretrain = replace(base.pretrain, warmup=0.1, strength=0.5, blur=base.size > 48)

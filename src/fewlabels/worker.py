@@ -191,19 +191,21 @@ class Worker:
         return self.pretrained
 
     def finetune(self) -> Classifier:
-        """Stage 2 on the labeled training images; without labels, a given model's own classifier."""
+        """Stage 2 on the labels, very few of them spread first; without any, a given model's own classifier."""
         self.pretrain()
         if "finetune" not in self.classifiers:
             network = self._teacher("finetune", self.pretrain())
             network.encoder.freeze(self.recipe.finetune.freeze_below)
             job, at = self._job("finetune", Finetune(network, view=self._view("finetune"))), self.workplace
-            last, _ = checkpoint.latest(self.prepared.folder.stage("finetune"))  # where all are damaged it begins anew
-            done = runtime.from_main(last.step if last else 0)
-            if self.recipe.finetune.start == "probe" and done < job.derived.total_steps:
+            saves, total = self.prepared.folder.stage("finetune"), job.derived.total_steps
+            probed = self.recipe.finetune.start == "probe"  # where all saves are damaged it begins anew
+            done = runtime.from_main(getattr(checkpoint.latest(saves)[0], "step", 0)) if probed else total
+            if done < total:
                 at = replace(at, dataset=self._spread())
-                ids, was = at.dataset.labeled, job.derived  # as many steps, whatever they are
-                epochs = (was.total_steps - 0.5) * was.batch / len(ids)
-                job = replace(job, ids=ids, schedule=replace(job.schedule, batch=was.batch, epochs=epochs))
+                if at.dataset is not self.dataset:  # as many steps of as many images
+                    ids, batch = at.dataset.labeled, job.derived.batch
+                    schedule = replace(job.schedule, batch=batch, epochs=(total - 0.5) * batch / len(ids))
+                    job = replace(job, ids=ids, schedule=schedule)
                 if not done:
                     self._start_from_probe(network, at.dataset)
             runner.run(job, at)
@@ -225,7 +227,9 @@ class Worker:
         few = len(self.dataset.labeled) <= propagate.FEW_LABELS * self.dataset.num_classes
         if not few or self.recipe.pretrained is not None or self.prepared.self_trains:
             return self.dataset
-        return compare.propagated(self.dataset, *self.pretrain(), self.prepared.setting)
+        spread = compare.propagated(self.dataset, *self.pretrain(), self.prepared.setting)
+        say(f"  labels are spread over the neighbour graph: {len(spread.labeled):,} images are learned, no more steps")
+        return spread
 
     def _start_from_probe(self, network: Classifier, dataset: Dataset) -> None:
         """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""

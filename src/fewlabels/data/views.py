@@ -145,15 +145,7 @@ def pretrain(
 
 
 def finetune(
-    pixels: Tensor,
-    extent: Tensor,
-    ids: Tensor,
-    *,
-    size: int,
-    epoch: int,
-    seed: int,
-    view: int = 0,
-    kind: str = "photo",
+    pixels: Tensor, extent: Tensor, ids: Tensor, *, size: int, epoch: int, seed: int, view: int = 0, kind: str = "photo"
 ) -> Tensor:
     """A view for finetuning and distillation: crop and flip only; for glyphs warps of half the strength.
 

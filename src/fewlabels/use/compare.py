@@ -105,7 +105,9 @@ def propagated(dataset: Dataset, encoder: nn.Module, head: ProjectionHead | None
     others = evaluate.spread(np.setdiff1d(dataset.train, labeled), propagate.MOST_IMAGES)
     ids, see = np.concatenate([labeled, others]), tapped(encoder, head)
     (projections,) = outputs(dataset, ids, setting, lambda view: see(view)[-1:])
-    given = runtime.from_main(propagate.propagate(projections, dataset.labels[ids], dataset.num_classes))
+    known = dataset.labels[ids]
+    given = propagate.propagate(projections, known, dataset.num_classes) if runtime.is_main() else known
+    given = runtime.from_main(given)
     told = evaluate.spread(np.flatnonzero(given[len(labeled) :] >= 0) + len(labeled), propagate.FITTED_IMAGES)
     labels = dataset.labels.copy()
     labels[ids[told]] = given[told]
