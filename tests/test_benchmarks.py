@@ -95,6 +95,7 @@ class Slow:
         return batch.pixels.float() / 255 + number
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch 2.11: images need no gradient
 def test_parts_add_up_and_find_what_is_slow(tmp_path: Path) -> None:
     state = workload.pretraining("resnet18_0.125x_small", CPU, size=8, strength=0.5, blur=False)
     state.stage.view = Slow()
@@ -134,6 +135,7 @@ def test_the_whole_matrix_is_the_sum_that_the_paper_writes() -> None:
 # --- the suites ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch 2.11: images need no gradient
 def test_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "CASES", {"resnet18_0.125x_small": (4, 1)})
     monkeypatch.setattr(step, "WATCHED", 5)
