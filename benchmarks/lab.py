@@ -26,10 +26,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import workload
-from fewlabels import checkpoint, config, plan, prepare, recipes
+from fewlabels import checkpoint, config, plan, prepare, random, recipes
 from fewlabels.config import Recipe
 from fewlabels.data import labels, views
 from fewlabels.data.labels import Dataset
+from fewlabels.data.loader import Batch
 from fewlabels.data.source import Source
 from fewlabels.data.sources import open_source
 from fewlabels.errors import UsageError
@@ -38,7 +39,7 @@ from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.stages.distill import Distill
 from fewlabels.stages.finetune import Finetune
 from fewlabels.stages.loop import Stage
-from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum
+from fewlabels.stages.pretrain import Pretrain, PretrainWithMomentum, View
 from fewlabels.use import compare, evaluate, propagate
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -98,6 +99,34 @@ def _parquet(path: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     some = read.take(_rows(len(read), count, seed))
     pictures = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in some["image"].to_pylist()]
     return np.stack(pictures), [str(label) for label in some["label"].to_pylist()]
+
+
+class Ensemble(nn.Module):
+    """Teachers whose probabilities are averaged: (B, 3, H, W) -> their logarithm (B, K)."""
+
+    def __init__(self, members: Sequence[Classifier]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """That of the first of them."""
+        return self.members[0].encoder  # type: ignore[return-value]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([member(x).softmax(dim=1) for member in self.members]).mean(dim=0).log()
+
+
+def mixed(view: View) -> View:
+    """view, each image with a random part of another one of the batch in it (mixup, arXiv 1710.09412)."""
+
+    def mix(batch: Batch, number: int) -> torch.Tensor:
+        seen = view(batch, number)
+        drawn = random.uniforms(number, batch.epoch, batch.ids, stream=98, count=2)  # (B, 2)
+        share = drawn[:, :1, None, None].to(seen.dtype)
+        return seen.lerp(seen[drawn[:, 1].argsort()], share)
+
+    return mix
 
 
 class Lab:
@@ -195,14 +224,14 @@ class Lab:
     # --- the three stages ---
 
     def pretrained(self, body: Body) -> tuple[nn.Module, ProjectionHead]:
-        """Encoder and head of a pretraining; more views than two of an image are of fewer epochs."""
+        """Encoder and head of a pretraining; of more views than two in fewer epochs, of small ones in more."""
         settings = self.general.pretrain
         count = body.views or settings.views
-        settings = replace(settings, epochs=settings.epochs * 2 / count)
+        settings = replace(settings, epochs=settings.epochs * 2 / count / self.general.resolution**2)
         torch.manual_seed(0)
         network = encoder(body.encoder)
         head = ProjectionHead(network.feature_dim, settings.head_out, body.layers)
-        view = self.strong_view(0)
+        view = self.strong_view(0, self.general.pretrain_size)
 
         def train() -> None:
             stage: Stage = Pretrain(network, head, view=view, temperature=settings.temperature, num_views=count)
@@ -219,6 +248,7 @@ class Lab:
             self.train(stage, settings, self.dataset, self.dataset.train, 0)
 
         several = "" if count == 2 else f", {count} views of {settings.batch}, crops from {settings.smallest_crop:g}"
+        several += f", resolution {self.general.resolution:g}" * (self.general.resolution != 1)
         self.kept(f"{body}, {self.epochs:g} epochs{several}", nn.ModuleDict({"encoder": network, "head": head}), train)
         return network, head
 
@@ -256,10 +286,13 @@ class Lab:
         return classifier
 
     def distilled(
-        self, name: str, teacher: Classifier, taught: str, few: Dataset, draw: int, *, ids: np.ndarray | None = None,
-        label_weight: float = 0.0, body: Body | None = None, epochs: float | None = None,
+        self, name: str, teacher: Classifier | Ensemble, taught: str, few: Dataset, draw: int, *,
+        ids: np.ndarray | None = None, label_weight: float = 0.0, body: Body | None = None, epochs: float | None = None,
+        mixup: bool = False,
     ) -> Classifier:  # fmt: skip
-        """A student called `name` of a teacher; taught names both what it learned from. body: pretrained start."""
+        """A student called `name` of a teacher; taught names both what it learned from. body: pretrained start. mixup:
+        both see images mixed with others of the batch.
+        """
         settings = self.recipe(len(few.labeled)).distill
         settings = replace(settings, epochs=epochs or settings.epochs)
         student = self.fresh(name, draw)
@@ -270,8 +303,9 @@ class Lab:
         same = [tuple(p.shape) for p in teacher.encoder.parameters()] == [
             tuple(p.shape) for p in student.encoder.parameters()
         ]
+        view = self.weak_view(3)
         stage = Distill(
-            copy.deepcopy(teacher), student, view=self.view(views.finetune, 3), label_weight=label_weight,
+            copy.deepcopy(teacher), student, view=mixed(view) if mixup else view, label_weight=label_weight,
             temperature=settings.self_temperature if same else settings.temperature,
         )  # fmt: skip
         ids = few.train if ids is None else ids
@@ -302,7 +336,7 @@ class Lab:
         derived = plan.derive(settings, count or len(few.labeled), 1)
         steps = derived.total_steps * min(1.0, longer * MOST_LABEL_STEPS / derived.total_steps)
         settings = replace(settings, batch=derived.batch, epochs=(steps - 0.5) * derived.batch / len(few.labeled))
-        self.train(Finetune(classifier, view=self.view(views.finetune, 2)), settings, few, few.labeled, draw)
+        self.train(Finetune(classifier, view=self.weak_view(2)), settings, few, few.labeled, draw)
 
     def train(self, stage: Stage, settings: Any, dataset: Dataset, ids: np.ndarray, seed: int) -> None:
         """All steps of a stage on the images ids."""
@@ -314,12 +348,17 @@ class Lab:
         settings = {"size": self.general.size, "kind": self.general.kind, "seed": stream << 32} | more
         return workload.viewer(make, self.precision, **settings)
 
-    def strong_view(self, stream: int) -> Any:
-        """The view of pretraining, as the recipe has it."""
+    def weak_view(self, stream: int) -> Any:
+        """The view of stages 2 and 3, as the recipe has it."""
+        return self.view(views.finetune, stream, smallest_crop=self.general.finetune.smallest_crop)
+
+    def strong_view(self, stream: int, size: int | None = None) -> Any:
+        """The view of pretraining, as the recipe has it, of `size` pixels in place of all."""
         settings = self.general.pretrain
         return self.view(
-            views.pretrain, stream, strength=settings.strength, blur=settings.blur, smallest_crop=settings.smallest_crop
-        )
+            views.pretrain, stream, size=size or self.general.size, strength=settings.strength, blur=settings.blur,
+            smallest_crop=settings.smallest_crop,
+        )  # fmt: skip
 
     # --- without training ---
 

@@ -5,7 +5,8 @@
 sizes: bigger models gain more the fewer labels there are (paper, figures 1 and 4). heads: deeper projection heads, and
 from which of their layers to fine-tune (figure 5). unlabeled: distillation needs the unlabeled images (table 2).
 students: a network taught by itself, and smaller students (table 2, figure 6). memory: momentum encoder and queue
-(section 3.1). linear: linear evaluation against fine-tuning, over all these bodies (figure 7).
+(section 3.1). linear: linear evaluation against fine-tuning, over all these bodies (figure 7). teaching: not in the
+paper; three teachers and mixed images for a small student.
 
 Three draws of labels, the same in all rows; one pretraining a body. Numbers are % of the held-out images right after
 the last step, mean and standard deviation over draws. What is made is kept in --out: a broken command goes on, and
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks import harness, lab
-from benchmarks.lab import Body, Lab, mean_and_spread
+from benchmarks.lab import Body, Ensemble, Lab, mean_and_spread
 from fewlabels.model.heads import Classifier
 
 LABELS = ("1%", "10%", "100%")
@@ -167,6 +169,34 @@ class Tables:
             rows[f"{name}, fine-tuned itself"] = {a: self.finetuned(Body(name), a) for a in LABELS[:2]}
         return rows
 
+    def teaching(self) -> Rows:
+        """Not in the paper: three teachers, and mixed images (arXiv 2106.05237), for a small student."""
+        small, body = self.scale.bodies[0], Body(self.big)
+
+        def teacher(amount: str, draw: int, *, several: bool) -> Classifier | Ensemble:
+            members = [self.lab.finetuned(body, tap, amount, draw) for tap in ((1, 0, 2) if several else (1,))]
+            return Ensemble(members) if several else members[0]
+
+        def student(amount: str, draw: int, *, several: bool, mixup: bool, longer: int) -> float:
+            taught = f"of {self.big}" + ", three taps" * several + ", mixed" * mixup + f", {amount}, draw {draw}"
+            network = self.lab.distilled(
+                small, teacher(amount, draw, several=several), taught + f", {longer} x", self.lab.few(amount, draw),
+                draw, epochs=longer * self.scale.distill_epochs, mixup=mixup,
+            )  # fmt: skip
+            return self.lab.accuracy(network)
+
+        rows: Rows = {f"{self.big}, fine-tuned": {amount: self.finetuned(body, amount) for amount in LABELS[:2]}}
+        rows["its taps 0, 1 and 2 averaged"] = self.few(
+            f"taps averaged, {body}", lambda a, n: self.lab.accuracy(teacher(a, n, several=True))
+        )
+        for longer, several, mixup in itertools.product((1, LONGER), (False, True), (False, True)):
+            name = f"{small}, taught by {'all three' if several else 'it'}" + ", mixed images" * mixup
+            name += f", {longer} times as long" * (longer > 1)
+            rows[name] = self.few(
+                f"{name}, {body}", functools.partial(student, several=several, mixup=mixup, longer=longer)
+            )
+        return rows
+
     def memory(self) -> Rows:
         """Momentum encoder and memory of past keys."""
         # short schedules: 0.999 would still hold the first weights after a thousand steps
@@ -213,7 +243,7 @@ def told(title: str, rows: Rows) -> None:
 
 TABLES: dict[str, Callable[[Tables], Rows]] = {
     "sizes": Tables.sizes, "heads": Tables.heads, "unlabeled": Tables.unlabeled, "students": Tables.students,
-    "memory": Tables.memory, "linear": Tables.linear,
+    "memory": Tables.memory, "linear": Tables.linear, "teaching": Tables.teaching,
 }  # fmt: skip
 
 

@@ -2,14 +2,16 @@
 
     python -m benchmarks.pretraining --data FOLDER --ways "NT-Xent" "decoupled" --seeds 3 --out runs/pretraining
 
-All ways pretrain the same network from the same weights on the same images; compute is counted in views that go
-forward and backward through the network. Measured by logistic regression on frozen features, 3 draws of labels, on
-held-out images. What is made is kept in --out: a broken command goes on.
+All ways pretrain the same network from the same weights on the same images; compute is counted in pixels that go
+forward and backward through the network (a momentum encoder's forward is a third of that). Measured by logistic
+regression on frozen features, 3 draws of labels, on held-out images. What is made is kept in --out: a broken command
+goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 from collections.abc import Callable
@@ -26,10 +28,12 @@ from torch.nn import functional
 from benchmarks import harness, lab
 from benchmarks.lab import Lab, mean_and_spread
 from fewlabels.data import views
+from fewlabels.data.loader import Batch
 from fewlabels.model.encoder import Encoder, encoder
 from fewlabels.model.heads import ProjectionHead
 from fewlabels.model.losses import nt_xent
-from fewlabels.stages.pretrain import Pretrain
+from fewlabels.stages.loop import follow
+from fewlabels.stages.pretrain import Pretrain, View
 from fewlabels.use import compare, evaluate
 
 DRAWS = 3
@@ -81,6 +85,59 @@ class Ways(Pretrain):
             return {"loss": self.loss(z, self.temperature)}
 
 
+class Momentum(Pretrain):
+    """The prediction of a view's key by another view: keys are a moving average's, of the batch alone (MoCo v3, arXiv
+    2104.02057).
+    """
+
+    def __init__(self, body: Encoder, head: ProjectionHead, *, momentum: float, **more: Any) -> None:
+        super().__init__(body, head, **more)
+        self.momentum = momentum
+        self.average = copy.deepcopy(nn.ModuleList([body, head])).requires_grad_(False)
+        wide, narrow = head.in_features, head.out_features
+        self.predictor = nn.Sequential(
+            nn.Linear(narrow, wide, bias=False), nn.BatchNorm1d(wide), nn.ReLU(), nn.Linear(wide, narrow)
+        )
+
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        seen = self.views(batch)
+        with torch.no_grad():
+            keys = self.average[1](self.average[0](seen))
+        return self.predictor(self.project(seen)), keys
+
+    def compare(self, projections: Tensor, keys: Tensor | None) -> dict[str, Tensor]:
+        assert keys is not None
+        asked, told = (functional.normalize(z.float(), dim=1).chunk(self.num_views) for z in (projections, keys))
+        own = torch.arange(len(told[0]), device=projections.device)
+        losses = [
+            functional.cross_entropy(asked[a] @ told[b].T / self.temperature, own)
+            for a, b in itertools.permutations(range(self.num_views), 2)
+        ]
+        return {"loss": torch.stack(losses).mean()}
+
+    def after_step(self) -> None:
+        follow(self.average, nn.ModuleList([self.encoder, self.head]), 1 - self.momentum)
+
+
+class SmallCrops(Pretrain):
+    """Views of full size and small ones (SwAV, arXiv 2006.09882): NT-Xent of every two of which one is of full size."""
+
+    def __init__(self, body: Encoder, head: ProjectionHead, *, small: int, small_view: View, **more: Any) -> None:
+        super().__init__(body, head, **more)
+        self.small, self.small_view = small, small_view
+
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        few = torch.cat([self.small_view(batch, self.num_views + number) for number in range(self.small)])
+        features = torch.cat([self.encoder(self.views(batch)), self.encoder(few)])
+        return self.head(features), None
+
+    def compare(self, projections: Tensor, keys: Tensor | None) -> dict[str, Tensor]:
+        del keys
+        z = projections.chunk(self.num_views + self.small)
+        pairs = [(a, b) for a, b in itertools.combinations(range(len(z)), 2) if a < self.num_views]
+        return {"loss": torch.stack([nt_xent(z[a], z[b], self.temperature) for a, b in pairs]).mean()}
+
+
 @dataclass(frozen=True)
 class Way:
     """A way to pretrain: its loss, and what differs from the recipe."""
@@ -92,6 +149,16 @@ class Way:
     area: float = views.AREA_DRAWN  # smallest crop
     kind: str | None = None  # of images (views.KINDS)
     photo: bool = False  # optimiser and temperature that the recipe has for photos
+    temperature: float | None = None
+    size: float = 1.0  # side of the views, in parts of that of evaluation
+    small: int = 0  # more views of half the side
+    small_area: float = 0.1  # their smallest crop
+    momentum: float = 0.0  # of the encoder that makes the keys
+
+    @property
+    def cost(self) -> float:
+        """Of an image, in views of full size that go forward and backward."""
+        return (self.count + self.small / 4) * self.size**2 * (4 / 3 if self.momentum else 1)
 
 
 WAYS = {
@@ -112,6 +179,12 @@ WAYS = {
     "4 views of 64, crops from 0.25, strength 0": Way(count=4, batch=64, area=0.25, strength=0.0),
     "4 views of 64, crops from 0.4": Way(count=4, batch=64, area=0.4),
     "8 views of 32, crops from 0.25": Way(count=8, batch=32, area=0.25),
+    "4 views of 64, crops from 0.25, keys of momentum 0.99": Way(count=4, batch=64, area=0.25, momentum=0.99),
+    "128 images, crops from 0.25, keys of momentum 0.99": Way(batch=128, area=0.25, momentum=0.99),
+    "2 views and 4 small ones of 64, crops from 0.25": Way(batch=64, area=0.25, small=4),
+    "4 views of 64 of 3/4 the side, crops from 0.25": Way(count=4, batch=64, area=0.25, size=0.75),
+    "4 views of 64 of 3/4 the side, crops from 0.4": Way(count=4, batch=64, area=0.4, size=0.75),
+    "4 views of 64 of half the side, crops from 0.25": Way(count=4, batch=64, area=0.25, size=0.5),
     "as photos": Way(photo=True),
     "as photos, 4 views of 64": Way(count=4, batch=64, photo=True),
     "gray": Way(area=0.25, kind="gray"),
@@ -134,14 +207,21 @@ class Trial:
         body = encoder(self.lab.general.encoder)
         head = ProjectionHead(body.feature_dim, settings.head_out, settings.head_layers)
         strength = settings.strength if way.strength is None else way.strength
-        stage = Ways(
-            body, head, loss=way.loss, num_views=way.count, temperature=settings.temperature,
-            view=self.lab.view(
-                views.pretrain, self.seed, strength=strength, blur=settings.blur, smallest_crop=way.area,
-                kind=way.kind or self.lab.general.kind,
-            ),
+        size = round(way.size * self.lab.general.size)
+        view = partial(
+            self.lab.view, views.pretrain, self.seed, strength=strength, blur=settings.blur,
+            kind=way.kind or self.lab.general.kind,
         )  # fmt: skip
-        settings = replace(settings, epochs=settings.epochs * 2 / way.count, batch=way.batch)
+        make: Callable[..., Pretrain] = partial(Ways, loss=way.loss)
+        if way.momentum:
+            make = partial(Momentum, momentum=way.momentum)
+        elif way.small:
+            make = partial(SmallCrops, small=way.small, small_view=view(size=size // 2, smallest_crop=way.small_area))
+        stage = make(
+            body, head, num_views=way.count, temperature=way.temperature or settings.temperature,
+            view=view(size=size, smallest_crop=way.area),
+        )  # fmt: skip
+        settings = replace(settings, epochs=settings.epochs * 2 / way.cost, batch=way.batch)
 
         def train() -> None:
             self.lab.train(stage, settings, self.lab.dataset, self.lab.dataset.train, self.seed)

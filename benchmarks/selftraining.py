@@ -3,7 +3,7 @@
     python -m benchmarks.selftraining --data digits --labels 20 40 100 --out runs/selftraining
 
 The network tells the class of a weak view (crop and flip) and learns it from a strong one (that of pretraining), beside
-the labels. Rows: logistic regression and fine-tuning on one pretraining, then distillation into itself and
+the labels. Default rows: logistic regression and fine-tuning on one pretraining, then distillation into itself and
 self-training for as many views as that, and FixMatch from random weights for as many views as pretraining and
 self-training together. Draws of labels are the same in all rows; numbers are of the last step. What is made is kept
 in --out. --pool long: the most frequent class has 20 times as many unlabeled images as the rarest, and labels come
@@ -16,25 +16,28 @@ than their part of the labels are labeled whole.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import harness, lab
 from benchmarks.lab import Body, Lab
 from benchmarks.paper import Rows, told
 from benchmarks.pools import POOLS
 from fewlabels import plan
-from fewlabels.data import views
-from fewlabels.data.loader import Order, training_batches
+from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.model.heads import Classifier
-from fewlabels.stages.selftrain import SelfTrain, expected_classes
+from fewlabels.model.losses import nt_xent
+from fewlabels.stages.loop import follow
+from fewlabels.stages.selftrain import MOMENTUM, SelfTrain, expected_classes
 from fewlabels.use import compare, propagate
 
 # Of the network forward and backward for an image: its strong view, a third for its weak one, and labeled images
@@ -43,6 +46,9 @@ THRESHOLD = 0.95
 ALONE, PIXELS, PROBED = "labels alone", "logistic regression on pixels", "logistic regression, tap 0"
 TUNED, DISTILLED, SELF_TRAINED = "fine-tuned", "distilled into itself", "self-trained"
 UNSHIFTED, FIXMATCH = "self-trained, answers as they are", "FixMatch from random weights"
+GENTLE = 5e-4  # learning rate
+GENTLY, CONTRASTED = "self-trained, learning rate 5e-4", "self-trained, contrastive loss kept on"
+GENTLY_CONTRASTED = f"{CONTRASTED}, learning rate 5e-4"
 
 
 class Unshifted(SelfTrain):
@@ -50,6 +56,38 @@ class Unshifted(SelfTrain):
 
     def shifted(self, answers: Tensor) -> Tensor:
         return answers.softmax(dim=1)
+
+
+class Contrasted(SelfTrain):
+    """The contrastive loss kept on: the network's strong view against the average's weak one, through the layers of the
+    projection head that the classifier left out (as CoMatch and SelfMatch do in their ways).
+    """
+
+    def __init__(self, network: Classifier, *, rest: nn.Module, temperature: float, **more: Any) -> None:
+        super().__init__(network, **more)
+        self.rest, self.temperature = rest, temperature
+        self.average_rest = copy.deepcopy(rest).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SelfTrain:
+        super().train(mode)
+        self.average_rest.eval()
+        return self
+
+    def look(self, shown: list[Tensor], weak: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            seen = self.average.features(weak)
+            answers, keys = self.average.linear(seen), self.average_rest(seen)
+        features = self.network.features(torch.cat(shown))
+        self._contrast = nt_xent(self.rest(features[-len(weak) :]), keys, self.temperature)
+        return self.network.linear(features).float(), answers
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        found = super().forward(batch)
+        return found | {"loss": found["loss"] + self._contrast}
+
+    def after_step(self) -> None:
+        follow(self.average_rest, self.rest, (1 / (self.steps + 1)).clamp(min=1 - MOMENTUM))
+        super().after_step()
 
 
 class FixMatch(Unshifted):
@@ -123,22 +161,37 @@ class Comparison:
         name = f"self-trained, not shifted, {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
         return self._trained(name, Unshifted, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
 
+    def _varied(self, amount: int, draw: int, *, contrasted: bool = False, learning_rate: float | None = None) -> float:
+        name = f"self-trained {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
+        name += ", contrasted" * contrasted + (f", learning rate {learning_rate:g}" if learning_rate else "")
+        kind: Callable[..., SelfTrain] = SelfTrain
+        if contrasted:
+            head = self.lab.pretrained(self.body)[1]
+            kind = partial(
+                Contrasted, rest=nn.Sequential(*list(head.layers)[1:]),
+                temperature=self.lab.general.pretrain.temperature,
+            )  # fmt: skip
+        network = self._finetuned(amount, draw)
+        return self._trained(name, kind, network, amount, draw, self.lab.distill_epochs, learning_rate=learning_rate)
+
     def _fixmatch(self, amount: int, draw: int) -> float:
         epochs = self.lab.distill_epochs + 2 * self.lab.epochs / PASSES
         name = f"FixMatch {self.body.encoder}, {amount}, draw {draw}, {epochs:g} epochs"
         return self._trained(name, FixMatch, self.lab.fresh(self.body.encoder, draw), amount, draw, epochs)
 
     def _trained(
-        self, name: str, kind: type[SelfTrain], network: Classifier, amount: int, draw: int, epochs: float
-    ) -> float:
+        self, name: str, kind: Callable[..., SelfTrain], network: Classifier, amount: int, draw: int, epochs: float,
+        *, learning_rate: float | None = None,
+    ) -> float:  # fmt: skip
         few = self.lab.few(amount, draw)
         settings = replace(self.lab.recipe(len(few.labeled)).distill, epochs=epochs)
+        settings = replace(settings, learning_rate=learning_rate or settings.learning_rate)
         if not (self.lab.on_gpu or self.lab.distill_batch):  # steps count, as in recipes.best
             settings = replace(settings, batch=min(128, settings.batch))
         beside = plan.beside(plan.derive(settings, len(few.train), 1).batch, len(few.labeled), 1)
         order = Order(few.labeled, beside, 1000 + draw)
         stage = kind(
-            network, weak=self.lab.view(views.finetune, 4), threshold=THRESHOLD,
+            network, weak=self.lab.weak_view(4), threshold=THRESHOLD,
             strong=self.lab.strong_view(5),
             labeled=lambda first: training_batches(
                 few, order, first_step=first, last_step=sys.maxsize, device=self.lab.device
@@ -158,7 +211,11 @@ WAYS = {
     SELF_TRAINED: Comparison._selftrained,
     UNSHIFTED: Comparison._unshifted,
     FIXMATCH: Comparison._fixmatch,
+    GENTLY: partial(Comparison._varied, learning_rate=GENTLE),
+    CONTRASTED: partial(Comparison._varied, contrasted=True),
+    GENTLY_CONTRASTED: partial(Comparison._varied, contrasted=True, learning_rate=GENTLE),
 }
+USUAL = [PIXELS, PROBED, TUNED, DISTILLED, SELF_TRAINED, UNSHIFTED, FIXMATCH]
 
 
 def main() -> None:
@@ -171,9 +228,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=60.0, help="of pretraining")
     parser.add_argument("--batch", type=int, help="of pretraining, in place of the recipe's")
     parser.add_argument("--again", type=float, default=30.0, help="epochs of self-training")
+    parser.add_argument("--again-batch", type=int, help="of self-training, in place of the recipe's")
+    parser.add_argument("--gpu-settings", action="store_true", help="those of a GPU, on a CPU too")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--pool", choices=POOLS, default="even")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=[way for way in WAYS if way != ALONE])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=USUAL)
     parser.add_argument("--out", type=Path, default=Path("runs/selftraining"))
     asked = parser.parse_args()
     source = lab.images(asked.data, train=asked.train, test=asked.train)
@@ -182,7 +241,7 @@ def main() -> None:
     place = asked.out / asked.pool
     laboratory = Lab(
         source, place, epochs=asked.epochs, distill_epochs=asked.again, batch=asked.batch, device=device, pool=pool,
-        choose=choose,
+        choose=choose, distill_batch=asked.again_batch, on_gpu=asked.gpu_settings or None,
     )  # fmt: skip
     rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, asked.ways)
     told(f"{Path(asked.data).name}, {asked.pool} pool, {asked.encoder}", rows)

@@ -227,10 +227,21 @@ def test_on_a_cpu_photos_are_seen_in_four_gentle_views(images: int, batch: int) 
     facts = Facts(images=images, labeled=10, classes=5, side=64, gray=False, on_gpu=False, threads=2)
     found = recipes.best(facts).pretrain
     assert (found.views, found.batch, found.smallest_crop) == (4, batch, 0.25)
-    assert found.epochs * found.views == 2 * recipes.simclrv2(facts).pretrain.epochs
+    assert (recipes.best(facts).size, recipes.best(facts).pretrain_size) == (64, 48)
+    pixels = found.epochs * found.views * (48 / 64) ** 2
+    assert pixels == pytest.approx(2 * recipes.simclrv2(facts).pretrain.epochs, rel=0.01)
     drawings, on_gpu = replace(facts, gray=True, side=28), replace(facts, on_gpu=True)
     for others in (recipes.simclrv2(facts), recipes.best(drawings), recipes.best(on_gpu)):
-        assert (others.pretrain.views, others.pretrain.smallest_crop) == (2, 0.08)
+        assert (others.pretrain.views, others.pretrain.smallest_crop, others.resolution) == (2, 0.08, 1.0)
+
+
+def test_a_timm_model_pretrains_on_the_size_that_it_may_be_made_for_alone(tmp_path: Path) -> None:
+    for wishes, resolution in (({}, 1.0), ({"resolution": 0.5}, 0.5)):
+        overrides = {"encoder": "timm:vit_tiny_patch16_224"} | wishes
+        asked_for = asked.Asked(images=tmp_path, out=tmp_path, overrides=overrides)
+        assert asked.resolve(asked_for, FACTS, None, set()).resolution == resolution
+    own = asked.Asked(images=tmp_path, out=tmp_path, overrides={"encoder": "resnet50"})
+    assert asked.resolve(own, FACTS, None, set()).resolution == 0.75
 
 
 def test_a_whole_recipe_of_an_older_version_is_not_filled_up_with_what_ours_is_today(tmp_path: Path) -> None:

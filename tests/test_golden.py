@@ -115,6 +115,7 @@ def test_the_same_command_says_that_it_is_done(copy: Path, capsys: pytest.Captur
     assert fit(copy, "run") == 0
     told = capsys.readouterr()
     assert f"report: {copy / 'run' / 'report.html'}" in told.out
+    assert "cheap baseline" in told.out.splitlines()[-2]  # who wins, also where the model does not
     assert not re.search(r"^(pretrain|finetune|distill|supervised)", told.err, re.MULTILINE)  # no stage went on
     assert {path: path.read_bytes() for path in (copy / "run").glob("*/step-*/*")} == saved
     assert (copy / "run" / "model" / "weights.safetensors").read_bytes() == weights

@@ -30,7 +30,7 @@ from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, Ru
 from fewlabels.stages import loop
 from fewlabels.stages.finetune import Finetune
 from fewlabels.use import propagate
-from fewlabels.worker import Worker
+from fewlabels.worker import STREAMS, Worker
 
 SMALL = {
     "pretrain": {"epochs": 4, "optimizer": "adamw", "learning_rate": 0.002, "scaling": "none"},
@@ -138,15 +138,29 @@ def test_pretraining_sees_the_views_that_its_recipe_asks_for(
     seen, make = set(), views.pretrain
 
     def noted(*images: Any, **settings: Any) -> Any:
-        seen.add((settings["view"], settings["smallest_crop"]))
+        seen.add((settings["view"], settings["smallest_crop"], settings["size"]))
         return make(*images, **settings)
 
     monkeypatch.setattr(views, "pretrain", noted)
     for momentum in (0.0, 0.9):
         seen.clear()
         asked = {"epochs": 1, "views": 3, "smallest_crop": 0.4, "momentum": momentum}
-        fl.fit(photos, out=tmp_path / str(momentum), recipe="smoke", until="pretrain", pretrain=asked)
-        assert seen == {(0, 0.4), (1, 0.4), (2, 0.4)}
+        fl.fit(photos, out=tmp_path / str(momentum), recipe="smoke", until="pretrain", resolution=0.75, pretrain=asked)
+        assert seen == {(0, 0.4, 12), (1, 0.4, 12), (2, 0.4, 12)}
+
+
+def test_and_so_do_fine_tuning_and_distillation(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, make = [], views.finetune
+
+    def noted(*images: Any, **settings: Any) -> Any:
+        seen.append((settings["seed"] >> 32, settings["smallest_crop"], settings["size"]))
+        return make(*images, **settings)
+
+    monkeypatch.setattr(views, "finetune", noted)
+    wishes = {"finetune": {"epochs": 1, "smallest_crop": 0.6}, "pretrain": {"epochs": 1}, "distill": {"epochs": 1}}
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", resolution=0.75, **wishes)
+    streams = {STREAMS[stage] for stage in ("finetune", "distill", "supervised")}
+    assert set(seen) == {(stream, 0.6, 16) for stream in streams}
 
 
 def test_the_artefact_predicts_what_was_measured(run: fl.Run, photos: Path) -> None:

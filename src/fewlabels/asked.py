@@ -125,7 +125,7 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
         before = config.from_dict(stored["recipe"])
         stay = begun | ({"pretrain"} if before.pretrained is not None else set())
         kept = {stage: getattr(before, stage) for stage in stay if stage in config.SECTIONS}
-        names = ("encoder", "size", "kind", "working_size", "precision", "compile", "chunk_norm")
+        names = ("encoder", "size", "resolution", "kind", "working_size", "precision", "compile", "chunk_norm")
         top = {name: getattr(before, name) for name in names}
         recipe, explicit = replace(recipe, **kept, **top), top | explicit
         if "finetune" in begun and not asked.names("distill", "self_training"):  # which wants another start of it
@@ -133,6 +133,8 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
     recipe = config.override(recipe, asked.overrides)
+    if recipe.encoder.startswith("timm:") and "resolution" not in asked.given():
+        recipe = replace(recipe, resolution=1.0)  # many are made for images of one size
     if "temperature" in asked.overrides.get("distill", {}) and recipe.distill.student is None:
         raise UsageError(
             "distill.temperature was given, and there is no student of another size",

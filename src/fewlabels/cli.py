@@ -217,7 +217,7 @@ def _demo(command: Demo) -> None:
 
 def _tell(run: Any, *, as_json: bool) -> None:
     from fewlabels import runtime
-    from fewlabels.use import evaluate
+    from fewlabels.use import evaluate, report
 
     if not runtime.is_main():
         return
@@ -234,7 +234,7 @@ def _tell(run: Any, *, as_json: bool) -> None:
         _say(f"{row['name']:<46} {told}" + ("  cross-validated" if row["cross_validated"] else ""))
     if results["rows"] and results["held_out"] is None:
         print("to measure all of it: give labeled images that no stage sees, with --test or the CSV's column split")
-    _say(f"report: {run.path / 'report.html'}")
+    _say(*filter(None, [report.methods(results)["verdict"]]), f"report: {run.path / 'report.html'}")
 
 
 def _say(*lines: str) -> None:

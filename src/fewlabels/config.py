@@ -68,6 +68,9 @@ class FinetuneRecipe(Schedule):
         "zero (the paper), or from logistic regression on frozen features; up to 4 labels a class spread first",
         choices=("zero", "probe"),
     )
+    smallest_crop: float = knob(
+        0.08, "smallest crop of the views of stages 2 and 3, as a share of the image's area", least=0.08, most=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,7 @@ class Recipe:
     name: str = "custom"
     encoder: str = knob("resnet50", 'the big network, e.g. "resnet50_2x_sk", "resnet18_0.25x_small", "timm:NAME"')
     size: int = knob(224, "side of the views in pixels", least=4, most=1024)
+    resolution: float = knob(1.0, "side of pretraining's views, as a share of size (paper: 1)", least=0.25, most=1)
     kind: str = knob(
         "photo",
         "views for: photo, gray, glyph, or the official form: reference, reference_tf1 (as the published models)",
@@ -143,6 +147,11 @@ class Recipe:
     pretrain: PretrainRecipe = field(default_factory=PretrainRecipe)
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     distill: DistillRecipe = field(default_factory=DistillRecipe)
+
+    @property
+    def pretrain_size(self) -> int:
+        """Side of pretraining's views in pixels."""
+        return max(4, round(self.size * self.resolution))
 
     def __post_init__(self) -> None:
         faults = list(_faults(self, ""))

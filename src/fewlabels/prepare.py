@@ -206,6 +206,8 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
         "precision": prepared.precision.name,
         "pretrain": asdict(recipe.pretrain),
     }
+    if recipe.resolution != 1:
+        facts["resolution"] = recipe.resolution
     if recipe.pretrain.chunk:
         facts["chunk_norm"] = recipe.chunk_norm
     if recipe.pretrained is not None:

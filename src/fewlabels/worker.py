@@ -83,12 +83,14 @@ class Worker:
     def _view(self, stage: str, *, strong: bool = False) -> View:
         """The views of a stage, weak or strong, as a function of a batch and the view's number."""
         recipe, seed = self.recipe, self.prepared.seed + (STREAMS[stage] << 32)
-        make: Callable[..., Tensor] = functools.partial(views.finetune, size=recipe.size, seed=seed, kind=recipe.kind)
+        make: Callable[..., Tensor] = functools.partial(
+            views.finetune, size=recipe.size, seed=seed, kind=recipe.kind, smallest_crop=recipe.finetune.smallest_crop
+        )
         if strong:
             settings = recipe.pretrain
             make = functools.partial(
-                views.pretrain, size=recipe.size, seed=seed, kind=recipe.kind, strength=settings.strength,
-                blur=settings.blur, smallest_crop=settings.smallest_crop,
+                views.pretrain, size=recipe.pretrain_size if stage == "pretrain" else recipe.size, seed=seed,
+                kind=recipe.kind, strength=settings.strength, blur=settings.blur, smallest_crop=settings.smallest_crop,
             )  # fmt: skip
         layout = torch.channels_last if self.prepared.precision.channels_last else torch.contiguous_format
 
@@ -159,19 +161,22 @@ class Worker:
     def try_networks(self) -> None:
         """Build every network and show it two images: a wrong one is found before the hours of training."""
         outline = self._outline()
-        networks: list[tuple[str, nn.Module]] = [(self.recipe.encoder, outline.encoder)]
+        size, big = self.recipe.size, self.recipe.encoder
+        networks: list[tuple[str, nn.Module, int]] = [
+            (big, outline.encoder, side) for side in (size, self.recipe.pretrain_size)
+        ]
         if self.dataset.num_classes:
             teacher = self._teacher("finetune", outline)
             teacher.encoder.freeze(self.recipe.finetune.freeze_below)
-            networks += [(s or self.recipe.encoder, self._student(n, s, outline)) for n, s in self._students()]
-        images = torch.zeros(2, 3, self.recipe.size, self.recipe.size, device=self.device)
-        for name, network in networks:
+            networks += [(s or big, self._student(n, s, outline), size) for n, s in self._students()]
+        for name, network, side in networks:
+            images = torch.zeros(2, 3, side, side, device=self.device)
             try:
                 with torch.no_grad():
                     network.eval()(images)
             except (RuntimeError, ValueError, AssertionError) as error:
                 raise UsageError(
-                    f"{name} cannot look at images of {self.recipe.size} px: {error}",
+                    f"{name} cannot look at images of {side} px: {error}",
                     fix="choose another network, or the size that it was made for with --size",
                 ) from error
 

@@ -378,6 +378,9 @@ def test_finetune_is_the_placement_alone(pixels: torch.Tensor, kind: str) -> Non
     placed = views.place(pixels, placement, size=SIZE, kind=kind)
     made = views.finetune(pixels, EXTENTS, ids, size=SIZE, kind=kind, **key)
     assert_is(made, placed.clamp(0, 1))
+    gentle = views.draw_placement(EXTENTS, ids, kind=kind, amount=amount, smallest_crop=0.7, **key)
+    made = views.finetune(pixels, EXTENTS, ids, size=SIZE, kind=kind, smallest_crop=0.7, **key)
+    assert_is(made, views.place(pixels, gentle, size=SIZE, kind=kind).clamp(0, 1))
 
 
 def test_blur_and_strength_can_be_turned_off(pixels: torch.Tensor) -> None:

@@ -83,7 +83,7 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         """All text of the page, with single spaces."""
-        return " ".join(" ".join(self.words).replace("\N{NO-BREAK SPACE}", " ").split())
+        return " ".join(" ".join(self.words).split())
 
 
 def page_of(run: Path) -> Page:
@@ -171,7 +171,7 @@ def test_the_remark_is_honest_when_a_baseline_wins(run: Path) -> None:
             low, high = evaluate.wilson_interval(round(accuracy * n), n)
             numbers = {"accuracy": accuracy, "low": low, "high": high, "n": n}
             rows.append({"key": key, "name": key, "cross_validated": False, **numbers})
-        return str(report.methods(results | {"rows": rows})["verdict"]).replace("\N{NO-BREAK SPACE}", " ")
+        return str(report.methods(results | {"rows": rows})["verdict"])
 
     wins = verdict(0.9, 0.8, 1000)
     assert "10.0 points better than the best cheap baseline" in wins and "do not touch" in wins

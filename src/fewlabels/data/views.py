@@ -145,14 +145,18 @@ def pretrain(
 
 
 def finetune(
-    pixels: Tensor, extent: Tensor, ids: Tensor, *, size: int, epoch: int, seed: int, view: int = 0, kind: str = "photo"
-) -> Tensor:
+    pixels: Tensor, extent: Tensor, ids: Tensor, *, size: int, epoch: int, seed: int, view: int = 0,
+    kind: str = "photo", smallest_crop: float = AREA_DRAWN,
+) -> Tensor:  # fmt: skip
     """A view for finetuning and distillation: crop and flip only; for glyphs warps of half the strength.
 
-    Arguments, result and errors as for pretrain(), whose crop it shares for equal (seed, epoch, id, view).
+    Arguments, result and errors as for pretrain(), whose crop it shares for equal (seed, epoch, id, view) and
+    smallest_crop.
     """
     _check(pixels, extent, size, kind)
-    placement = draw_placement(extent, ids, epoch=epoch, seed=seed, view=view, kind=kind, amount=0.5)
+    placement = draw_placement(
+        extent, ids, epoch=epoch, seed=seed, view=view, kind=kind, smallest_crop=smallest_crop, amount=0.5
+    )
     return _make(pixels, placement, None, size=size, kind=kind)
 
 

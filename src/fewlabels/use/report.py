@@ -361,8 +361,8 @@ def commands(run: str) -> list[tuple[str, str]]:
 
 
 def percent(share: float) -> str:
-    """0.881 -> "88.1 %", with a space that does not break."""
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+    """0.881 -> "88.1 %"."""
+    return f"{100 * share:.1f} %"
 
 
 def short(text: str, most: int = 48) -> str:
