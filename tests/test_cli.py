@@ -264,9 +264,10 @@ def test_another_set_of_images_takes_nothing_from_the_run_that_is_there(
     facts |= {"inputs": begun.inputs(), "budget": [], "format_version": checkpoint.FORMAT_VERSION}
     (tmp_path / "run").mkdir()
     checkpoint.write_json(tmp_path / "run" / "resolved.json", facts)
-    for images in ("photos", "photos/", str(tmp_path / "photos"), None):
+    (tmp_path / "link").symlink_to("photos")
+    for images in ("photos", "photos/", str(tmp_path / "photos"), "others/../photos", "link", None):
         found = on_command_line(images=images, out="run")
-        assert (found.labels, found.test) == (str(tmp_path / "labels.csv"), str(tmp_path / "held"))
+        assert (found.labels, found.test) == (str(tmp_path / "labels.csv"), str(tmp_path / "held")), images
     found = on_command_line(images="others", out="run")
     assert (found.images, found.labels, found.test) == ("others", None, None)
 

@@ -286,6 +286,9 @@ def test_an_edited_recipe_file_counts(tmp_path: Path) -> None:
     folder.path.mkdir()
     (folder.path / "resolved.json").write_text(json.dumps(before))
     file.write_text("[pretrain]\nepochs = 7\n[distill]\nepochs = 5\n")
+    assert wishes.wishes() == before["asked"], "what was asked is what the file said then"
+    assert asked.resolve(wishes, FACTS, None, set()).distill.epochs == 3
+    wishes = replace(wishes)
     assert asked.resolve(wishes, FACTS, before, set()).distill.epochs == 5
     assert asked.resolve(wishes, FACTS, before | {"asked": older}, set()).distill.epochs == 3
     (folder.path / "pretrain" / "step-00000001").mkdir(parents=True)
@@ -295,9 +298,14 @@ def test_an_edited_recipe_file_counts(tmp_path: Path) -> None:
         asked.of_run(wishes, folder)
     (folder.path / "distill_self" / "step-00000001").mkdir(parents=True)
     assert asked.begun_stages(folder) == {"pretrain", "distill"}
+    file.rename(tmp_path / "moved.toml")
+    file.symlink_to("moved.toml")
+    elsewhere = replace(wishes, recipe=str(tmp_path / "run" / ".." / "moved.toml"))
+    with pytest.raises(CannotCreate, match="own.toml has changed since"):
+        asked.of_run(elsewhere, folder)
     file.unlink()
     assert asked.of_run(replace(wishes, recipe="auto"), folder) == wishes
-    assert asked.resolve(wishes, FACTS, before, {"pretrain"}).distill.epochs == 3
+    assert asked.resolve(replace(wishes), FACTS, before, {"pretrain"}).distill.epochs == 3
 
 
 def test_wishes_are_plain_values(tmp_path: Path) -> None:

@@ -385,7 +385,7 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
         "split": split,
         "unlabeled": unlabeled,
         "unreadable": unreadable,
-        "trained_on": split == "train" and isinstance(images, str | Path) and model.trained_on(Path(images)),
+        "trained_on": split == "train" and isinstance(images, str | Path) and model.trained_on(images),
     }
 
 

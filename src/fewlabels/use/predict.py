@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
+from fewlabels.data.places import real
 from fewlabels.data.source import Source
 from fewlabels.data.sources import open_source
 from fewlabels.data.tables import cell
@@ -79,10 +80,10 @@ class Model:
         """Side of the view that the network sees, in pixels."""
         return self.card.size
 
-    def trained_on(self, images: Path) -> bool:
-        """Whether `images` is the path that was given to the run this model lies in."""
+    def trained_on(self, images: str | Path) -> bool:
+        """Whether `images` is the path or URL that was given to the run this model lies in."""
         inputs = (read_json(self.path.parent / "resolved.json") or {}).get("inputs") if self.path else None
-        return isinstance(inputs, dict) and Path(str(inputs.get("images", ""))) == images.absolute()
+        return isinstance(inputs, dict) and "images" in inputs and real(str(inputs["images"])) == real(str(images))
 
     @property
     def metrics(self) -> dict[str, Any] | None:
