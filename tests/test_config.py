@@ -301,7 +301,7 @@ def test_an_edited_recipe_file_counts(tmp_path: Path) -> None:
     file.rename(tmp_path / "moved.toml")
     file.symlink_to("moved.toml")
     elsewhere = replace(wishes, recipe=str(tmp_path / "run" / ".." / "moved.toml"))
-    with pytest.raises(CannotCreate, match="own.toml has changed since"):
+    with pytest.raises(CannotCreate, match=r"own.toml has changed since"):
         asked.of_run(elsewhere, folder)
     file.unlink()
     assert asked.of_run(replace(wishes, recipe="auto"), folder) == wishes
