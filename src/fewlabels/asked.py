@@ -148,26 +148,27 @@ def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Re
     """recipe with the network, views and head of the model folder that it begins with."""
     folder = artefact.place(Path(recipe.pretrained or "").absolute())
     card = artefact.read_card(folder)
-    if explicit.get("encoder", card.encoder) != card.encoder:
+    if "encoder" in explicit and recipe.encoder != card.encoder:
         raise UsageError(
-            f"{explicit['encoder']} was asked for, and the model in {folder} is {card.encoder}",
+            f"{recipe.encoder} was asked for, and the model in {folder} is {card.encoder}",
             why="pretrained weights fit one network",
             fix="leave out the encoder; --student NAME deploys another one",
         )
     kept = card.head_layers if card.whole_head else card.tap
-    if explicit.get("finetune", {}).get("tap", 0) > kept:
+    if "tap" in explicit.get("finetune", {}) and recipe.finetune.tap > kept:
         raise UsageError(
-            f"finetune.tap = {explicit['finetune']['tap']}, and {folder} keeps {kept} layers of its projection head",
+            f"finetune.tap = {recipe.finetune.tap}, and {folder} keeps {kept} layers of its projection head",
             fix=f"use a tap of 0 to {kept}",
         )
-    size = explicit.get("size", card.size)
+    size = recipe.size if "size" in explicit else card.size
+    fitting = card.canvas or min(facts.side, round(1.5 * size))
     return replace(
         recipe,
         pretrained=str(folder),
         encoder=card.encoder,
         size=size,
-        kind=explicit.get("kind", card.kind),
-        working_size=explicit.get("working_size", card.canvas or min(facts.side, round(1.5 * size))),
+        kind=recipe.kind if "kind" in explicit else card.kind,
+        working_size=recipe.working_size if "working_size" in explicit else fitting,
         pretrain=replace(recipe.pretrain, head_layers=max(1, card.head_layers), head_out=card.head_out),
         finetune=replace(recipe.finetune, tap=min(recipe.finetune.tap, kept)),
     )

@@ -354,6 +354,7 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
             "command": asked.command or "fewlabels.fit(...)",
             "asked": asked.wishes(),
             "inputs": asked.inputs(),
+            "tested_apart": asked.test is not None,
             "recipe": config.as_dict(recipe),
             "equations": sums + equations(prepared),
             "budget": sums,

@@ -96,7 +96,9 @@ def _metrics(path: Path) -> dict[str, list[Facts]]:
 
 def _arrays(path: Path, results: Facts | None) -> dict[str, np.ndarray]:
     """evaluation.npz, {} unless its shapes fit each other and the classes."""
-    classes = len(results["classes"]) if results else 0
+    if results is None:  # nothing says how many classes
+        return {}
+    classes = len(results["classes"])
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:

@@ -33,7 +33,10 @@ MOST_MISTAKES, MOST_CONFUSIONS, MOST_CLASSES, MOST_BAD = 18, 12, 60, 10
 MOST_LINES = 60
 MACHINE = ("device", "precision", "threads", "ranks", "seed")
 LARGEST_TABLE = 20  # classes up to which the confusion matrix is a table that can be read
-STAGES = {"pretrain": "pretraining", "finetune": "fine-tuning", "distill": "distilling", "supervised": "labels alone"}
+STAGES = {
+    "pretrain": "pretraining", "finetune": "fine-tuning", "distill_self": "teaching itself", "distill": "distilling",
+    "supervised": "labels alone",
+}  # fmt: skip
 OPTIONAL: Facts = {"ece": None, "parameters": None, "megabytes": None, "latency_ms": None, "note": ""}
 TAP = re.compile(r"tap(\d+)_logistic")
 BASELINE = re.compile(rf"most_frequent|pixels_logistic|supervised|{TAP.pattern}")

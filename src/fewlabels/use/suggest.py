@@ -111,7 +111,7 @@ def open_run(run: Path) -> tuple[Dataset, bool]:
             fix="give the folder that was --out of `fewlabels fit`, or run that command again",
         )
     dataset = read_images(folder.images_file, pixels.open_store(folder.data), resolved["understood"])
-    return dataset, "test" in resolved["inputs"]
+    return dataset, resolved.get("tested_apart", "test" in resolved["inputs"])
 
 
 def candidates(dataset: Dataset) -> tuple[Ints, Ints]:
