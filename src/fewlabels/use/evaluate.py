@@ -36,6 +36,7 @@ COLDEST, HOTTEST = 0.05, 20.0
 MAX_FOLDS = 10
 CALIBRATION_IMAGES = 2000  # of the training images, for the mean confidence
 PROBED_IMAGES = 5000  # labeled images that cross-validation and kNN look at
+FITTED_IMAGES = 50_000  # labeled images that logistic regression is fitted on: 2,048 features of them take 3 GB
 LEAST = 0.45  # of the way from chance to all right, that features must come for self-training
 
 
@@ -290,7 +291,7 @@ def too_weak(features: Floats, labels: Integers) -> str:
     )
 
 
-def spread(ids: Integers, count: int) -> Integers:
+def spread(ids: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     """At most count of ids (N,), evenly spaced: an estimate need not read a million images."""
     return ids[parts.spread(len(ids), count)]
 
