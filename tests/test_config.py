@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_every_recipe_can_be_derived(name: str, images: int, on_gpu: bool) -> None:
     facts = replace(FACTS, images=images, labeled=max(2, images // 100), on_gpu=on_gpu)
     recipe = recipes.named(name, facts)
-    assert config.from_dict(config.as_dict(recipe)) == recipe
+    assert config.from_dict(asdict(recipe)) == recipe
     for stage, count in (("pretrain", images), ("finetune", facts.labeled), ("distill", images)):
         derived = plan.derive(getattr(recipe, stage), count, ranks=1)
         assert 2 <= derived.batch <= count
@@ -280,7 +280,7 @@ def test_an_edited_recipe_file_counts(tmp_path: Path) -> None:
 
     before: dict[str, Any] = {
         "format_version": 1, "asked": wishes.wishes(), "understood": {"labeled": FACTS.labeled}, "precision": "fp32",
-        "recipe": config.as_dict(asked.resolve(wishes, FACTS, None, set())),
+        "recipe": asdict(asked.resolve(wishes, FACTS, None, set())),
     }  # fmt: skip
     older = {name: value for name, value in before["asked"].items() if name != "file"}
     folder.path.mkdir()
@@ -321,7 +321,7 @@ def test_what_fine_tuning_began_for_stays(sure: float, tmp_path: Path) -> None:
     wishes = asked.Asked(images=tmp_path, out=tmp_path, recipe="best", budget=60.0)
     stored = {
         "asked": {**wishes.wishes(), "budget": None}, "understood": {"labeled": FACTS.labeled},
-        "recipe": config.as_dict(before),
+        "recipe": asdict(before),
     }  # fmt: skip
     for begun, kept in (({"pretrain"}, 0.95), ({"pretrain", "finetune"}, sure)):
         found = asked.resolve(wishes, FACTS, stored, begun).distill

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def test_values_are_plain_however_they_are_given(model: Path, tmp_path: Path) ->
     facts = Facts(images=60, labeled=20, classes=4, side=40, gray=False, on_gpu=False, threads=1)
     found = resolve(wishes, facts, None, set())
     assert (found.size, found.working_size, found.finetune.tap) == (24, 40, 1)
-    assert config.from_dict(json.loads(json.dumps(config.as_dict(found)))) == found
+    assert config.from_dict(json.loads(json.dumps(asdict(found)))) == found
     assert resolve(replace(wishes, overrides={**values, "working_size": None}), facts, None, set()).working_size == 36
 
 

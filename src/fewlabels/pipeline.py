@@ -10,7 +10,7 @@ import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     lines += [f"{name}: about {duration(value)} at the measured speed" for name, value in seconds.items()]
     lines += [f"about {duration(sum(seconds.values()))} in all, {memory:,.0f} MB of memory, {disk:,.0f} MB of disk"]
     return {
-        "lines": lines, "understood": prepared.dataset.understood.as_dict(), "seconds": seconds, "disk_mb": disk,
+        "lines": lines, "understood": asdict(prepared.dataset.understood), "seconds": seconds, "disk_mb": disk,
         "memory_mb": memory, "largest_batch": largest,
     }  # fmt: skip
 

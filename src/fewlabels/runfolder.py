@@ -207,10 +207,6 @@ class Interrupts:
         if not (self.patient or (frame and "weakref" in frame.f_globals.get("__name__", ""))) and runtime.is_main():
             raise _Signal(number)
 
-    def pending(self) -> bool:
-        """Whether a signal has come."""
-        return self.received is not None
-
 
 # --- progress ----------------------------------------------------------------------------------------------------
 

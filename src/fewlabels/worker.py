@@ -293,7 +293,7 @@ class Worker:
             if settings.replays:
                 folder, classes = self.prepared.folder.stage(name), self.dataset.num_classes
                 stage.answers = Answers(folder, job.order(), settings.teacher_epochs, classes)
-            self._train(name, stage)
+            runner.run(job, self.workplace)
             if stage.answers:
                 stage.answers.remove()
             self.classifiers[name] = network
