@@ -79,7 +79,7 @@ def test_a_typical_image_is_no_outlier() -> None:
     assert ranks[-1] == 7
     apart = np.linalg.norm(features[:, None] - features[None], axis=2)
     expected = np.sort(apart, axis=1)[:, 1:21].mean(axis=1)
-    assert suggest.mean_distances(features, chunk=33) == pytest.approx(expected, abs=1e-3)
+    assert suggest.mean_distances(features) == pytest.approx(expected, abs=1e-3)
 
 
 def test_unsure_images_lie_between_the_classes() -> None:

@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
+from sklearn.neighbors import NearestNeighbors
 
 from fewlabels.data import parts
 from fewlabels.data.source import Source
@@ -50,14 +51,8 @@ def wilson_interval(correct: int, total: int, level: float = 0.95) -> tuple[floa
     """
     if total <= 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    share = correct / total
-    shrink = 1 + z * z / total
-    centre = (share + z * z / (2 * total)) / shrink
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / shrink
-    low = 0.0 if correct == 0 else max(0.0, centre - half)
-    high = 1.0 if correct == total else min(1.0, centre + half)
-    return low, high
+    low, high = binomtest(correct, total).proportion_ci(level, method="wilson")
+    return float(low), float(high)
 
 
 def measure(probabilities: Floats, labels: Integers, classes: Sequence[str]) -> dict[str, Any]:
@@ -300,7 +295,7 @@ def nearest_neighbours(features: Floats, labels: Integers, k: int = 10) -> float
     """Leave-one-out accuracy of the weighted k-nearest-neighbour vote; None with fewer than two labeled rows.
 
     features: (N, D); rows with label -1 are passed over. Neighbours by cosine similarity s, each voting with
-    exp(s / 0.1) (Wu et al. 2018, section 3.4).
+    exp(s / 0.1) (Wu et al. 2018, section 3.4). Rows of length 1 are sqrt(2 - 2 s) apart.
     """
     labels = np.asarray(labels)
     rows = _unit(np.asarray(features)[labels >= 0]).astype(np.float32)  # (N, D)
@@ -308,20 +303,10 @@ def nearest_neighbours(features: Floats, labels: Integers, k: int = 10) -> float
     n = len(labels)
     if n < 2:
         return None
-    k = min(k, n - 1)
-    num_classes = int(labels.max()) + 1
-    correct = 0
-    for start in range(0, n, 1024):
-        part = rows[start : start + 1024]  # (C, D)
-        similarity = part @ rows.T  # (C, N): one chunk of rows against all
-        own = np.arange(len(part))
-        similarity[own, start + own] = -np.inf
-        nearest = np.argpartition(similarity, -k, axis=1)[:, -k:]  # (C, k)
-        weights = np.exp((np.take_along_axis(similarity, nearest, axis=1) - 1) / VOTE_TEMPERATURE)
-        votes = np.zeros((len(part), num_classes))
-        np.add.at(votes, (own[:, None], labels[nearest]), weights)
-        correct += int((votes.argmax(axis=1) == labels[start : start + len(part)]).sum())
-    return correct / n
+    apart, nearest = NearestNeighbors(n_neighbors=min(k, n - 1), algorithm="brute").fit(rows).kneighbors()  # (N, k)
+    votes = np.zeros((n, int(labels.max()) + 1))
+    np.add.at(votes, (np.arange(n)[:, None], labels[nearest]), np.exp(-(apart**2) / 2 / VOTE_TEMPERATURE))
+    return float((votes.argmax(axis=1) == labels).mean())
 
 
 def temperature_for_confidence(logits: Floats, expected: float | None) -> float:
