@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
 
@@ -68,8 +69,7 @@ def measure(probabilities: Floats, labels: Integers, classes: Sequence[str]) -> 
     n, k = probabilities.shape
     rows = np.arange(n)
     predicted = probabilities.argmax(axis=1)  # (N,)
-    confusion = np.zeros((k, k), dtype=np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
+    confusion = confusion_matrix(labels, predicted, labels=np.arange(k))
     truth = probabilities[rows, labels]  # (N,) probability given to the true class
     bins = reliability(probabilities.max(axis=1), predicted == labels)
     brier = (probabilities**2).sum(axis=1) - 2 * truth + 1
