@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedKFold
@@ -52,8 +52,14 @@ def wilson_interval(correct: int, total: int, level: float = 0.95) -> tuple[floa
     """
     if total <= 0:
         return 0.0, 1.0
-    low, high = binomtest(correct, total).proportion_ci(level, method="wilson")
-    return float(low), float(high)
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = correct / total
+    shrink = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / shrink
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / shrink
+    low = 0.0 if correct == 0 else max(0.0, centre - half)
+    high = 1.0 if correct == total else min(1.0, centre + half)
+    return low, high
 
 
 def measure(probabilities: Floats, labels: Integers, classes: Sequence[str]) -> dict[str, Any]:
