@@ -14,7 +14,7 @@ import json
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import workload
-from fewlabels import checkpoint, config, plan, prepare, random, recipes
+from fewlabels import checkpoint, plan, prepare, random, recipes
 from fewlabels.config import Recipe
 from fewlabels.data import labels, views
 from fewlabels.data.labels import Dataset
@@ -155,7 +155,7 @@ class Lab:
         self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
         self.batch, self.distill_batch = batch, distill_batch
         self.general = self.recipe(len(self.dataset.labeled))
-        self._keep_to(config.as_dict(self.general))
+        self._keep_to(asdict(self.general))
         self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
         self.truth = self.dataset.labels[self.dataset.held_out]
         self._draws: dict[tuple[str, int], Dataset] = {}

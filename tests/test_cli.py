@@ -15,6 +15,7 @@ from PIL import Image
 from conftest import shapes_images
 from fewlabels import checkpoint, cli
 from fewlabels.asked import Asked, on_command_line
+from fewlabels.errors import DataError
 
 TINY = ["--recipe", "smoke", "--pretrain.epochs", "1", "--distill.epochs", "1"]
 
@@ -231,9 +232,13 @@ def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.nda
     assert fitted.transform(images).shape[0] == 64
     assert 0 <= fitted.score(images, classes * 10) <= 1
     spaced = np.where(y < 0, "", np.char.add(y.astype(str), " "))  # names are told without spaces around them
-    named = fl.FewLabelClassifier(recipe="smoke", random_state=np.int64(3)).fit(images, spaced)
-    assert named.classes_.tolist() == ["0 ", "10 ", "20 ", "30 "]
-    assert (named.predict_proba(images) == fitted.predict_proba(images)).all()
+    fractions = np.where(y < 0, np.nan, y)
+    for told, names in ((spaced, ["0 ", "10 ", "20 ", "30 "]), (fractions, [0.0, 10.0, 20.0, 30.0])):
+        named = fl.FewLabelClassifier(recipe="smoke", random_state=np.int64(3)).fit(images, told)
+        assert named.classes_.tolist() == names
+        assert (named.predict_proba(images) == fitted.predict_proba(images)).all()
+    with pytest.raises(DataError, match="y holds no label"):
+        made.fit(images, np.full(64, np.nan))
 
 
 @pytest.mark.parametrize(
@@ -264,9 +269,10 @@ def test_another_set_of_images_takes_nothing_from_the_run_that_is_there(
     facts |= {"inputs": begun.inputs(), "budget": [], "format_version": checkpoint.FORMAT_VERSION}
     (tmp_path / "run").mkdir()
     checkpoint.write_json(tmp_path / "run" / "resolved.json", facts)
-    for images in ("photos", "photos/", str(tmp_path / "photos"), None):
+    (tmp_path / "link").symlink_to("photos")
+    for images in ("photos", "photos/", str(tmp_path / "photos"), "others/../photos", "link", None):
         found = on_command_line(images=images, out="run")
-        assert (found.labels, found.test) == (str(tmp_path / "labels.csv"), str(tmp_path / "held"))
+        assert (found.labels, found.test) == (str(tmp_path / "labels.csv"), str(tmp_path / "held")), images
     found = on_command_line(images="others", out="run")
     assert (found.images, found.labels, found.test) == ("others", None, None)
 

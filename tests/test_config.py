@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_every_recipe_can_be_derived(name: str, images: int, on_gpu: bool) -> None:
     facts = replace(FACTS, images=images, labeled=max(2, images // 100), on_gpu=on_gpu)
     recipe = recipes.named(name, facts)
-    assert config.from_dict(config.as_dict(recipe)) == recipe
+    assert config.from_dict(asdict(recipe)) == recipe
     for stage, count in (("pretrain", images), ("finetune", facts.labeled), ("distill", images)):
         derived = plan.derive(getattr(recipe, stage), count, ranks=1)
         assert 2 <= derived.batch <= count
@@ -291,12 +291,15 @@ def test_an_edited_recipe_file_counts(tmp_path: Path) -> None:
 
     before: dict[str, Any] = {
         "format_version": 1, "asked": wishes.wishes(), "understood": {"labeled": FACTS.labeled}, "precision": "fp32",
-        "recipe": config.as_dict(asked.resolve(wishes, FACTS, None, set())),
+        "recipe": asdict(asked.resolve(wishes, FACTS, None, set())),
     }  # fmt: skip
     older = {name: value for name, value in before["asked"].items() if name != "file"}
     folder.path.mkdir()
     (folder.path / "resolved.json").write_text(json.dumps(before))
     file.write_text("[pretrain]\nepochs = 7\n[distill]\nepochs = 5\n")
+    assert wishes.wishes() == before["asked"], "what was asked is what the file said then"
+    assert asked.resolve(wishes, FACTS, None, set()).distill.epochs == 3
+    wishes = replace(wishes)
     assert asked.resolve(wishes, FACTS, before, set()).distill.epochs == 5
     assert asked.resolve(wishes, FACTS, before | {"asked": older}, set()).distill.epochs == 3
     (folder.path / "pretrain" / "step-00000001").mkdir(parents=True)
@@ -306,9 +309,14 @@ def test_an_edited_recipe_file_counts(tmp_path: Path) -> None:
         asked.of_run(wishes, folder)
     (folder.path / "distill_self" / "step-00000001").mkdir(parents=True)
     assert asked.begun_stages(folder) == {"pretrain", "distill"}
+    file.rename(tmp_path / "moved.toml")
+    file.symlink_to("moved.toml")
+    elsewhere = replace(wishes, recipe=str(tmp_path / "run" / ".." / "moved.toml"))
+    with pytest.raises(CannotCreate, match=r"own.toml has changed since"):
+        asked.of_run(elsewhere, folder)
     file.unlink()
     assert asked.of_run(replace(wishes, recipe="auto"), folder) == wishes
-    assert asked.resolve(wishes, FACTS, before, {"pretrain"}).distill.epochs == 3
+    assert asked.resolve(replace(wishes), FACTS, before, {"pretrain"}).distill.epochs == 3
 
 
 def test_wishes_are_plain_values(tmp_path: Path) -> None:
@@ -324,7 +332,7 @@ def test_what_fine_tuning_began_for_stays(sure: float, tmp_path: Path) -> None:
     wishes = asked.Asked(images=tmp_path, out=tmp_path, recipe="best", budget=60.0)
     stored = {
         "asked": {**wishes.wishes(), "budget": None}, "understood": {"labeled": FACTS.labeled},
-        "recipe": config.as_dict(before),
+        "recipe": asdict(before),
     }  # fmt: skip
     for begun, kept in (({"pretrain"}, 0.95), ({"pretrain", "finetune"}, sure)):
         found = asked.resolve(wishes, FACTS, stored, begun).distill

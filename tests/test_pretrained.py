@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from PIL import Image
 import fewlabels as fl
 import tensorbundle_writer as writer
 from conftest import same, shapes_images
-from fewlabels import cli
+from fewlabels import cli, config
+from fewlabels.asked import Asked, resolve
 from fewlabels.data import views
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.model.reference import load_reference
+from fewlabels.recipes import Facts
 from fewlabels.use import artefact
 from fewlabels.use.imported import import_reference
 from model.test_reference import variables
@@ -184,6 +187,17 @@ def test_sizes_in_a_recipe_file_count_as_options_do(model: Path, unlabeled: Path
     (tmp_path / "other.toml").write_text('encoder = "resnet18_small"\n[finetune]\ntap = 3\n')
     with pytest.raises(UsageError, match="resnet18_small was asked for"):
         fl.fit(unlabeled, out=tmp_path / "other", recipe=str(tmp_path / "other.toml"), pretrained=str(model))
+
+
+def test_values_are_plain_however_they_are_given(model: Path, tmp_path: Path) -> None:
+    """numpy's numbers could not be written, texts not be multiplied."""
+    values = {"pretrained": str(model), "size": "24", "working_size": np.int64(40), "finetune": {"tap": "1"}}
+    wishes = Asked(images=tmp_path, out=tmp_path, recipe="smoke", overrides=values)
+    facts = Facts(images=60, labeled=20, classes=4, side=40, gray=False, on_gpu=False, threads=1)
+    found = resolve(wishes, facts, None, set())
+    assert (found.size, found.working_size, found.finetune.tap) == (24, 40, 1)
+    assert config.from_dict(json.loads(json.dumps(asdict(found)))) == found
+    assert resolve(replace(wishes, overrides={**values, "working_size": None}), facts, None, set()).working_size == 36
 
 
 def test_a_budget_and_check_know_what_is_left(

@@ -66,7 +66,7 @@ class Finalized:
 def test_a_signal_in_a_finalizer_stops_at_the_end_of_the_block() -> None:
     with pytest.raises(Stopped) as stopped, Interrupts().watching() as interrupts:
         Finalized()
-        assert interrupts.pending()
+        assert interrupts.received
     assert stopped.value.exit_code == 143
 
 
@@ -84,17 +84,17 @@ def test_a_signal_in_the_callback_of_a_weak_reference_prints_no_traceback(capfd:
         sys.setprofile(at_the_callback)
         del key
         sys.setprofile(None)
-        assert interrupts.pending()
+        assert interrupts.received
     assert not kept
     assert not capfd.readouterr().err
 
 
 def test_while_training_it_only_raises_a_flag() -> None:
-    flagged = False
+    flagged = None
     with pytest.raises(Stopped), Interrupts().watching() as interrupts:
         interrupts.patient = True
         os.kill(os.getpid(), signal.SIGTERM)
-        flagged = interrupts.pending()
+        flagged = interrupts.received
     assert flagged
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from fewlabels import config, runtime
 from fewlabels.asked import Asked
 from fewlabels.data.source import Source
 from fewlabels.errors import DataError, FewlabelsError, UsageError
-from fewlabels.prepare import Prepared, flat, images_digest, versions
+from fewlabels.prepare import Prepared, images_digest, versions
 from fewlabels.runfolder import RunFolder
 
 T = TypeVar("T")
@@ -74,13 +75,13 @@ def on_plan(prepared: Prepared) -> None:
     labels = prepared.dataset.labels[prepared.dataset.train]
     data = {"pixels": images_digest(prepared.dataset), "known labels": hashlib.sha256(labels.tobytes()).hexdigest()}
     _compare(data, DataError, fix="give every process the same images and labels, on a disk that all machines see")
-    recipe = {"precision": prepared.precision.name, "seed": prepared.seed, **config.as_dict(prepared.recipe)}
+    recipe = {"precision": prepared.precision.name, "seed": prepared.seed, **asdict(prepared.recipe)}
     _compare(recipe, UsageError, fix="start every process with the same command")
 
 
 def _compare(facts: Mapping[str, Any], kind: type[FewlabelsError], fix: str) -> None:
     """Raise kind on every rank if a fact differs, naming it and who has which value."""
-    everyone = [flat(each) for each in runtime.from_all(dict(facts))]
+    everyone = [config.flat(each) for each in runtime.from_all(dict(facts))]
     details = []
     for name in sorted({name for each in everyone for name in each}):
         holders: dict[str, list[int]] = {}

@@ -5,6 +5,7 @@ The same command on a run folder gets the recipe that was stored there.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ from typing import Any
 
 from fewlabels import config, plan, recipes
 from fewlabels.config import Recipe
-from fewlabels.data.places import is_url
+from fewlabels.data.places import is_url, real
 from fewlabels.errors import CannotCreate, UsageError
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder
@@ -47,14 +48,15 @@ class Asked:
         found = {"images": self.images, "labels": self.labels, "test": self.test}
         return {name: _absolute(str(value)) for name, value in found.items() if isinstance(value, str | Path)}
 
+    @functools.cached_property
     def file(self) -> dict[str, Any]:
-        """What the recipe file says; nothing where there is none, or it is gone."""
+        """What the recipe file said when it was first asked; nothing where there is none, or it is gone."""
         path = Path(self.recipe)
         return config.read_toml(path) if path.suffix == ".toml" and path.is_file() else {}
 
     def given(self) -> dict[str, Any]:
         """The values of the recipe that the user gave, as options or in a recipe file; options count."""
-        file, options = self.file(), {k: v for k, v in self.overrides.items() if v is not None}
+        file, options = self.file, {k: v for k, v in self.overrides.items() if v is not None}
         both = [
             name for name in config.SECTIONS if all(isinstance(part.get(name), Mapping) for part in (file, options))
         ]
@@ -69,7 +71,7 @@ class Asked:
         """What decides the recipe, as plain values."""
         found = {
             "recipe": self.recipe, "student": self.student, "budget": self.budget, "seed": self.seed,
-            "keep_labels": self.keep_labels, "file": self.file(),
+            "keep_labels": self.keep_labels, "file": self.file,
             "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
         }  # fmt: skip
         return {**json.loads(json.dumps(found, default=_plain))}
@@ -90,10 +92,10 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
     """asked, with the recipe of the run where `auto` leaves it open; another one is refused once a stage has begun."""
     stored, recipe = folder.resolved(), asked.recipe
     if recipe.endswith(".toml"):
-        recipe = str(Path(recipe).absolute())  # a later command may come from another folder
+        recipe = real(recipe)  # a later command may come from another folder
     begun = begun_stages(folder)
     before = stored["asked"]["recipe"] if stored and begun else recipe
-    if recipe not in ("auto", before):
+    if recipe not in ("auto", before, real(before)):
         raise CannotCreate(
             f"{folder.path} was begun with the recipe {before}, and {recipe} is asked for now",
             why="one run follows one recipe; nothing was changed",
@@ -101,7 +103,7 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
             "or leave out --recipe to go on",
         )
     asked = replace(asked, recipe=before)
-    new, old = asked.file(), (stored["asked"].get("file") if stored and begun else None) or {}
+    new, old = asked.file, (stored["asked"].get("file") if stored and begun else None) or {}
     here = {**new, **old}.keys() - (config.SECTIONS.keys() - begun) if new and old else set()
     if edited := sorted(name for name in here if old.get(name) != new.get(name)):
         raise CannotCreate(
@@ -119,7 +121,7 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     """The recipe as it will be run. The same command gets its stored recipe; stages already begun keep theirs."""
     if stored and same_wishes(stored, asked, facts.labeled):
         return config.from_dict(stored["recipe"])
-    recipe = of_name(asked.recipe, facts, asked.student)
+    recipe = of_name(asked.recipe, facts, asked.student, asked.file)
     explicit = asked.given()
     if stored and begun:
         before = config.from_dict(stored["recipe"])
@@ -148,26 +150,27 @@ def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Re
     """recipe with the network, views and head of the model folder that it begins with."""
     folder = artefact.place(Path(recipe.pretrained or "").absolute())
     card = artefact.read_card(folder)
-    if explicit.get("encoder", card.encoder) != card.encoder:
+    if "encoder" in explicit and recipe.encoder != card.encoder:
         raise UsageError(
-            f"{explicit['encoder']} was asked for, and the model in {folder} is {card.encoder}",
+            f"{recipe.encoder} was asked for, and the model in {folder} is {card.encoder}",
             why="pretrained weights fit one network",
             fix="leave out the encoder; --student NAME deploys another one",
         )
     kept = card.head_layers if card.whole_head else card.tap
-    if explicit.get("finetune", {}).get("tap", 0) > kept:
+    if "tap" in explicit.get("finetune", {}) and recipe.finetune.tap > kept:
         raise UsageError(
-            f"finetune.tap = {explicit['finetune']['tap']}, and {folder} keeps {kept} layers of its projection head",
+            f"finetune.tap = {recipe.finetune.tap}, and {folder} keeps {kept} layers of its projection head",
             fix=f"use a tap of 0 to {kept}",
         )
-    size = explicit.get("size", card.size)
+    size = recipe.size if "size" in explicit else card.size
+    fitting = card.canvas or min(facts.side, round(1.5 * size))
     return replace(
         recipe,
         pretrained=str(folder),
         encoder=card.encoder,
         size=size,
-        kind=explicit.get("kind", card.kind),
-        working_size=explicit.get("working_size", card.canvas or min(facts.side, round(1.5 * size))),
+        kind=recipe.kind if "kind" in explicit else card.kind,
+        working_size=recipe.working_size if "working_size" in explicit else fitting,
         pretrain=replace(recipe.pretrain, head_layers=max(1, card.head_layers), head_out=card.head_out),
         finetune=replace(recipe.finetune, tap=min(recipe.finetune.tap, kept)),
     )
@@ -182,11 +185,14 @@ def same_wishes(stored: dict[str, Any], asked: Asked, labeled: int) -> bool:
     return same and bool(stored["understood"]["labeled"] == labeled)
 
 
-def of_name(name: str, facts: Facts, student: str | None = None) -> Recipe:
-    """The recipe called name, or of the file that it is, which may be about a student that an option names."""
+def of_name(name: str, facts: Facts, student: str | None = None, file: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe called name, or of the file that it is, which may be about a student that an option names.
+
+    file: what was read of it before.
+    """
     if not name.endswith(".toml"):
         return recipes.named(name, facts)
-    values = config.read_toml(Path(name))
+    values = file or config.read_toml(Path(name))
     # A run's own recipe.toml holds all there was: of knobs that are newer it had the default, not ours of today
     base = Recipe() if config.is_whole(values) else recipes.best(facts)
     return config.override(replace(base, distill=replace(base.distill, student=student)), values)
@@ -220,7 +226,8 @@ def on_command_line(**values: Any) -> Asked:
     """Asked from the words of a command line. Images, labels and test left out are those that the run folder knows."""
     out = Path(values["out"])
     known = (RunFolder(out).resolved() or {}).get("inputs", {})
-    if values.get("images") is not None and known.get("images") not in (values["images"], _absolute(values["images"])):
+    images = values.get("images")
+    if images is not None and ("images" not in known or real(known["images"]) != real(images)):
         known = {}  # other images have other labels
     for name in ("images", "labels", "test"):
         if values.get(name) is None:

@@ -289,20 +289,15 @@ def _type_name(hint: Any) -> str:
 # --- files -------------------------------------------------------------------------------------------------
 
 
-def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """recipe as nested plain values, for JSON and comparison."""
-    return dataclasses.asdict(recipe)
-
-
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The inverse of as_dict; unknown or wrong values are refused."""
+    """The inverse of dataclasses.asdict; unknown or wrong values are refused."""
     rest = {name: value for name, value in values.items() if name != "name"}
     return dataclasses.replace(override(Recipe(), rest), name=str(values.get("name", "custom")))
 
 
 def to_toml(recipe: Recipe) -> str:
     """recipe as TOML text that read_toml reads back to an equal recipe (None is left out)."""
-    values = as_dict(recipe)
+    values = dataclasses.asdict(recipe)
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if name not in SECTIONS and value is not None]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
@@ -338,6 +333,14 @@ def is_whole(values: Mapping[str, Any]) -> bool:
     return {"encoder", "size", "kind"} <= values.keys() and all(
         isinstance(values.get(section), Mapping) and schedule <= values[section].keys() for section in SECTIONS
     )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their full names, such as pretrain.epochs."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def knobs() -> dict[str, str]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from fewlabels.data.told import class_of
 from fewlabels.errors import DataError
 from fewlabels.pipeline import fit
 from fewlabels.use.predict import Model
@@ -35,20 +36,19 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
         self.out = out
 
     def fit(self, X: npt.NDArray[np.uint8], y: Any) -> FewLabelClassifier:
-        """X: uint8 (N, H, W) or (N, H, W, 3); y: (N,) labels of any kind, -1 (or None, or "") = unlabeled."""
-        labels = list(np.asarray(y, dtype=object))
-        known = sorted({value for value in labels if not _is_unlabeled(value)}, key=lambda v: (str(type(v)), v))
-        if not known:
+        """X: uint8 (N, H, W) or (N, H, W, 3); y: (N,) labels, -1 (or None, NaN, "") = unlabeled."""
+        labels = np.asarray(y, dtype=object).tolist()
+        read = [class_of(value, None) for value in labels]
+        if not any(name or fault for name, fault in read):
             raise DataError("y holds no label, only -1", fix="label some images; -1 means unlabeled")
-        by_name = {str(value).strip(): value for value in known}  # as labels are read
-        names = [None if _is_unlabeled(value) else str(value).strip() for value in labels]
+        by_name = {name: value for (name, _), value in zip(read, labels, strict=True)}
         seed = 0 if self.random_state is None else self.random_state
         if self.out is not None:
-            run = fit(X, names, out=self.out, recipe=self.recipe, student=self.student, seed=seed)
+            run = fit(X, labels, out=self.out, recipe=self.recipe, student=self.student, seed=seed)
             self.model_, self.run_dir_ = run.model, Path(self.out)
         else:
             with tempfile.TemporaryDirectory(prefix="fewlabels-") as folder:
-                run = fit(X, names, out=Path(folder) / "run", recipe=self.recipe, student=self.student, seed=seed)
+                run = fit(X, labels, out=Path(folder) / "run", recipe=self.recipe, student=self.student, seed=seed)
                 self.model_ = run.model
         # scikit-learn's metrics take columns for sorted values of y; the model has "c2" before "c10"
         values = np.asarray([by_name[name] for name in self.model_.classes])
@@ -77,11 +77,3 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "model_")
-
-
-def _is_unlabeled(value: Any) -> bool:
-    return (
-        value is None
-        or (isinstance(value, str) and value.strip() == "")
-        or (not isinstance(value, str) and value == -1)
-    )

@@ -10,7 +10,7 @@ import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +150,12 @@ def _scratch(out: Path) -> Iterator[RunFolder]:
 def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict[str, Any]:
     """What `check` returns."""
     folder = prepared.folder
-    Worker(prepared, interrupts).try_networks()
-    held = Worker(prepared, interrupts).held()
-    largest = _largest_batches(prepared, interrupts)
-    prepared, sums = _fit_schedule(prepared, asked, Worker(prepared, interrupts))
-    per_step = Worker(prepared, interrupts).seconds_per_step()
+    worker = Worker(prepared, interrupts)
+    worker.try_networks()
+    held = worker.held()
+    largest = _largest_batches(prepared, worker, interrupts)
+    prepared, sums = _fit_schedule(prepared, asked, worker)
+    per_step = worker.seconds_per_step()
     seconds = plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size())
     store = sum(file.stat().st_size for file in folder.data.rglob("*")) / 1e6
     found = explain(prepared, sums)
@@ -176,14 +177,14 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     lines += [f"{name}: about {duration(value)} at the measured speed" for name, value in seconds.items()]
     lines += [f"about {duration(sum(seconds.values()))} in all, {memory:,.0f} MB of memory, {disk:,.0f} MB of disk"]
     return {
-        "lines": lines, "understood": prepared.dataset.understood.as_dict(), "seconds": seconds, "disk_mb": disk,
+        "lines": lines, "understood": asdict(prepared.dataset.understood), "seconds": seconds, "disk_mb": disk,
         "memory_mb": memory, "largest_batch": largest,
     }  # fmt: skip
 
 
-def _largest_batches(prepared: Prepared, interrupts: Interrupts) -> dict[str, dict[str, int]]:
+def _largest_batches(prepared: Prepared, worker: Worker, interrupts: Interrupts) -> dict[str, dict[str, int]]:
     """For each stage the batch asked for, the largest that fits, and the largest with recompute where that may be."""
-    fits = Worker(prepared, interrupts).largest_batches()
+    fits = worker.largest_batches()
     found = {name: {"asked": prepared.derived(name.removesuffix("_self")).batch, "fits": n} for name, n in fits.items()}
     if not prepared.recipe.recompute:
         with contextlib.suppress(UsageError):  # a timm model that cannot
@@ -204,13 +205,14 @@ def _told(largest: dict[str, dict[str, int]]) -> list[str]:
 def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts: Interrupts) -> None:
     agreement.on_plan(prepared)
     stages = _wanted_stages(asked, prepared)
-    Worker(prepared, interrupts).try_networks()
-    prepared, sums = _as_before(asked, prepared, stages, Worker(prepared, interrupts))
+    worker = Worker(prepared, interrupts)
+    worker.try_networks()
+    prepared, sums = _as_before(asked, prepared, stages, worker)
     check_resumable(prepared)
     for line in explain(prepared, sums):
         say(f"  {line}")
     write_resolved(prepared, asked, sums)
-    worker = Worker(prepared, interrupts)
+    worker.follow(prepared)
     guarded = not asked.names("distill", "self_training")
     if "finetune" in stages and guarded and prepared.self_trains and "finetune" not in begun_stages(folder):
         prepared = replace(prepared, too_weak=worker.too_weak())

@@ -228,7 +228,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
 
     A run of an older version knows no knob that is newer: it ran with what is now that knob's default.
     """
-    flat_before, flat_now = (flat(_with_defaults(facts)) for facts in (before, now))
+    flat_before, flat_now = (config.flat(_with_defaults(facts)) for facts in (before, now))
     differences = [
         f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"
         for name in sorted(flat_before.keys() | flat_now.keys())
@@ -252,17 +252,6 @@ def _with_defaults(facts: Any) -> dict[str, Any]:
     found: dict[str, Any] = dict(facts) if isinstance(facts, Mapping) else {}
     for name, kind in config.SECTIONS.items():
         found |= {name: asdict(kind()) | found[name]} if isinstance(found.get(name), Mapping) else {}
-    return found
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their full names, such as pretrain.epochs."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
     return found
 
 
@@ -356,7 +345,8 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
             "command": asked.command or "fewlabels.fit(...)",
             "asked": asked.wishes(),
             "inputs": asked.inputs(),
-            "recipe": config.as_dict(recipe),
+            "tested_apart": asked.test is not None,
+            "recipe": asdict(recipe),
             "equations": sums + equations(prepared),
             "budget": sums,
             "why": prepared.reasons,
@@ -369,7 +359,7 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
             "threads": torch.get_num_threads(),
             "ranks": runtime.world_size(),
             "seed": prepared.seed,
-            "understood": understood.as_dict() | {"line": understood.line()},
+            "understood": asdict(understood) | {"line": understood.line()},
         },
     )
 

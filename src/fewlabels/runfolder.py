@@ -147,10 +147,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a torn one (a kill while it was written) or a damaged one is left out."""
     path = run / "metrics.jsonl"
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, TypeError, KeyError):
+    for line in checkpoint.read_text(path, errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             record = json.loads(line)
-            found += [record] if isinstance(record["stage"], str) and record["step"] <= record["total_steps"] else []
+            whole = isinstance(record["stage"], str) and isinstance(record["step"], int)
+            found += [record] if whole and record["step"] <= record["total_steps"] else []
     return found
 
 
@@ -206,10 +207,6 @@ class Interrupts:
         # What a weak reference's callback raises, Python prints and forgets: 7 % of the signals in a report met one
         if not (self.patient or (frame and "weakref" in frame.f_globals.get("__name__", ""))) and runtime.is_main():
             raise _Signal(number)
-
-    def pending(self) -> bool:
-        """Whether a signal has come."""
-        return self.received is not None
 
 
 # --- progress ----------------------------------------------------------------------------------------------------

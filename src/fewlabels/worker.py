@@ -239,7 +239,8 @@ class Worker:
     def _start_from_probe(self, network: Classifier, dataset: Dataset) -> None:
         """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""
         network.eval()
-        ids, strength = dataset.labeled, 0.1 if dataset is self.dataset else propagate.STRENGTH
+        ids = evaluate.spread(dataset.labeled, evaluate.FITTED_IMAGES)
+        strength = 0.1 if dataset is self.dataset else propagate.STRENGTH
         (features,) = compare.outputs(dataset, ids, self.prepared.setting, lambda view: [network.features(view)])
         known, classes = dataset.labels[ids], dataset.num_classes
         fitted = evaluate.logistic_regression(features, known, num_classes=classes, strength=strength)
@@ -297,7 +298,7 @@ class Worker:
             if settings.replays:
                 folder, classes = self.prepared.folder.stage(name), self.dataset.num_classes
                 stage.answers = Answers(folder, job.order(), settings.teacher_epochs, classes)
-            self._train(name, stage)
+            runner.run(job, self.workplace)
             if stage.answers:
                 stage.answers.remove()
             self.classifiers[name] = network

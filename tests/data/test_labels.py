@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def test_what_is_understood(tmp_path: Path) -> None:
     assert understood.line() == "40 images, 10 labeled in 2 classes, 1 duplicate, 6 held-out test images"
     assert (understood.images, understood.train, understood.test, understood.held_out) == (46, 40, 6, 5)
     assert understood.classes == {"0": 5, "1": 5}
-    assert json.loads(json.dumps(understood.as_dict()))["duplicates"] == 1
+    assert json.loads(json.dumps(asdict(understood)))["duplicates"] == 1
 
 
 def test_without_labels_there_is_pretraining(tmp_path: Path) -> None:

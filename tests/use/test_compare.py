@@ -1,14 +1,17 @@
-"""The map of features where there is nothing to draw."""
+"""The table of methods: what its parts see, and the map of features where there is nothing to draw."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fewlabels.use import compare
+import fewlabels as fl
+from conftest import shapes_images
+from fewlabels.use import compare, evaluate
 
 
 @pytest.mark.parametrize(("spread", "points"), [(0.0, 0), (1e-9, 0), (1.0, 12)])
@@ -45,3 +48,27 @@ def test_a_self_trained_network_is_right_as_often_as_it_is_sure(
     softened = np.exp(logits / temperature)
     assert (softened.max(axis=1) / softened.sum(axis=1)).mean() == pytest.approx(confidence, abs=0.01)
     assert comparison.rows[0]["name"] == name
+
+
+def test_of_very_many_labels_a_regression_sees_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning's start and the table alike, and the table says so: ImageNet's would take 100 GB."""
+    images, classes = shapes_images(64)
+    seen, honest = [], evaluate.logistic_regression
+
+    def recorded(features: np.ndarray, labels: np.ndarray, **settings: Any) -> evaluate.FittedLogistic:
+        seen.append(len(features))
+        return honest(features, labels, **settings)
+
+    monkeypatch.setattr(evaluate, "logistic_regression", recorded)
+    for most in ("FITTED_IMAGES", "PROBED_IMAGES"):
+        monkeypatch.setattr(evaluate, most, 24)
+    settings = {"pretrain": {"epochs": 1}, "finetune": {"epochs": 1, "start": "probe"}}
+    run = fl.fit(
+        images, classes, test=(images // 2, classes), out=tmp_path / "run", recipe="smoke", until="finetune", **settings
+    )
+    rows = {row["key"]: row for row in run.metrics["rows"]}
+    assert {"pixels_logistic", "tap0_logistic", "tap1_logistic"} <= rows.keys()
+    assert max(seen) == 24
+    for key, row in rows.items():
+        assert row["note"] == ("fitted on 24 of the labels" if key.endswith("logistic") else "")
+    assert run.metrics["labels_used"] == 64

@@ -320,8 +320,13 @@ def test_evaluate_run_says_that_these_are_the_training_images(tmp_path: Path, mo
     inside = Model(model.network, model.card, path=tmp_path / "run" / "model")
     (tmp_path / "run").mkdir()
     checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": {"images": str(folder)}})
-    found = evaluate.evaluate_run(inside, folder)
-    assert found["trained_on"]
+    (tmp_path / "link").symlink_to("images")
+    for place in (folder, str(folder), tmp_path / "run" / ".." / "images", str(tmp_path / "link")):
+        found = evaluate.evaluate_run(inside, place)
+        assert found["trained_on"]
+    checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": {"images": "s3://bucket/{0..9}.tar"}})
+    assert inside.trained_on("s3://bucket/{0..9}.tar")
+    assert not inside.trained_on("s3://bucket/{0..8}.tar")
     assert "was trained on these images" in evaluate.format_table(found)
 
 

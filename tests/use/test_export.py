@@ -207,11 +207,7 @@ def test_unknown_formats_and_missing_packages_say_what_to_do(
 ) -> None:
     with pytest.raises(UsageError, match=r'"onnx" or "torch"'):
         export.export(tiny, tmp_path, format="tflite")
-
-    def absent(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(export.importlib, "import_module", absent)
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=re.escape('pip install "fewlabels[export]"')):
         export.export(tiny, tmp_path, format="onnx")
 

@@ -63,7 +63,8 @@ def test_gray_palette_and_sixteen_bit_pictures_look_as_they_should(model: Model)
     expected = model.predict_proba(np.repeat(gray[..., None], 3, axis=2))
     picture = Image.fromarray(gray)
     deep = Image.fromarray(gray.astype(np.uint16) * 257)
-    for form in (gray, gray[None], picture, picture.convert("P"), picture.convert("RGBA"), deep):
+    forms = [gray, gray[None], picture, deep, Image.fromarray(gray.astype(np.int32) * 257)]
+    for form in (*forms, *map(picture.convert, ("P", "RGBA", "LA", "CMYK", "YCbCr", "F"))):
         assert model.predict_proba(form) == pytest.approx(expected, abs=0.01)
 
 
@@ -241,8 +242,19 @@ def test_a_picture_that_cannot_be_read_is_named_by_its_place(model: Model) -> No
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "PNG")
     truncated = Image.open(io.BytesIO(file.getvalue()[:2000]))  # PIL reads its pixels later
-    with pytest.raises(DataError, match="image 1 of the list cannot be read"):
+    with pytest.raises(DataError, match="1 of 2 images cannot be read") as refused:
         model.predict([Image.new("RGB", (8, 8)), truncated])
+    assert refused.value.details[0].startswith("image-000001: damaged")
+
+
+def test_a_picture_that_was_not_read_yet_stays_as_it_is(model: Model) -> None:
+    """A JPEG is decoded at its own size, not at that of the model, and one picture may stand in a list twice."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)).save(file, "JPEG")
+    picture = Image.open(file)
+    found = model.predict_proba([picture] * 40)
+    assert picture.size == (800, 600)
+    assert (found == model.predict_proba([np.asarray(Image.open(file))] * 40)).all()
 
 
 def test_pictures_that_are_not_there_are_no_unreadable_ones(model: Model, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fewlabels import prepare
 from fewlabels.errors import DataError, MissingInput
 from fewlabels.use import evaluate, facts, figures, report
 from fewlabels.use.facts import clean
@@ -130,6 +131,10 @@ def test_it_says_what_was_measured(run: Path) -> None:
         assert words in page.text, words
     for row, name in zip(measured["confusion"], CLASSES, strict=True):
         assert f"{name} {' '.join(map(str, row))}" in page.text
+
+
+def test_every_stage_has_its_words() -> None:
+    assert report.STAGES.keys() == set(prepare.SAVING)
 
 
 def test_it_is_one_small_file_that_needs_no_network(run: Path) -> None:
@@ -249,6 +254,16 @@ def test_any_one_file_is_enough(run: Path, kept: str) -> None:
         if path.name != kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     page_of(run)
+
+
+def test_a_run_that_only_pretrained_may_lack_its_results(run: Path) -> None:
+    """Its map has images, and none of them a class."""
+    with np.load(run / "evaluation.npz") as file:
+        arrays = {name: file[name] for name in file}
+    arrays |= {"probabilities": arrays["probabilities"][:0, :0], "map_labels": arrays["map_labels"] * 0 - 1}
+    np.savez(run / "evaluation.npz", **(arrays | {"labels": arrays["labels"] * 0 - 1}))
+    (run / "results.json").write_text("{")
+    assert "This run has no results yet" in page_of(run).text
 
 
 @pytest.mark.parametrize("junk", [b"", b"[7]", b"\xff\xfe\x00junk\n" + b"[" * 100_000])

@@ -15,6 +15,7 @@ import fewlabels as fl
 from conftest import shapes_images
 from fewlabels import cli
 from fewlabels.data.labels import Dataset
+from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, MissingInput, UsageError
 from fewlabels.use import artefact, suggest
 
@@ -78,7 +79,7 @@ def test_a_typical_image_is_no_outlier() -> None:
     assert ranks[-1] == 7
     apart = np.linalg.norm(features[:, None] - features[None], axis=2)
     expected = np.sort(apart, axis=1)[:, 1:21].mean(axis=1)
-    assert suggest.mean_distances(features, chunk=33) == pytest.approx(expected, abs=1e-3)
+    assert suggest.mean_distances(features) == pytest.approx(expected, abs=1e-3)
 
 
 def test_unsure_images_lie_between_the_classes() -> None:
@@ -179,6 +180,17 @@ def test_a_finished_run_of_arrays_suggests_until_all_is_labeled(tmp_path: Path) 
     )
     with pytest.raises(DataError, match="every training image"):
         full.suggest()
+
+
+def test_test_images_from_python_are_not_in_the_table(photos: Path, tmp_path: Path) -> None:
+    """They have names that no image of the folder has, and the table was refused."""
+    images, classes = shapes_images(6, size=16)
+    test = (images, [f"class{label}" for label in classes])
+    run = fl.fit(photos, test=test, out=tmp_path / "run", recipe="smoke", until="pretrain", **TINY)
+    table = suggest.suggest(run.path, 2).table()
+    assert [split for _, _, split in answered(table)] == ["train"] * (2 + 8)
+    (tmp_path / "next.csv").write_text(table)
+    assert len(open_source(photos, tmp_path / "next.csv", test=test)) == 57 + 8 + 6
 
 
 def test_what_is_no_run_is_refused(pretrained: fl.Run, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Inside(Protocol):
         """Its bytes."""
 
 
-Payload = Path | bytes | npt.NDArray[np.uint8] | Inside
+Payload = Path | bytes | npt.NDArray[np.uint8] | Image.Image | Inside
 Pixels = npt.NDArray[np.uint8]
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "ICO", "AVIF")
@@ -79,14 +79,19 @@ class BadPicture(Exception):
 def decode(payload: Payload, canvas: int | None = None) -> Pixels:
     """(H, W, 3) uint8 RGB, upright, in fresh or shared memory; raises BadPicture with the reason.
 
-    payload: a file, a file's bytes, or pixels (H, W) or (H, W, 1 or 3) uint8. canvas: the longer side is scaled down
-    to it, never up, both sides staying at least 1. Never raises anything else but KeyboardInterrupt and its like, and
-    StorageError for bytes that do not arrive from a URL.
+    payload: a file, a file's bytes, a PIL image, or pixels (H, W) or (H, W, 1 or 3) uint8. canvas: the longer side is
+    scaled down to it, never up, both sides staying at least 1. Never raises anything else but KeyboardInterrupt and its
+    like, and StorageError for bytes that do not arrive from a URL.
     """
     try:
         with strict_pillow():
             if isinstance(payload, np.ndarray):
                 return _from_array(payload, canvas)
+            if isinstance(payload, Image.Image):
+                _check_size(payload)
+                with _lock:  # the same one may come twice at once, and Pillow reads its file when pixels are asked for
+                    image = payload.copy()
+                return _pixels(image, canvas)
             with _open(payload) as stream, _identified(stream) as image:
                 pixels = _plain_jpeg(image, stream, canvas)
                 return _pixels(image, canvas) if pixels is None else pixels
@@ -100,6 +105,8 @@ def header_size(payload: Payload) -> tuple[int, int] | None:
     """(height, width) as the header says, without decoding; None where it cannot be read. Raises StorageError."""
     if isinstance(payload, np.ndarray):
         return int(payload.shape[0]), int(payload.shape[1])
+    if isinstance(payload, Image.Image):
+        return payload.height, payload.width
     try:
         with strict_pillow(), _open(payload) as stream, _identified(stream) as image:
             return image.height, image.width
@@ -181,12 +188,16 @@ def _identified(stream: BinaryIO) -> ImageFile.ImageFile:
     except UnidentifiedImageError:
         stream.seek(0)
         raise BadPicture(_what_it_is(stream.read(512))) from None
+    _check_size(image)
+    return image
+
+
+def _check_size(image: Image.Image) -> None:
     megapixels = image.width * image.height / 1e6
     if megapixels > MAX_MEGAPIXELS:
         raise BadPicture(f"{megapixels:,.0f} megapixels, more than the {MAX_MEGAPIXELS} allowed")
     if min(image.size) < 1:
         raise BadPicture("a picture of no pixels")
-    return image
 
 
 def _what_it_is(start: bytes) -> str:

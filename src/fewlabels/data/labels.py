@@ -62,10 +62,6 @@ class Understood:
         parts += [f"{_count(number, f'held-out {name} image')}" for number, name in held if number]
         return ", ".join(parts)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"notes": list(self.notes)}
-
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -202,7 +198,7 @@ def write_images(dataset: Dataset, path: Path) -> None:
 
 
 def read_images(path: Path, store: PixelStore, understood: Mapping[str, Any]) -> Dataset:
-    """What `write_images` wrote; understood: Understood.as_dict(). Raises DataError where it does not fit."""
+    """What `write_images` wrote; understood: its facts as a dict. Raises DataError where it does not fit."""
     numbers = {word: split for split, word in SPLIT_WORDS.items()}
     try:
         rows = list(csv.reader(io.StringIO(checkpoint.read_text(path), newline="")))[1:]

@@ -65,6 +65,11 @@ class Span:
         return raw
 
 
+def real(word: str) -> str:
+    """One name for a path, from whatever folder and through whatever links it is called; a URL as it is."""
+    return word if is_url(word) else os.path.realpath(word)
+
+
 def is_url(place: str) -> bool:
     """Whether fsspec is to be asked."""
     return URL.match(place) is not None

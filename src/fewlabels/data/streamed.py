@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from fewlabels.data.decode import BadPicture, Payload, Pixels, decode, strict_pillow
 from fewlabels.data.parquet import Cell
@@ -83,7 +84,7 @@ class OnDemand:
 
 def _state(picture: Payload) -> int:
     """A 64-bit number that is another one after a file has changed; 0 for what is in no file, away or gone."""
-    if isinstance(picture, bytes | np.ndarray) or _is_away(picture):
+    if isinstance(picture, bytes | np.ndarray | Image.Image) or _is_away(picture):
         return 0
     try:
         found = os.stat(picture if isinstance(picture, Path) else picture.place)  # noqa: PTH116

@@ -117,7 +117,7 @@ def with_sequence(source: Source, labels: Iterable[Any]) -> Source:
             faults.append(f"label {i}: a {type(value).__name__} is not a label")
             continue
         if not known:
-            names[type(value), value], fault = _class_of(value, source.classes)
+            names[type(value), value], fault = class_of(value, source.classes)
             faults += [f"label {i}: {fault}"] if fault else []
     alike = tables.twins(dict.fromkeys(name for name in names.values() if name is not None))
     faults += [f'the classes "{one}" and "{other}" look like one class' for one, other in alike]
@@ -134,8 +134,8 @@ def with_sequence(source: Source, labels: Iterable[Any]) -> Source:
     return replace(source, labels=tuple(names[type(value), value] for value in values), classes=declared)
 
 
-def _class_of(value: Any, classes: tuple[str, ...] | None) -> tuple[str | None, str]:
-    """(class name or None, fault or '') of one label of a sequence."""
+def class_of(value: Any, classes: tuple[str, ...] | None) -> tuple[str | None, str]:
+    """(class name, fault) of one label of a sequence: None = unlabeled, "" = no fault. classes: those of numbers."""
     if value is None or type(value).__name__ == "NAType":  # pandas.NA, of which no comparison is true or false
         return None, ""
     if value == "" or value != value or (value == -1 and not isinstance(value, bool)):

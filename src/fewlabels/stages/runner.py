@@ -239,7 +239,9 @@ def _listeners(job: Job, at: Workplace, state: TrainState, clock: _Clock) -> Lis
             if runtime.is_main():
                 checkpoint.save(at.folder.stage(job.name), state.step, tensors, values)
 
-    return Listeners(on_log=on_log, on_eval=on_eval, on_save=on_save, should_stop=at.interrupts.pending)
+    return Listeners(
+        on_log=on_log, on_eval=on_eval, on_save=on_save, should_stop=lambda: at.interrupts.received is not None
+    )
 
 
 def seconds_per_step(job: Job, at: Workplace) -> float:

@@ -129,11 +129,6 @@ def read(folder: Path) -> tuple[Classifier, Card]:
     return network, card
 
 
-def read_card(folder: Path) -> Card:
-    """The description alone, before the weights are needed."""
-    return _card(folder / DESCRIPTION)
-
-
 def weights_digest(folder: Path) -> str:
     """SHA-256 of the weights as the manifest states it."""
     listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -162,7 +157,7 @@ def read_whole(folder: Path) -> tuple[Classifier, ProjectionHead | None, Card]:
             why=error.why or "a model that is not what was written cannot be trusted",
             fix=error.fix or "copy the folder again from where it came; `fewlabels fit` on its run writes it anew",
         ) from error
-    card = _card(folder / DESCRIPTION)
+    card = read_card(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -182,7 +177,9 @@ def _unusable(path: Path, reason: str) -> DataError:
     )
 
 
-def _card(path: Path) -> Card:
+def read_card(folder: Path) -> Card:
+    """The description alone, before the weights are needed."""
+    path = folder / DESCRIPTION
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         checkpoint.check_format(found, path)

@@ -160,7 +160,9 @@ class Comparison:
 
     def __init__(self, dataset: Dataset, setting: Setting, names: Mapping[str, str] = NAMES) -> None:
         self.dataset, self.setting, self.names = dataset, setting, names
-        self.labeled, self.held = dataset.labeled, dataset.held_out
+        self.labeled, self.held = evaluate.spread(dataset.labeled, evaluate.FITTED_IMAGES), dataset.held_out
+        fewer = len(self.labeled) < len(dataset.labeled)
+        self.fitted_on = f"fitted on {len(self.labeled):,} of the labels" if fewer else ""
         self.known, self.truth = dataset.labels[self.labeled], dataset.labels[self.held]
         self.once = np.flatnonzero(np.isin(self.labeled, dataset.once(self.labeled)))  # of known, to cross-validate
         self.rows: list[dict[str, Any]] = []
@@ -178,14 +180,14 @@ class Comparison:
 
     def most_frequent(self) -> None:
         """Always the class with the most labels."""
-        shares = evaluate.most_frequent(self.known, self.dataset.num_classes)
+        shares = evaluate.most_frequent(self.dataset.labels[self.dataset.labeled], self.dataset.num_classes)
         measured = self.measure(np.repeat(shares[None], len(self.truth), axis=0)) if len(self.held) else None
         self.rows.append(row("most_frequent", "most frequent class", measured))
 
     def logistic(self, key: str, name: str, function: Callable[[Tensor], list[Tensor]]) -> list[Floats]:
         """Logistic regression on each result of function; {index} in key and name counts them.
 
-        Returns the results of function for the labeled images, (N, D) each.
+        Returns the results of function for the labeled images that it was fitted on, (N, D) each.
         """
         known = outputs(self.dataset, self.labeled, self.setting, function)
         held = outputs(self.dataset, self.held, self.setting, function) if len(self.held) else known
@@ -195,7 +197,7 @@ class Comparison:
                 measured = self.measure(fitted.predict_proba(tell))
             else:
                 measured = evaluate.cross_validated(fit_on[self.once], self.known[self.once])
-            self.rows.append(row(key.format(index=index), name.format(index=index), measured))
+            self.rows.append(row(key.format(index=index), name.format(index=index), measured, note=self.fitted_on))
         return known
 
     def network(self, key: str, network: Classifier, expected: float | None) -> tuple[Any, Floats, float]:
@@ -264,7 +266,7 @@ def compare(
         "final": final,
         "measurement": measured,
         "temperature": temperature,
-        "labels_used": len(comparison.labeled),
+        "labels_used": len(dataset.labeled),
         "images_used": len(dataset.train),
     }
     body = networks[final].features if final in networks else pretrained[0].eval()

@@ -10,7 +10,7 @@ Shapes: B images, H x W pixels, K classes.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -104,13 +104,7 @@ def _facts(model: Model) -> dict[str, str]:
 
 
 def _require(packages: tuple[str, ...]) -> None:
-    missing = []
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            missing.append(package)
-    if missing:
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         raise UsageError(
             f"export to ONNX needs the packages {', '.join(missing)}",
             why="they are not installed with fewlabels, since most people do not need them",

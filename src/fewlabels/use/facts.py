@@ -13,6 +13,7 @@ import math
 import re
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from fewlabels import checkpoint
 from fewlabels.data.parts import UNREADABLE
+from fewlabels.runfolder import metrics
 
 Facts = dict[str, Any]
 
@@ -44,7 +46,7 @@ def read(run: Path) -> Facts:
         "resolved": resolved,
         "status": _json(run / "status.json"),
         "results": results,
-        "metrics": _metrics(run / "metrics.jsonl"),
+        "metrics": _metrics(run),
         "arrays": _arrays(run / "evaluation.npz", results),
         "model": _json(run / "model" / "model.json"),
         "bad": _bad_images(run / "bad_images.csv"),
@@ -77,26 +79,20 @@ def _json(path: Path) -> Facts:
     return clean(found) if isinstance(found, dict) else {}
 
 
-def _metrics(path: Path) -> dict[str, list[Facts]]:
-    """Lines of metrics.jsonl by stage; a line torn by a kill is passed over."""
+def _metrics(run: Path) -> dict[str, list[Facts]]:
+    """Lines of metrics.jsonl by stage."""
     stages: dict[str, list[Facts]] = {}
-    try:
-        lines = checkpoint.read_text(path, errors="replace").splitlines()
-    except (OSError, ValueError):
-        return {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            stage, step, total = clean(str(record["stage"])), int(record["step"]), int(record["total_steps"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-        stages.setdefault(stage, []).append({**record, "step": step, "total_steps": total})
+    with suppress(OSError, ValueError):
+        for record in metrics(run):
+            stages.setdefault(clean(record["stage"]), []).append(record)
     return stages
 
 
 def _arrays(path: Path, results: Facts | None) -> dict[str, np.ndarray]:
     """evaluation.npz, {} unless its shapes fit each other and the classes."""
-    classes = len(results["classes"]) if results else 0
+    if results is None:  # nothing says how many classes
+        return {}
+    classes = len(results["classes"])
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:

@@ -9,7 +9,6 @@ Shapes: N images, B images of one chunk, K classes, D features, S side of the vi
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
+from fewlabels.data.places import real
 from fewlabels.data.source import Source
 from fewlabels.data.sources import open_source
 from fewlabels.data.tables import cell
@@ -37,7 +37,6 @@ from fewlabels.use.artefact import Card
 
 CHUNK = 64
 LEAST_CANVAS = 1024  # where training kept images as they came: 64 of them still fit in 200 MB
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,10 @@ class Model:
         """Side of the view that the network sees, in pixels."""
         return self.card.size
 
-    def trained_on(self, images: Path) -> bool:
-        """Whether `images` is the path that was given to the run this model lies in."""
+    def trained_on(self, images: str | Path) -> bool:
+        """Whether `images` is the path or URL that was given to the run this model lies in."""
         inputs = (read_json(self.path.parent / "resolved.json") or {}).get("inputs") if self.path else None
-        return isinstance(inputs, dict) and Path(str(inputs.get("images", ""))) == images.absolute()
+        return isinstance(inputs, dict) and "images" in inputs and real(str(inputs["images"])) == real(str(images))
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -241,12 +240,8 @@ class Pictures:
         return len(self.images)
 
     def payloads(self) -> Iterator[decode.Payload]:
-        """Every image in order; PIL images as files in memory, so that all images pass through one decoder."""
-        for index, image in enumerate(self.images):
-            try:
-                yield image if isinstance(image, np.ndarray) else _encoded(image)
-            except (OSError, ValueError) as error:  # PIL reads a file when its pixels are asked for
-                raise DataError(f"image {index} of the list cannot be read: {error}", fix="leave it out") from error
+        """Every image in order."""
+        return iter(self.images)
 
     def sample(self, count: int) -> Iterator[decode.Payload]:
         """The first count images."""
@@ -258,18 +253,6 @@ class Pictures:
     def stamps(self) -> Iterator[bytes]:
         """None: predictions are not resumed."""
         return iter(())
-
-
-def _encoded(image: Image.Image) -> bytes:
-    """image as a lossless file, with its EXIF orientation."""
-    buffer = io.BytesIO()
-    exif = image.getexif()
-    if image.mode == "F":
-        image.save(buffer, "TIFF")
-    else:
-        plain = image if image.mode in PNG_MODES else image.convert("RGB")
-        plain.save(buffer, "PNG", compress_level=1, exif=exif)
-    return buffer.getvalue()
 
 
 def _is_one_image(images: npt.NDArray[Any]) -> bool:

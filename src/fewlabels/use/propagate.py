@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
+from sklearn.neighbors import NearestNeighbors
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -21,7 +22,6 @@ NEIGHBOURS = 20
 SHARPNESS = 3  # power of the similarity, as in the paper
 ALPHA = 0.99  # how far labels flow, as in the paper
 STEPS = 30  # of conjugate gradients; the paper takes 20
-CHUNK = 1024
 
 
 def propagate(features: Floats, labels: Ints, num_classes: int) -> Ints:
@@ -40,16 +40,10 @@ def propagate(features: Floats, labels: Ints, num_classes: int) -> Ints:
 
 def graph(features: Floats) -> sparse.csr_matrix:
     """S (N, N): cosine similarities to the NEIGHBOURS nearest, symmetric and normalised by D^-1/2 W D^-1/2."""
-    count, near = len(features), min(NEIGHBOURS, len(features) - 1)
+    near = min(NEIGHBOURS, len(features) - 1)
     rows = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)).astype(np.float32)
-    nearest, weights = [], []
-    for start in range(0, count, CHUNK):
-        similarity = rows[start : start + CHUNK] @ rows.T
-        similarity[np.arange(len(similarity)), np.arange(start, start + len(similarity))] = -2
-        nearest.append(np.argpartition(similarity, -near, axis=1)[:, -near:])
-        weights.append(np.maximum(np.take_along_axis(similarity, nearest[-1], axis=1), 0) ** SHARPNESS)
-    place = np.repeat(np.arange(count), near), np.concatenate(nearest).reshape(-1)
-    ties = sparse.csr_matrix((np.concatenate(weights).reshape(-1), place), shape=(count, count))
+    ties = NearestNeighbors(n_neighbors=near, algorithm="brute").fit(rows).kneighbors_graph(mode="distance")
+    ties.data = np.maximum(1 - ties.data**2 / 2, 0) ** SHARPNESS
     ties = ties.maximum(ties.T)
     scale = sparse.diags(1 / np.sqrt(np.maximum(np.asarray(ties.sum(axis=1)).reshape(-1), 1e-12)))
     return sparse.csr_matrix(scale @ ties @ scale).astype(np.float32)

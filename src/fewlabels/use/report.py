@@ -14,7 +14,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -22,6 +21,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from fewlabels import __version__, checkpoint
+from fewlabels.config import flat
 from fewlabels.data.pixels import open_store
 from fewlabels.errors import DataError, FewlabelsError, MissingInput
 from fewlabels.runfolder import duration
@@ -33,7 +33,10 @@ MOST_MISTAKES, MOST_CONFUSIONS, MOST_CLASSES, MOST_BAD = 18, 12, 60, 10
 MOST_LINES = 60
 MACHINE = ("device", "precision", "threads", "ranks", "seed")
 LARGEST_TABLE = 20  # classes up to which the confusion matrix is a table that can be read
-STAGES = {"pretrain": "pretraining", "finetune": "fine-tuning", "distill": "distilling", "supervised": "labels alone"}
+STAGES = {
+    "pretrain": "pretraining", "finetune": "fine-tuning", "distill_self": "teaching itself", "distill": "distilling",
+    "supervised": "labels alone",
+}  # fmt: skip
 OPTIONAL: Facts = {"ece": None, "parameters": None, "megabytes": None, "latency_ms": None, "note": ""}
 TAP = re.compile(r"tap(\d+)_logistic")
 BASELINE = re.compile(rf"most_frequent|pixels_logistic|supervised|{TAP.pattern}")
@@ -336,7 +339,7 @@ def setup(run: Facts) -> Facts:
         "why": texts(resolved, "why"),
         "equations": texts(resolved, "equations"),
         "rows": rows,
-        "recipe": flat(part(resolved, "recipe")),
+        "recipe": [(name, str(value)) for name, value in flat(part(resolved, "recipe")).items()][:150],
         "command": str(resolved.get("command") or ""),
     }
 
@@ -369,14 +372,6 @@ def short(text: str, most: int = 48) -> str:
     """text in at most `most` characters."""
     text = str(text)
     return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """A nested dict as ("finetune.tap", "1") pairs."""
-    found: list[tuple[str, str]] = []
-    for name, value in values.items() if isinstance(values, dict) else ():
-        found += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, str(value))]
-    return found[:150]
 
 
 def _count(n: int, what: str) -> str:

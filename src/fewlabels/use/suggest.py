@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from fewlabels import runtime
@@ -111,7 +112,7 @@ def open_run(run: Path) -> tuple[Dataset, bool]:
             fix="give the folder that was --out of `fewlabels fit`, or run that command again",
         )
     dataset = read_images(folder.images_file, pixels.open_store(folder.data), resolved["understood"])
-    return dataset, "test" in resolved["inputs"]
+    return dataset, resolved.get("tested_apart", "test" in resolved["inputs"])
 
 
 def candidates(dataset: Dataset) -> tuple[Ints, Ints]:
@@ -171,15 +172,10 @@ def clusters(features: Floats, count: int) -> npt.NDArray[np.int32]:
     return found
 
 
-def mean_distances(features: Floats, chunk: int = 1024) -> Floats:
+def mean_distances(features: Floats) -> Floats:
     """(N,) each row's mean distance to its NEIGHBOURS nearest others, of which there are at most half of all."""
     near = max(1, min(NEIGHBOURS, len(features) // 2))
     if len(features) < 2:
         return np.zeros(len(features), dtype=np.float32)
-    parts = []
-    for start in range(0, len(features), chunk):
-        apart = 2 - 2 * features[start : start + chunk] @ features.T  # (C, N) squared distances of rows of length 1
-        apart[np.arange(len(apart)), np.arange(start, start + len(apart))] = np.inf
-        nearest = np.partition(apart, near - 1, axis=1)[:, :near]
-        parts.append(np.sqrt(np.maximum(nearest, 0)).mean(axis=1))
-    return np.concatenate(parts)
+    apart, _ = NearestNeighbors(n_neighbors=near, algorithm="brute").fit(features).kneighbors()  # (N, near)
+    return np.asarray(apart.mean(axis=1), dtype=np.float32)
