@@ -13,6 +13,7 @@ import io
 import json
 import struct
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import workload
-from fewlabels import checkpoint, plan, prepare, random, recipes
+from fewlabels import checkpoint, config, plan, prepare, random, recipes
 from fewlabels.config import Recipe
 from fewlabels.data import labels, views
 from fewlabels.data.labels import Dataset
@@ -137,14 +138,13 @@ class Lab:
 
     def __init__(
         self, source: Source, folder: Path, *, epochs: float, distill_epochs: float, recipe: str = "best",
-        batch: int | None = None, distill_batch: int | None = None, device: torch.device | None = None,
-        on_gpu: bool | None = None,
+        changes: Sequence[str] = (), device: torch.device | None = None, on_gpu: bool | None = None,
         pool: Callable[[Dataset], Dataset] = lambda whole: whole,
         choose: Callable[[Dataset, str | int, int], Dataset] = labels.keep_labels,
     ) -> None:  # fmt: skip
-        """batch, distill_batch: of pretraining and of stage 3, in place of the recipe's. on_gpu: whether the recipe is
-        that of a GPU, in place of whether it runs on one. pool: leaves images out of training. choose: the dataset with
-        an amount of its labels, by the draw.
+        """changes: other values of the recipe, as "distill.batch=256" each. on_gpu: whether it is the recipe of a GPU,
+        in place of whether it runs on one. pool: leaves images out of training. choose: the dataset with an amount of
+        its labels, by the draw.
         """
         self.folder, self.device, self.choose = folder, device or torch.device("cpu"), choose
         self.on_gpu = self.device.type == "cuda" if on_gpu is None else on_gpu
@@ -153,7 +153,7 @@ class Lab:
         working_size = None if self.side <= SMALL else min(self.side, WORKING_SIZE[self.on_gpu])
         self.dataset = pool(workload.stored(source, folder, working_size=working_size))
         self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
-        self.batch, self.distill_batch = batch, distill_batch
+        self.changes = nested(changes)
         self.general = self.recipe(len(self.dataset.labeled))
         self._keep_to(asdict(self.general))
         self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
@@ -167,11 +167,8 @@ class Lab:
             gray=self.gray, on_gpu=self.on_gpu, threads=torch.get_num_threads(),
         )  # fmt: skip
         found = recipes.named(self.recipe_name, facts)
-        pretrain = replace(found.pretrain, epochs=self.epochs, batch=self.batch or found.pretrain.batch)
-        batch = self.distill_batch or found.distill.batch
-        return replace(
-            found, pretrain=pretrain, distill=replace(found.distill, epochs=self.distill_epochs, batch=batch)
-        )
+        lengths = {"pretrain": {"epochs": self.epochs}, "distill": {"epochs": self.distill_epochs}}
+        return config.override(config.override(found, lengths), self.changes)
 
     # --- what is kept ---
 
@@ -373,6 +370,20 @@ class Lab:
         known, held = (compare.outputs(few, ids, self.setting, see)[0] for ids in (few.labeled, few.held_out))
         fitted = evaluate.logistic_regression(known, few.labels[few.labeled], num_classes=few.num_classes)
         return 100 * float((fitted.predict_proba(held).argmax(axis=1) == self.truth).mean())
+
+
+def nested(changes: Sequence[str]) -> dict[str, Any]:
+    """["distill.batch=256"] as config.override takes it; values are in TOML, or a text."""
+    found: dict[str, Any] = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        try:
+            told = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            told = value
+        section, _, knob = name.rpartition(".")
+        (found.setdefault(section, {}) if section else found)[knob] = told
+    return found
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

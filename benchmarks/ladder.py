@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=10_000, help="training images")
     parser.add_argument("--epochs", type=float, default=40.0, help="of pretraining")
     parser.add_argument("--again", type=float, default=6.0, help="epochs of self-training")
-    parser.add_argument("--again-batch", type=int, help="of stage 3, in place of the recipes'")
+    parser.add_argument("--set", nargs="+", default=[], help="recipe values, as finetune.smallest_crop=0.08")
     parser.add_argument("--gpu-settings", action="store_true", help="those of a GPU, on a CPU too")
     parser.add_argument("--fixmatch", action="store_true", help="it takes most of the time")
     parser.add_argument("--draws", type=int, default=3)
@@ -68,7 +68,7 @@ def main() -> None:
     labs = {
         name: Lab(
             source, asked.out / name, epochs=asked.epochs, distill_epochs=asked.again, recipe=name, device=device,
-            distill_batch=asked.again_batch, on_gpu=asked.gpu_settings or None,
+            changes=asked.set, on_gpu=asked.gpu_settings or None,
         )
         for name in asked.recipes
     }  # fmt: skip

@@ -9,8 +9,8 @@ self-training together. Draws of labels are the same in all rows; numbers are of
 in --out. --pool long: the most frequent class has 20 times as many unlabeled images as the rarest, and labels come
 equally often; steep: 100 times as many; reversed: the rarest has the most labels. Held-out images are those of the
 even pool. --pool pure: the first seven of ten classes; foreign: unlabeled images of the other three beside them (equal
-compute needs the same --batch, and 0.7 times the --epochs and --again). Classes of a steep pool that have fewer images
-than their part of the labels are labeled whole.
+compute needs the same pretrain.batch, and 0.7 times the --epochs and --again). Classes of a steep pool that have fewer
+images than their part of the labels are labeled whole.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ THRESHOLD = 0.95
 ALONE, PIXELS, PROBED = "labels alone", "logistic regression on pixels", "logistic regression, tap 0"
 TUNED, DISTILLED, SELF_TRAINED = "fine-tuned", "distilled into itself", "self-trained"
 UNSHIFTED, FIXMATCH = "self-trained, answers as they are", "FixMatch from random weights"
-GENTLE = 5e-4  # learning rate
-GENTLY, CONTRASTED = "self-trained, learning rate 5e-4", "self-trained, contrastive loss kept on"
-GENTLY_CONTRASTED = f"{CONTRASTED}, learning rate 5e-4"
+CONTRASTED = "self-trained, contrastive loss kept on"
 
 
 class Unshifted(SelfTrain):
@@ -161,18 +159,11 @@ class Comparison:
         name = f"self-trained, not shifted, {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
         return self._trained(name, Unshifted, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
 
-    def _varied(self, amount: int, draw: int, *, contrasted: bool = False, learning_rate: float | None = None) -> float:
-        name = f"self-trained {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
-        name += ", contrasted" * contrasted + (f", learning rate {learning_rate:g}" if learning_rate else "")
-        kind: Callable[..., SelfTrain] = SelfTrain
-        if contrasted:
-            head = self.lab.pretrained(self.body)[1]
-            kind = partial(
-                Contrasted, rest=nn.Sequential(*list(head.layers)[1:]),
-                temperature=self.lab.general.pretrain.temperature,
-            )  # fmt: skip
-        network = self._finetuned(amount, draw)
-        return self._trained(name, kind, network, amount, draw, self.lab.distill_epochs, learning_rate=learning_rate)
+    def _contrasted(self, amount: int, draw: int) -> float:
+        name = f"self-trained {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs, contrasted"
+        rest = nn.Sequential(*list(self.lab.pretrained(self.body)[1].layers)[1:])
+        kind = partial(Contrasted, rest=rest, temperature=self.lab.general.pretrain.temperature)
+        return self._trained(name, kind, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
 
     def _fixmatch(self, amount: int, draw: int) -> float:
         epochs = self.lab.distill_epochs + 2 * self.lab.epochs / PASSES
@@ -181,13 +172,9 @@ class Comparison:
 
     def _trained(
         self, name: str, kind: Callable[..., SelfTrain], network: Classifier, amount: int, draw: int, epochs: float,
-        *, learning_rate: float | None = None,
     ) -> float:  # fmt: skip
         few = self.lab.few(amount, draw)
         settings = replace(self.lab.recipe(len(few.labeled)).distill, epochs=epochs)
-        settings = replace(settings, learning_rate=learning_rate or settings.learning_rate)
-        if not (self.lab.on_gpu or self.lab.distill_batch):  # steps count, as in recipes.best
-            settings = replace(settings, batch=min(128, settings.batch))
         beside = plan.beside(plan.derive(settings, len(few.train), 1).batch, len(few.labeled), 1)
         order = Order(few.labeled, beside, 1000 + draw)
         stage = kind(
@@ -211,9 +198,7 @@ WAYS = {
     SELF_TRAINED: Comparison._selftrained,
     UNSHIFTED: Comparison._unshifted,
     FIXMATCH: Comparison._fixmatch,
-    GENTLY: partial(Comparison._varied, learning_rate=GENTLE),
-    CONTRASTED: partial(Comparison._varied, contrasted=True),
-    GENTLY_CONTRASTED: partial(Comparison._varied, contrasted=True, learning_rate=GENTLE),
+    CONTRASTED: Comparison._contrasted,
 }
 USUAL = [PIXELS, PROBED, TUNED, DISTILLED, SELF_TRAINED, UNSHIFTED, FIXMATCH]
 
@@ -226,9 +211,8 @@ def main() -> None:
     parser.add_argument("--encoder", default="resnet18_0.25x_small")
     parser.add_argument("--train", type=int, default=10_000, help="training images")
     parser.add_argument("--epochs", type=float, default=60.0, help="of pretraining")
-    parser.add_argument("--batch", type=int, help="of pretraining, in place of the recipe's")
     parser.add_argument("--again", type=float, default=30.0, help="epochs of self-training")
-    parser.add_argument("--again-batch", type=int, help="of self-training, in place of the recipe's")
+    parser.add_argument("--set", nargs="+", default=[], help="recipe values, as pretrain.batch=128")
     parser.add_argument("--gpu-settings", action="store_true", help="those of a GPU, on a CPU too")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--pool", choices=POOLS, default="even")
@@ -240,8 +224,8 @@ def main() -> None:
     pool, choose = POOLS[asked.pool]
     place = asked.out / asked.pool
     laboratory = Lab(
-        source, place, epochs=asked.epochs, distill_epochs=asked.again, batch=asked.batch, device=device, pool=pool,
-        choose=choose, distill_batch=asked.again_batch, on_gpu=asked.gpu_settings or None,
+        source, place, epochs=asked.epochs, distill_epochs=asked.again, changes=asked.set, device=device, pool=pool,
+        choose=choose, on_gpu=asked.gpu_settings or None,
     )  # fmt: skip
     rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, asked.ways)
     told(f"{Path(asked.data).name}, {asked.pool} pool, {asked.encoder}", rows)

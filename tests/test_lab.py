@@ -156,6 +156,14 @@ def test_numbers_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> No
             Lab(source, tmp_path, **{"epochs": made.epochs, "distill_epochs": 0.5, **other})
 
 
+def test_values_of_the_recipe_can_be_changed(tmp_path: Path) -> None:
+    changes = ["resolution=0.5", "finetune.smallest_crop=0.3", "finetune.start=zero", "pretrain.blur=true"]
+    source = open_source(*shapes_images(200, size=16))
+    found = Lab(source, tmp_path, epochs=0.5, distill_epochs=0.25, changes=changes).recipe(20)
+    assert (found.resolution, found.finetune.smallest_crop, found.finetune.start) == (0.5, 0.3, "zero")
+    assert (found.pretrain.blur, found.pretrain.epochs, found.distill.epochs) == (True, 0.5, 0.25)
+
+
 def test_the_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labs = {name: laboratory(tmp_path / name, name) for name in (ladder.FAITHFUL, ladder.OURS)}
     spread = []
