@@ -398,7 +398,7 @@ def test_parquet(tmp_path: Path, key: str, struct: bool) -> None:
     raw = write_parquet(tmp_path / "a.parquet", 10, metadata=metadata, struct=struct)
     source = open_source(tmp_path / "a.parquet")
     assert list(source.payloads()) == raw
-    assert 1 <= len(list(source.sample(4))) <= 8
+    assert 1 <= len(list(source.sample(4))) <= 4
     shown = names if key != "none" else ["0", "1", "2"]
     assert source.labels == tuple(None if i == 1 else shown[i % 3] for i in range(10))
     assert source.classes == (tuple(names) if key != "none" else None)
@@ -414,6 +414,19 @@ def test_folder_of_parquet_files(tmp_path: Path) -> None:
     source = open_source(tmp_path / "d")
     assert source.splits == ("test",) * 2 + ("train",) * 5
     assert len(decoded(source)) == 7
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_a_sample_is_no_larger_than_asked_for_however_many_files_there_are(tmp_path: Path, count: int) -> None:
+    (tmp_path / "d").mkdir()
+    write_parquet(tmp_path / "0.parquet", 36, metadata={})  # 9 row groups
+    for i in range(5):
+        (tmp_path / f"d/{i}.parquet").write_bytes((tmp_path / "0.parquet").read_bytes())
+    source = open_source(tmp_path / "d")
+    assert 1 <= len(list(source.parts[0].sample(count))) <= count
+    sample = list(source.sample(count))
+    assert len(sample) == count
+    assert sample[0] == next(source.payloads())
 
 
 def test_wrong_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

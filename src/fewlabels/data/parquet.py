@@ -63,10 +63,10 @@ class Parquet:
         return self._read(None)
 
     def sample(self, count: int) -> Iterator[Payload]:
-        """Images of evenly spaced row groups."""
-        groups = [int(i) for i in spread(len(self.ends), 8)]
+        """At most count images, of at most 8 evenly spaced row groups."""
+        groups = spread(len(self.ends), min(8, count)).tolist()
         for group in groups:
-            yield from islice(self._read([group]), max(1, count // len(groups)))
+            yield from islice(self._read([group]), count // len(groups))
 
     def at(self, row: int) -> Payload | None:
         """A span of the file, where the image lies in it as it is, else a cell; None if not seekable."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewlabels.data.decode import Payload
-from fewlabels.data.parts import Part
+from fewlabels.data.parts import Part, spread
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Source:
         return chain.from_iterable(part.payloads() for part in self.parts)
 
     def sample(self, count: int) -> Iterator[Payload]:
-        """About count images from all over the source, without reading the rest where that is cheap."""
-        share = max(1, count // len(self.parts))
-        return chain.from_iterable(part.sample(share) for part in self.parts)
+        """At most count images from all over the source, without reading the rest where that is cheap."""
+        parts = [self.parts[i] for i in spread(len(self.parts), count)]
+        return chain.from_iterable(part.sample(count // len(parts)) for part in parts)
 
     @property
     def seekable(self) -> bool:
