@@ -6,7 +6,9 @@ import builtins
 import json
 import os
 import socket
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ import pytest
 from PIL import Image
 
 from fewlabels.data import decode
-from fewlabels.data.source import Source
+from fewlabels.data.parts import Files
+from fewlabels.data.source import Source, join, unlabeled
 from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, MissingInput, UsageError
 
@@ -427,6 +430,18 @@ def test_a_sample_is_no_larger_than_asked_for_however_many_files_there_are(tmp_p
     sample = list(source.sample(count))
     assert len(sample) == count
     assert sample[0] == next(source.payloads())
+
+
+def test_joining_many_sources_takes_no_more_than_their_names_do() -> None:
+    names = tuple(map(str, range(4000)))
+    sources = [replace(unlabeled("", names, Files(names)), classes=("ant", "bee")) for _ in range(400)]
+    begin = time.process_time()
+    joined = join(*sources)
+    assert time.process_time() - begin < 3  # 0.1 s; 8 s where each one copies all that stand before it
+    assert len(joined) == len(joined.labels) == len(joined.splits) == 400 * 4000
+    assert (joined.names[4001], joined.named(4001), len(joined.parts)) == ("1", '"1"', 400)
+    assert joined.classes == ("ant", "bee")
+    assert join(*sources, replace(sources[0], classes=("ant",)), sources[0]).classes is None
 
 
 def test_wrong_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

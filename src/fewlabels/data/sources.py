@@ -5,7 +5,6 @@ Reading order: `open_source`, then the openers in the order of `_open`. Nothing 
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -179,7 +178,7 @@ def _shards(images: str | Path) -> Source:
             why="which name a number means is not said",
             fix="write all of them with the class names, or with the names themselves",
         )
-    joined = replace(functools.reduce(join, opened), description=f"parquet files {shown}")
+    joined = replace(join(*opened), description=f"parquet files {shown}")
     if len(set(joined.names)) < len(joined):  # else no table could name them
         names = (f"{file}/{n}" for file, source in zip(found.names, opened, strict=True) for n in source.names)
         joined = replace(joined, names=tuple(map(printable, names)))
@@ -210,18 +209,15 @@ def _parquet(place: str) -> Source:
 def _npz(path: Path) -> Source:
     images, small = open_npz(path)
     classes = tuple(str(name) for name in small["classes"].tolist()) if "classes" in small else None
-    joined: Source | None = None
+    sources = []
     for name, part in images.items():
         split = "test" if name == "test_images" else "train"
-        source = unlabeled(
-            f"npz {printable(str(path))}", _numbers(len(part), "image" if split == "train" else split), part
-        )
+        names = _numbers(len(part), "image" if split == "train" else split)
+        source = unlabeled(f"npz {printable(str(path))}", names, part)
         source = replace(source, classes=classes, splits=(split,) * len(part))
         labels = small.get(name.replace("images", "labels"))
-        source = source if labels is None else with_sequence(source, labels)
-        joined = source if joined is None else join(joined, source)
-    assert joined is not None
-    return joined
+        sources.append(source if labels is None else with_sequence(source, labels))
+    return join(*sources)
 
 
 def _npy(path: Path) -> Source:
