@@ -591,6 +591,30 @@ def test_an_empty_path_is_not_the_current_folder() -> None:
         open_source("")
 
 
+class Frame:
+    """As a pandas.DataFrame: compared with anything it gives what is neither true nor false."""
+
+    shape = (2, 2)
+
+    def __eq__(self, other: object) -> Frame:  # type: ignore[override]
+        return self
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __bool__(self) -> bool:
+        raise ValueError("The truth value of a DataFrame is ambiguous")
+
+
+def test_tables_and_arrays_of_paths_are_told_what_may_be_given() -> None:
+    with pytest.raises(UsageError, match="images cannot be a Frame"):
+        open_source(Frame())
+    for kind in (str, object):
+        with pytest.raises(DataError) as caught:
+            open_source(np.array(["a.jpg", "b.jpg"], kind))
+        assert caught.value.fix == "give paths of pictures as a list: images.tolist()"
+
+
 class NAType:
     """As pandas.NA: neither equal to anything nor not."""
 

@@ -179,7 +179,13 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> No
     got = f"{where}: an array of {dtype} with shape {shape}"
     if dtype != np.uint8:
         hint = "multiply values from 0 to 1 by 255 and " if dtype.kind == "f" else ""
-        raise DataError(got, why=f"images are {ALLOWED_ARRAYS}", fix=f"{hint}convert with .astype(np.uint8)")
+        are_names = dtype.kind in "OU"
+        fix = (
+            "give paths of pictures as a list: images.tolist()"
+            if are_names
+            else f"{hint}convert with .astype(np.uint8)"
+        )
+        raise DataError(got, why=f"images are {ALLOWED_ARRAYS}", fix=fix)
     channels_first = len(shape) == 4 and shape[1] in (1, 3)
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
         fix = "move the channels last: images.transpose(0, 2, 3, 1)" if channels_first else "reshape the array"

@@ -46,7 +46,7 @@ def _open(images: Any) -> Source:
         return _array(images)
     if isinstance(images, str) and images == "digits":
         return _digits()
-    if images == "":
+    if isinstance(images, str) and not images:
         raise MissingInput("the path of the images is empty", why=f"images are {KINDS}", fix="is a variable unset?")
     if isinstance(images, str | os.PathLike):
         return _shards(str(images)) if shards.is_pattern(str(images)) else _path(Path(images))
