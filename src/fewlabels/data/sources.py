@@ -160,11 +160,11 @@ def _shards(images: str | Path) -> Source:
     found, shown = shards.find(str(images)), printable(str(images))
     is_tar = [place.lower().endswith(".tar") for place in found.places]
     if all(is_tar):
-        return _tars(found, shown)
+        return shards.open_tars(found, shown)
     if any(is_tar):
         raise DataError(f"{shown} holds tar and parquet files", fix="give a folder of one kind")
     opened = [
-        replace(source := _parquet(place), splits=(split,) * len(source))
+        replace(source := open_parquet(place), splits=(split,) * len(source))
         for place, split in zip(found.places, found.splits, strict=True)
     ]
     if len(opened) == 1:
@@ -186,24 +186,6 @@ def _shards(images: str | Path) -> Source:
         details = [f'the classes "{one}" and "{other}" look like one class' for one, other in alike]
         raise DataError(f"classes of {shown} differ in spelling only", details=details, fix="write each in one way")
     return joined
-
-
-def _tars(found: shards.Shards, shown: str) -> Source:
-    facts = shards.open_tars(found, shown)
-    if not facts.names:
-        raise DataError(f"{shown} holds no pictures", why="members are known by their endings: .jpg, .png, ...")
-    texts = "; the .txt members are captions and no labels" if facts.captions else ""
-    source = unlabeled(f"tar {shown} ({len(found.places):,} files{texts})", facts.names, facts.part)
-    return with_sequence(replace(source, splits=tuple(facts.splits)), facts.labels)
-
-
-def _parquet(place: str) -> Source:
-    facts = open_parquet(place)
-    if not facts.names:
-        raise DataError(f"{place} has no rows", fix="give a file with at least one image")
-    source = unlabeled(f"parquet {printable(place)}", tuple(map(printable, facts.names)), facts.part)
-    source = replace(source, classes=facts.classes)
-    return source if facts.labels is None else with_sequence(source, facts.labels)
 
 
 def _npz(path: Path) -> Source:

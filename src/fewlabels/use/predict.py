@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
-from fewlabels.data.source import Source
+from fewlabels.data.parts import Part
+from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.sources import open_source
 from fewlabels.data.tables import cell
 from fewlabels.errors import DataError, MissingInput, UsageError, printable
@@ -228,11 +229,11 @@ def _in_memory(images: Sequence[Any]) -> Source:
             )
     count = len(images)
     names = tuple(f"image-{index:06d}" for index in range(count))
-    return Source(f"{count:,} images", names, (None,) * count, ("train",) * count, None, (Pictures(tuple(images)),))
+    return unlabeled(f"{count:,} images", names, Pictures(tuple(images)))
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Part):
     """PIL images and arrays as a part of a source."""
 
     images: Sequence[Image.Image | npt.NDArray[np.uint8]]
@@ -240,20 +241,13 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.images)
 
-    def payloads(self) -> Iterator[decode.Payload]:
-        """Every image in order; PIL images as files in memory, so that all images pass through one decoder."""
-        for index, image in enumerate(self.images):
-            try:
-                yield image if isinstance(image, np.ndarray) else _encoded(image)
-            except (OSError, ValueError) as error:  # PIL reads a file when its pixels are asked for
-                raise DataError(f"image {index} of the list cannot be read: {error}", fix="leave it out") from error
-
-    def sample(self, count: int) -> Iterator[decode.Payload]:
-        """The first count images."""
-        return itertools.islice(self.payloads(), count)
-
-    def at(self, row: int) -> decode.Payload | None:
-        """None: predictions take each image once."""
+    def at(self, row: int) -> decode.Payload:
+        """One image; PIL images as files in memory, so that all images pass through one decoder."""
+        image = self.images[row]
+        try:
+            return image if isinstance(image, np.ndarray) else _encoded(image)
+        except (OSError, ValueError) as error:  # PIL reads a file when its pixels are asked for
+            raise DataError(f"image {row} of the list cannot be read: {error}", fix="leave it out") from error
 
     def stamps(self) -> Iterator[bytes]:
         """None: predictions are not resumed."""
