@@ -169,7 +169,7 @@ def evaluate(pixels: Tensor, extent: Tensor, *, size: int, kind: str = "photo", 
     return _make(pixels, Placement(box, stay, _identity(stay)), None, size=size, kind=kind, warped=False)
 
 
-def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo", crop: float | None = None) -> Tensor:
+def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo") -> Tensor:
     """evaluate() for images that fill their canvas, as a program that torch.export can trace with any H, W >= 2.
 
     uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in [0, 1]. Basic operations only, for exported models.
@@ -177,7 +177,7 @@ def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo", crop: floa
     _check_kind(kind, size)
     height, width = pixels.shape[2:]
     extent = torch.cat([torch.full((1, 1), side, device=pixels.device) for side in (height, width)], dim=1)
-    top, left, tall, wide = _central_box(extent, size=size, kind=kind, crop=crop).unbind(1)
+    top, left, tall, wide = _central_box(extent, size=size, kind=kind, crop=None).unbind(1)
     resize = KINDS[kind].resize
     rows = matrices(top, tall, in_size=height, out_size=size, resize=resize)
     columns = matrices(left, wide, in_size=width, out_size=size, resize=resize) / 255
