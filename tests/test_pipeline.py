@@ -22,11 +22,13 @@ from PIL import Image
 
 import fewlabels as fl
 from conftest import same, shapes_images
-from fewlabels import checkpoint, config, plan, prepare
+from fewlabels import checkpoint, config, plan, prepare, runtime
+from fewlabels.asked import Asked
 from fewlabels.data import pixels, views
 from fewlabels.data.loader import Batch
 from fewlabels.data.sources import open_source
 from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, RunAgain, UsageError
+from fewlabels.runfolder import Interrupts, RunFolder
 from fewlabels.stages import loop
 from fewlabels.stages.finetune import Finetune
 from fewlabels.use import propagate
@@ -699,3 +701,19 @@ def test_the_survey_looks_at_more_than_the_first_image(kind: str, tmp_path: Path
     np.save(tmp_path / "a.npy", images)
     np.savez(tmp_path / "a.npz", images=images)
     assert prepare.survey(open_source(tmp_path / f"a.{kind}")) == (16, False)
+
+
+def test_fewer_labels_than_processes_are_left_to_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing the stages comes first, and must not fail with words on a batch that nobody asked for."""
+    images, _ = shapes_images(12, size=16)
+    asked = Asked(
+        images=images, labels=[0, 1, 1, *[None] * 9], out=tmp_path / "run", recipe="smoke", device="cpu",
+        overrides={"distill": {"self_training": 0.95}},
+    )  # fmt: skip
+    folder = RunFolder(asked.out)
+    with folder.locked():
+        prepared = prepare.prepare(asked, prepare.open_images(asked), folder, torch.device("cpu"))
+    monkeypatch.setattr(runtime, "world_size", lambda: 4)
+    assert list(Worker(prepared, Interrupts()).held()) == ["pretrain"]
+    with pytest.raises(UsageError, match="too few for 4 processes"):
+        prepare.equations(prepared)

@@ -112,9 +112,9 @@ def test_permutation_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPat
     assert np.array_equal(random.permutation(1, 2, 1001), whole)
 
 
-def test_permutations_of_epochs_seeds_and_streams_differ_and_are_fair() -> None:
-    orders = [random.permutation(*arguments) for arguments in [(1, 2, 50), (1, 3, 50), (2, 2, 50), (1, 2, 50, 7)]]
-    assert all((orders[i] != orders[j]).sum() > 40 for i in range(4) for j in range(i))
+def test_permutations_of_epochs_and_seeds_differ_and_are_fair() -> None:
+    orders = [random.permutation(*arguments) for arguments in [(1, 2, 50), (1, 3, 50), (2, 2, 50)]]
+    assert all((orders[i] != orders[j]).sum() > 40 for i in range(3) for j in range(i))
     places = np.stack([random.permutation(0, epoch, 5) for epoch in range(1500)])
     counts = np.stack([np.bincount(places[:, place], minlength=5) for place in range(5)])
     assert abs(counts - 300).max() < 70  # standard deviation 15.5

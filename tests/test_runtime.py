@@ -155,3 +155,21 @@ def test_a_world_that_nobody_started_is_no_bug(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UsageError) as refused:
         runtime.start("cpu")
     assert "unset WORLD_SIZE" in refused.value.fix
+
+
+def test_gradients_of_two_kinds_are_averaged_in_one_order_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kinds stood in a set, whose order is that of addresses: ranks could have added one kind to another."""
+    weights = [torch.nn.Parameter(torch.ones(2, dtype=kind)) for kind in (torch.float64, torch.float32, torch.float64)]
+    for i, weight in enumerate(weights):
+        weight.grad = torch.full_like(weight, i + 1.0)
+    sent = []
+
+    def all_reduce(flat: torch.Tensor) -> None:
+        sent.append(flat.tolist())
+        flat.mul_(4)  # the other rank's are three times as large
+
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    runtime.average_gradients(weights)
+    assert sent == [[1.0, 1.0, 2.0, 2.0, 3.0, 3.0]]
+    assert [weight.grad.tolist() for weight in weights] == [[2.0 * i] * 2 for i in (1, 2, 3)]

@@ -107,10 +107,10 @@ class Stopped(FewlabelsError):
     (Slurm's --signal=USR1@60), whose job script asks by the exit code whether to queue the job again.
     """
 
-    def __init__(self, signal_number: int, where: str, *, fix: str = "") -> None:
+    def __init__(self, signal_number: int, where: str) -> None:
         self.exit_code = RunAgain.exit_code if signal_number == signal.SIGUSR1 else 128 + signal_number
         name = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
-        super().__init__(f"stopped by {name} {where}", fix=fix or "run the same command to go on")
+        super().__init__(f"stopped by {name} {where}", fix="run the same command to go on")
 
 
 class RankFailed(FewlabelsError):

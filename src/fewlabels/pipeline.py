@@ -303,7 +303,6 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
         student = recipe.distill.student if final == "distill" else None
         card = Card(
             encoder=student or recipe.encoder,
-            stem=None,
             tap=classifier.tap,
             head_layers=recipe.pretrain.head_layers,
             head_out=recipe.pretrain.head_out,

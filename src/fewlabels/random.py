@@ -49,7 +49,7 @@ def uniforms(seed: int, epoch: int, ids: Tensor, stream: int, count: int) -> Ten
     return (words >> 8).to(torch.float32) * 2.0**-24
 
 
-def permutation(seed: int, epoch: int, n: int, stream: int = ORDER) -> np.ndarray:
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of n things: int64 (n,), the same on every machine and with every version of every library.
 
     It is the stable argsort of n 64-bit words: word i is half i % 2 of the block with id i // 2.
@@ -57,7 +57,7 @@ def permutation(seed: int, epoch: int, n: int, stream: int = ORDER) -> np.ndarra
     keys = np.empty(n + n % 2, dtype=np.uint64)
     for first in range(0, (n + 1) // 2, CHUNK):
         ids = torch.arange(first, min(first + CHUNK, (n + 1) // 2))
-        words = _words(seed, epoch, ids, stream, 1).numpy().astype(np.uint64)
+        words = _words(seed, epoch, ids, ORDER, 1).numpy().astype(np.uint64)
         keys[2 * first : 2 * first + 2 * len(ids)] = (words[:, 0::2] | words[:, 1::2] << np.uint64(32)).ravel()
     return np.argsort(keys[:n], kind="stable")
 

@@ -296,7 +296,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its mean over ranks, in one collective per dtype; sharded ones are that already.
+    """Replace each gradient by its mean over ranks, all in one collective; sharded ones are that already.
 
     Every rank's loss is the mean over an equal share of the batch, so this is the gradient of the mean over
     the whole batch.
@@ -304,12 +304,12 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
-    for dtype in {g.dtype for g in gradients}:
-        same = [g for g in gradients if g.dtype == dtype]
-        flat = torch.cat([g.reshape(-1) for g in same])
-        dist.all_reduce(flat)
-        parts = torch.split(flat.div_(world_size()), [g.numel() for g in same])
-        torch._foreach_copy_(same, [part.view_as(g) for part, g in zip(parts, same, strict=True)])
+    if not gradients:
+        return
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    parts = torch.split(flat.div_(world_size()), [g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
 def any_rank(*, flag: bool) -> bool:

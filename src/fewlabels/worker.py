@@ -345,11 +345,13 @@ class Worker:
         if self.dataset.num_classes:
             outline = self._outline()
             teacher = self._teacher("finetune", outline)
-            if len(self.dataset.labeled) >= 2 * runtime.world_size():
+            enough = len(self.dataset.labeled) >= 2 * runtime.world_size()  # else plan.derive tells it
+            if enough:
                 found["finetune"] = Finetune(self._teacher("finetune", outline), view=self._view("finetune"))
             for name, student in self._students():
                 if student is None and self.prepared.self_trains:
-                    found[name] = self._self_train(name, self._teacher("finetune", outline))
+                    if enough:
+                        found[name] = self._self_train(name, self._teacher("finetune", outline))
                 else:
                     network = self._student(name, student, outline)
                     found[name] = Distill(teacher, network, view=self._view(name), temperature=1.0)

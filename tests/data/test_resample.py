@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fewlabels.data.resample import matrices, resample, sparse_matrices, warp
+from fewlabels.data.resample import matrices, resample, warp
 
 BOXES = [(0, 0, 40, 50), (3, 7, 20, 11), (39, 49, 1, 1), (10, 0, 30, 50), (0, 45, 2, 5), (5, 5, 13, 17)]  # y x h w
 
@@ -70,13 +70,12 @@ def test_flip_mirrors_the_chosen_images() -> None:
 
 @pytest.mark.parametrize("resize", ["antialias", "tf2", "tf1"])
 @pytest.mark.parametrize(("in_size", "out_size"), [(160, 128), (160, 33), (7, 32), (32, 32), (2, 1), (1, 5)])
-def test_sparse_matrices_equal_the_dense(in_size: int, out_size: int, resize: str) -> None:
+def test_rows_sum_to_one_and_nothing_beside_the_crop_counts(in_size: int, out_size: int, resize: str) -> None:
     length = torch.randint(1, in_size + 1, (50,)).float()
     start = ((in_size - length + 1) * torch.rand(50)).floor().clamp(max=in_size - 1)
     flip = torch.rand(50) < 0.5
     sizes = {"in_size": in_size, "out_size": out_size, "resize": resize}
     dense = matrices(start, length, flip, **sizes)
-    torch.testing.assert_close(sparse_matrices(start, length, flip, **sizes), dense, atol=1e-6, rtol=0)
     pixel = torch.arange(in_size)
     outside = (pixel < start[:, None]) | (pixel >= (start + length)[:, None])
     assert (dense * outside[:, None]).abs().max() == 0

@@ -6,7 +6,9 @@ import builtins
 import json
 import os
 import socket
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ import pytest
 from PIL import Image
 
 from fewlabels.data import decode
-from fewlabels.data.source import Source
+from fewlabels.data.parts import Files
+from fewlabels.data.source import Source, join, unlabeled
 from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, MissingInput, UsageError
 
@@ -398,7 +401,7 @@ def test_parquet(tmp_path: Path, key: str, struct: bool) -> None:
     raw = write_parquet(tmp_path / "a.parquet", 10, metadata=metadata, struct=struct)
     source = open_source(tmp_path / "a.parquet")
     assert list(source.payloads()) == raw
-    assert 1 <= len(list(source.sample(4))) <= 8
+    assert 1 <= len(list(source.sample(4))) <= 4
     shown = names if key != "none" else ["0", "1", "2"]
     assert source.labels == tuple(None if i == 1 else shown[i % 3] for i in range(10))
     assert source.classes == (tuple(names) if key != "none" else None)
@@ -414,6 +417,31 @@ def test_folder_of_parquet_files(tmp_path: Path) -> None:
     source = open_source(tmp_path / "d")
     assert source.splits == ("test",) * 2 + ("train",) * 5
     assert len(decoded(source)) == 7
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_a_sample_is_no_larger_than_asked_for_however_many_files_there_are(tmp_path: Path, count: int) -> None:
+    (tmp_path / "d").mkdir()
+    write_parquet(tmp_path / "0.parquet", 36, metadata={})  # 9 row groups
+    for i in range(5):
+        (tmp_path / f"d/{i}.parquet").write_bytes((tmp_path / "0.parquet").read_bytes())
+    source = open_source(tmp_path / "d")
+    assert 1 <= len(list(source.parts[0].sample(count))) <= count
+    sample = list(source.sample(count))
+    assert len(sample) == count
+    assert sample[0] == next(source.payloads())
+
+
+def test_joining_many_sources_takes_no_more_than_their_names_do() -> None:
+    names = tuple(map(str, range(4000)))
+    sources = [replace(unlabeled("", names, Files(names)), classes=("ant", "bee")) for _ in range(400)]
+    begin = time.process_time()
+    joined = join(*sources)
+    assert time.process_time() - begin < 3  # 0.1 s; 8 s where each one copies all that stand before it
+    assert len(joined) == len(joined.labels) == len(joined.splits) == 400 * 4000
+    assert (joined.names[4001], joined.named(4001), len(joined.parts)) == ("1", '"1"', 400)
+    assert joined.classes == ("ant", "bee")
+    assert join(*sources, replace(sources[0], classes=("ant",)), sources[0]).classes is None
 
 
 def test_wrong_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,6 +589,30 @@ def test_shards_beside_pictures_are_told(tmp_path: Path) -> None:
 def test_an_empty_path_is_not_the_current_folder() -> None:
     with pytest.raises(MissingInput, match="is empty"):
         open_source("")
+
+
+class Frame:
+    """As a pandas.DataFrame: compared with anything it gives what is neither true nor false."""
+
+    shape = (2, 2)
+
+    def __eq__(self, other: object) -> Frame:  # type: ignore[override]
+        return self
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __bool__(self) -> bool:
+        raise ValueError("The truth value of a DataFrame is ambiguous")
+
+
+def test_tables_and_arrays_of_paths_are_told_what_may_be_given() -> None:
+    with pytest.raises(UsageError, match="images cannot be a Frame"):
+        open_source(Frame())
+    for kind in (str, object):
+        with pytest.raises(DataError) as caught:
+            open_source(np.array(["a.jpg", "b.jpg"], kind))
+        assert caught.value.fix == "give paths of pictures as a list: images.tolist()"
 
 
 class NAType:

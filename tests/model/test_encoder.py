@@ -192,11 +192,6 @@ def test_names(name, feature_dim, kernel):
     assert features.shape == (2, feature_dim)
 
 
-def test_stem_argument_overrules_the_name():
-    assert encoder("resnet18_0.125x", stem="small").stem.small
-    assert not encoder("resnet18_0.125x_small", stem="imagenet").stem.small
-
-
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -223,8 +218,6 @@ def test_wrong_arguments():
         resnet(18, stem="tiny")
     with pytest.raises(UsageError, match="depth 19"):
         resnet(19)
-    with pytest.raises(UsageError, match="their own stems"):
-        encoder("timm:resnet10t", stem="small")
 
 
 @pytest.mark.parametrize("block", [-1, 0, 2, 4])

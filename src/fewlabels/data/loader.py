@@ -43,19 +43,17 @@ class Batch:
     labels: Tensor  # (B,) int64, -1 = unlabeled
     epoch: int
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with each of its tensors changed."""
+        return Batch(change(self.pixels), change(self.extent), change(self.ids), change(self.labels), self.epoch)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on device."""
-        return replace(
-            self,
-            pixels=self.pixels.to(device, non_blocking=True),
-            extent=self.extent.to(device, non_blocking=True),
-            ids=self.ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-        )
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pick(self, rows: Tensor, epoch: int) -> Batch:
         """The images in these places, on the device where all are."""
-        return Batch(self.pixels[rows], self.extent[rows], self.ids[rows], self.labels[rows], epoch)
+        return replace(self.each(lambda tensor: tensor[rows]), epoch=epoch)
 
 
 @dataclass(frozen=True)

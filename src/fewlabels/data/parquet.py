@@ -11,15 +11,17 @@ import functools
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from types import ModuleType
 from typing import Any, cast
 
 from fewlabels.data.decode import Payload
-from fewlabels.data.parts import UNREADABLE, damaged, spread
+from fewlabels.data.parts import UNREADABLE, Part, damaged, spread
 from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
-from fewlabels.errors import DataError, UsageError, nearest
+from fewlabels.data.source import Source, unlabeled
+from fewlabels.data.told import with_sequence
+from fewlabels.errors import DataError, UsageError, nearest, printable
 
 ROWS = 64
 LARGEST_GROUP = 64 << 20  # bytes of pictures in a compressed row group; one picture costs all that stand before it
@@ -47,7 +49,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Parquet:
+class Parquet(Part):
     """A parquet file with encoded images: `column` is binary, or a struct with the field bytes."""
 
     place: str
@@ -63,10 +65,10 @@ class Parquet:
         return self._read(None)
 
     def sample(self, count: int) -> Iterator[Payload]:
-        """Images of evenly spaced row groups."""
-        groups = [int(i) for i in spread(len(self.ends), 8)]
+        """At most count images, of at most 8 evenly spaced row groups."""
+        groups = spread(len(self.ends), min(8, count)).tolist()
         for group in groups:
-            yield from islice(self._read([group]), max(1, count // len(groups)))
+            yield from islice(self._read([group]), count // len(groups))
 
     def at(self, row: int) -> Payload | None:
         """A span of the file, where the image lies in it as it is, else a cell; None if not seekable."""
@@ -150,18 +152,11 @@ def _chunk(group: Any, column: str) -> Any:
 # --- opening ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ParquetFacts:
-    """What a parquet file says of its images besides their pixels."""
+def open_parquet(place: str) -> Source:
+    """The images of a parquet file in the Hugging Face layout: columns `image` (or `img`) and maybe `label`.
 
-    part: Parquet
-    names: tuple[str, ...]
-    labels: list[Any] | None
-    classes: tuple[str, ...] | None
-
-
-def open_parquet(place: str) -> ParquetFacts:
-    """The images of a parquet file in the Hugging Face layout: columns `image` (or `img`) and maybe `label`."""
+    Raises DataError for a damaged or empty file, UsageError without pyarrow.
+    """
     try:
         with _file(place) as file:
             schema, rows = file.schema_arrow, int(file.metadata.num_rows)
@@ -183,12 +178,16 @@ def open_parquet(place: str) -> ParquetFacts:
                 names = [
                     value and value["path"] for value in file.read(columns=[f"{column}.path"]).column(0).to_pylist()
                 ]
-            shown = tuple(name or f"{place.rpartition('/')[2]}:{row}" for row, name in enumerate(names))
+            shown = (name or f"{place.rpartition('/')[2]}:{row}" for row, name in enumerate(names))
             ends = tuple(accumulate(int(group.num_rows) for group in groups))
             part = Parquet(place, column, ends, all(_seekable(_chunk(group, column)) for group in groups))
-            return ParquetFacts(part, shown, labels, _class_names(schema.metadata or {}))
+            source = unlabeled(f"parquet {printable(place)}", tuple(map(printable, shown)), part)
+            source = replace(source, classes=_class_names(schema.metadata or {}))
     except UNREADABLE as error:
         raise damaged(place, error) from error
+    if not rows:
+        raise DataError(f"{place} has no rows", fix="give a file with at least one image")
+    return source if labels is None else with_sequence(source, labels)
 
 
 def _seekable(chunk: Any) -> bool:

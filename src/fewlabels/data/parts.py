@@ -13,12 +13,13 @@ import mmap
 import tokenize
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -39,40 +40,39 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-class Part(Protocol):
+class Part(ABC):
     """Images of one kind, in order."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def payloads(self) -> Iterator[Payload]:
-        """Every image in order, streaming."""
-
-    def sample(self, count: int) -> Iterator[Payload]:
-        """At most count images, from all over the part where that is cheap."""
-
+    @abstractmethod
     def at(self, row: int) -> Payload | None:
         """One image, from several threads at once; None where images come as a stream only."""
 
+    @abstractmethod
     def stamps(self) -> Iterator[bytes]:
         """What changes when the images do: sizes and times of files, the bytes of arrays."""
 
+    def payloads(self) -> Iterator[Payload]:
+        """Every image in order, streaming."""
+        return (image for row in range(len(self)) if (image := self.at(row)) is not None)
+
+    def sample(self, count: int) -> Iterator[Payload]:
+        """At most count images, from all over the part where that is cheap, else the first ones."""
+        if self.at(0) is None:
+            return itertools.islice(self.payloads(), count)
+        return (image for row in spread(len(self), count).tolist() if (image := self.at(row)) is not None)
+
 
 @dataclass(frozen=True)
-class Files:
+class Files(Part):
     """Picture files."""
 
     paths: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def payloads(self) -> Iterator[Payload]:
-        """The paths."""
-        return map(Path, self.paths)
-
-    def sample(self, count: int) -> Iterator[Payload]:
-        """Evenly spaced paths."""
-        return (Path(self.paths[i]) for i in spread(len(self.paths), count))
 
     def at(self, row: int) -> Payload:
         """The path."""
@@ -84,7 +84,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Array:
+class Array(Part):
     """An array in memory, or a read-only np.memmap, whose pages are given back as they are done with."""
 
     images: npt.NDArray[np.uint8]
@@ -99,10 +99,6 @@ class Array:
             yield from self.images[first : first + step]
             _give_back(self.images)
 
-    def sample(self, count: int) -> Iterator[Payload]:
-        """Evenly spaced images."""
-        return (self.images[i] for i in spread(len(self.images), count))
-
     def at(self, row: int) -> Payload:
         """A view."""
         image: npt.NDArray[np.uint8] = self.images[row]
@@ -114,7 +110,7 @@ class Array:
 
 
 @dataclass(frozen=True)
-class ArrayFile:
+class ArrayFile(Part):
     """An .npy file, or the member of an .npz file, read chunk by chunk (mapping it would count as our memory)."""
 
     path: Path
@@ -139,12 +135,6 @@ class ArrayFile:
                     yield from np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
         except UNREADABLE as error:
             raise damaged(self.path, error) from error
-
-    def sample(self, count: int) -> Iterator[Payload]:
-        """Images from all over an .npy file, the first ones of an .npz file's member."""
-        if self.member is not None:
-            return itertools.islice(self.payloads(), count)
-        return (image for row in spread(len(self), count) if (image := self.at(int(row))) is not None)
 
     def at(self, row: int) -> Payload | None:
         """One image of an .npy file; the members of an .npz file may be compressed."""
@@ -179,7 +169,13 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> No
     got = f"{where}: an array of {dtype} with shape {shape}"
     if dtype != np.uint8:
         hint = "multiply values from 0 to 1 by 255 and " if dtype.kind == "f" else ""
-        raise DataError(got, why=f"images are {ALLOWED_ARRAYS}", fix=f"{hint}convert with .astype(np.uint8)")
+        are_names = dtype.kind in "OU"
+        fix = (
+            "give paths of pictures as a list: images.tolist()"
+            if are_names
+            else f"{hint}convert with .astype(np.uint8)"
+        )
+        raise DataError(got, why=f"images are {ALLOWED_ARRAYS}", fix=fix)
     channels_first = len(shape) == 4 and shape[1] in (1, 3)
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
         fix = "move the channels last: images.transpose(0, 2, 3, 1)" if channels_first else "reshape the array"

@@ -3,13 +3,10 @@
 Crop, resize and flip are one linear map per axis, so a view is rows @ image @ columns^T with two small matrices for
 each image. That is exact for images of different shapes in one batch, and only pixels inside the crop have any weight.
 
-B = images, H, W = height and width of the canvas, S = side of the view, I, O = pixels in and out along one axis,
-T = taps: input pixels that one output pixel looks at.
+B = images, H, W = height and width of the canvas, S = side of the view, I, O = pixels in and out along one axis.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -46,27 +43,6 @@ def matrices(
     return _weights(pixel[:, None], centre, scale, length)
 
 
-def sparse_matrices(
-    start: Tensor, length: Tensor, flip: Tensor | None = None, *, in_size: int, out_size: int, resize: str
-) -> Tensor:
-    """matrices(), with the weights computed for the T nearest pixels only and scattered.
-
-    Measured for 64 images on 2 cores, 160 -> 128: 0.4 ms against 3.2. in_size must be a plain number.
-    """
-    if resize == "tf1":
-        pixel, weights = _legacy(length, flip, out_size=out_size)
-    else:
-        widest = max(1.0, in_size / out_size) if resize == "antialias" else 1.0
-        taps = 2 * math.ceil(2 * widest) + 1
-        centre = centres(length, flip, out_size=out_size, resize=resize)[..., None]
-        scale = _scale(length, out_size=out_size, resize=resize)
-        pixel = torch.floor(centre - 2 * scale) + torch.arange(taps, device=start.device)  # (B, O, T)
-        weights = _weights(pixel, centre, scale, length)
-    dense = weights.new_zeros(len(start), out_size, in_size)
-    # What is clamped here is outside the crop and adds zero
-    return dense.scatter_add_(2, (pixel + start[:, None, None]).clamp(0, in_size - 1).long(), weights)
-
-
 def centres(length: Tensor, flip: Tensor | None, *, out_size: int, resize: str) -> Tensor:
     """Where the centre of each output pixel falls in the crop, (B, O), counted from the centre of its first pixel."""
     index = torch.arange(out_size, device=length.device, dtype=torch.float32)[None]  # (1, O)
@@ -89,7 +65,7 @@ def _scale(length: Tensor, *, out_size: int, resize: str) -> Tensor:
 
 
 def _weights(pixel: Tensor, centre: Tensor, scale: Tensor, length: Tensor) -> Tensor:
-    """Normalised weights (B, O, I or T) of input pixels for output pixels; pixel and centre count from the crop."""
+    """Normalised weights (B, O, I) of input pixels for output pixels; pixel and centre count from the crop."""
     distance = ((pixel - centre) / scale).abs()
     # Keys' two cubic pieces as truncated powers: a third of the passes over memory that torch.where would take
     outer, inner = (2 - distance).clamp(min=0), (1 - distance).clamp(min=0)

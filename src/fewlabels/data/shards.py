@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -28,9 +28,10 @@ import numpy.typing as npt
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data import folders, places, tables
-from fewlabels.data.decode import Payload
 from fewlabels.data.folders import PICTURES
-from fewlabels.data.parts import damaged, spread
+from fewlabels.data.parts import Part, damaged
+from fewlabels.data.source import Source, unlabeled
+from fewlabels.data.told import with_sequence
 from fewlabels.errors import DataError, MissingInput, printable
 
 ENDINGS = (".tar", ".parquet")
@@ -92,7 +93,7 @@ def _split_of(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Tars:
+class Tars(Part):
     """Pictures in tar files."""
 
     shards: Shards
@@ -109,16 +110,8 @@ class Tars:
         """Whether a picture takes a request."""
         return any(map(places.is_url, self.shards.places))
 
-    def payloads(self) -> Iterator[Payload]:
-        """Spans, read by who decodes them."""
-        return map(self.at, range(len(self)))
-
-    def sample(self, count: int) -> Iterator[Payload]:
-        """Evenly spaced pictures."""
-        return map(self.at, spread(len(self), count).tolist())
-
     def at(self, row: int) -> places.Span:
-        """The span."""
+        """The span, read by who decodes it."""
         shard = int(np.searchsorted(self.ends, row, side="right"))
         begin, length = self.spans[row].tolist()
         name = f"/{self.members[row]}"
@@ -129,24 +122,16 @@ class Tars:
         return iter(self.shards.states)
 
 
-class TarFacts(NamedTuple):
-    """What tar shards say of their images besides their pixels."""
-
-    part: Tars
-    names: tuple[str, ...]
-    labels: list[Any]
-    splits: list[str]
-    captions: bool  # whether texts were passed over because they are no class names
-
-
-def open_tars(shards: Shards, where: str) -> TarFacts:
-    """The images of tar shards. where: what they are called together. Raises DataError for a damaged one."""
+def open_tars(shards: Shards, where: str) -> Source:
+    """The images of tar shards. where: what they are called together. Raises DataError for damaged or empty ones."""
     found = _indices(shards)
     counts = [len(index["members"]) for index in found]
     ends = np.cumsum(counts)
     members = [member for index in found for member in index["members"]]
     faults = {int(end) - n + i: words for end, n, index in zip(ends, counts, found, strict=True)
               for i, words in index["faults"]}  # fmt: skip
+    if not members:
+        raise DataError(f"{where} holds no pictures", why="members are known by their endings: .jpg, .png, ...")
     part = Tars(shards, ends, members, np.concatenate([index["spans"] for index in found]), faults)
     names = (f"{name}/{member}" for name, index in zip(shards.names, found, strict=True) for member in index["members"])
     kind = next((ending for ending in LABELS if any(ending in index["labels"] for index in found)), "")
@@ -156,7 +141,9 @@ def open_tars(shards: Shards, where: str) -> TarFacts:
     if not kind or captions:
         labels, inner = _place(["" if i in faults else member for i, member in enumerate(members)], where)
         splits = [own if own != "train" else outer for own, outer in zip(inner, splits, strict=True)]
-    return TarFacts(part, tuple(map(printable, names)), labels, splits, captions)
+    texts = "; the .txt members are captions and no labels" if captions else ""
+    source = unlabeled(f"tar {where} ({len(shards.places):,} files{texts})", tuple(map(printable, names)), part)
+    return with_sequence(replace(source, splits=tuple(splits)), labels)
 
 
 def _place(members: Sequence[str], where: str) -> tuple[list[str | None], list[str]]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewlabels.data.decode import Payload
-from fewlabels.data.parts import Part
+from fewlabels.data.parts import Part, spread
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Source:
         return chain.from_iterable(part.payloads() for part in self.parts)
 
     def sample(self, count: int) -> Iterator[Payload]:
-        """About count images from all over the source, without reading the rest where that is cheap."""
-        share = max(1, count // len(self.parts))
-        return chain.from_iterable(part.sample(share) for part in self.parts)
+        """At most count images from all over the source, without reading the rest where that is cheap."""
+        parts = [self.parts[i] for i in spread(len(self.parts), count)]
+        return chain.from_iterable(part.sample(count // len(parts)) for part in parts)
 
     @property
     def seekable(self) -> bool:
@@ -73,16 +73,17 @@ def unlabeled(description: str, names: tuple[str, ...], part: Part) -> Source:
     return Source(description, names, (None,) * count, ("train",) * count, None, (part,))
 
 
-def join(first: Source, second: Source) -> Source:
-    """Both sources as one; declared classes stay only where both declare the same."""
-    lines = [np.zeros(len(each), np.int32) if each.lines is None else each.lines for each in (first, second)]
+def join(*sources: Source) -> Source:
+    """All sources as one; declared classes stay only where all declare the same."""
+    first = sources[0]
+    lines = [np.zeros(len(each), np.int32) if each.lines is None else each.lines for each in sources]
     return replace(
         first,
-        names=(*first.names, *second.names),
-        labels=(*first.labels, *second.labels),
-        splits=(*first.splits, *second.splits),
-        classes=first.classes if first.classes == second.classes else None,
-        parts=first.parts + second.parts,
+        names=tuple(chain.from_iterable(each.names for each in sources)),
+        labels=tuple(chain.from_iterable(each.labels for each in sources)),
+        splits=tuple(chain.from_iterable(each.splits for each in sources)),
+        classes=first.classes if all(each.classes == first.classes for each in sources) else None,
+        parts=tuple(chain.from_iterable(each.parts for each in sources)),
         lines=np.concatenate(lines),
-        notes=first.notes + second.notes,
+        notes=tuple(chain.from_iterable(each.notes for each in sources)),
     )

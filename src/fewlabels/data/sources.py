@@ -5,7 +5,6 @@ Reading order: `open_source`, then the openers in the order of `_open`. Nothing 
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -47,7 +46,7 @@ def _open(images: Any) -> Source:
         return _array(images)
     if isinstance(images, str) and images == "digits":
         return _digits()
-    if images == "":
+    if isinstance(images, str) and not images:
         raise MissingInput("the path of the images is empty", why=f"images are {KINDS}", fix="is a variable unset?")
     if isinstance(images, str | os.PathLike):
         return _shards(str(images)) if shards.is_pattern(str(images)) else _path(Path(images))
@@ -161,11 +160,11 @@ def _shards(images: str | Path) -> Source:
     found, shown = shards.find(str(images)), printable(str(images))
     is_tar = [place.lower().endswith(".tar") for place in found.places]
     if all(is_tar):
-        return _tars(found, shown)
+        return shards.open_tars(found, shown)
     if any(is_tar):
         raise DataError(f"{shown} holds tar and parquet files", fix="give a folder of one kind")
     opened = [
-        replace(source := _parquet(place), splits=(split,) * len(source))
+        replace(source := open_parquet(place), splits=(split,) * len(source))
         for place, split in zip(found.places, found.splits, strict=True)
     ]
     if len(opened) == 1:
@@ -179,7 +178,7 @@ def _shards(images: str | Path) -> Source:
             why="which name a number means is not said",
             fix="write all of them with the class names, or with the names themselves",
         )
-    joined = replace(functools.reduce(join, opened), description=f"parquet files {shown}")
+    joined = replace(join(*opened), description=f"parquet files {shown}")
     if len(set(joined.names)) < len(joined):  # else no table could name them
         names = (f"{file}/{n}" for file, source in zip(found.names, opened, strict=True) for n in source.names)
         joined = replace(joined, names=tuple(map(printable, names)))
@@ -189,39 +188,18 @@ def _shards(images: str | Path) -> Source:
     return joined
 
 
-def _tars(found: shards.Shards, shown: str) -> Source:
-    facts = shards.open_tars(found, shown)
-    if not facts.names:
-        raise DataError(f"{shown} holds no pictures", why="members are known by their endings: .jpg, .png, ...")
-    texts = "; the .txt members are captions and no labels" if facts.captions else ""
-    source = unlabeled(f"tar {shown} ({len(found.places):,} files{texts})", facts.names, facts.part)
-    return with_sequence(replace(source, splits=tuple(facts.splits)), facts.labels)
-
-
-def _parquet(place: str) -> Source:
-    facts = open_parquet(place)
-    if not facts.names:
-        raise DataError(f"{place} has no rows", fix="give a file with at least one image")
-    source = unlabeled(f"parquet {printable(place)}", tuple(map(printable, facts.names)), facts.part)
-    source = replace(source, classes=facts.classes)
-    return source if facts.labels is None else with_sequence(source, facts.labels)
-
-
 def _npz(path: Path) -> Source:
     images, small = open_npz(path)
     classes = tuple(str(name) for name in small["classes"].tolist()) if "classes" in small else None
-    joined: Source | None = None
+    sources = []
     for name, part in images.items():
         split = "test" if name == "test_images" else "train"
-        source = unlabeled(
-            f"npz {printable(str(path))}", _numbers(len(part), "image" if split == "train" else split), part
-        )
+        names = _numbers(len(part), "image" if split == "train" else split)
+        source = unlabeled(f"npz {printable(str(path))}", names, part)
         source = replace(source, classes=classes, splits=(split,) * len(part))
         labels = small.get(name.replace("images", "labels"))
-        source = source if labels is None else with_sequence(source, labels)
-        joined = source if joined is None else join(joined, source)
-    assert joined is not None
-    return joined
+        sources.append(source if labels is None else with_sequence(source, labels))
+    return join(*sources)
 
 
 def _npy(path: Path) -> Source:

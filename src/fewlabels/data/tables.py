@@ -67,15 +67,6 @@ class Table:
         )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the table says of one image."""
-
-    label: str | None
-    split: str | None
-    line: int
-
-
 def read_table(path: Path) -> Table:
     """The rows of a labels CSV. Faults that leave nothing to read are raised, the others are in the table."""
     table = Table(path)
@@ -110,13 +101,13 @@ def read_table(path: Path) -> Table:
     return table
 
 
-def match(table: Table, find: Callable[[str], int | str], names: Callable[[], Iterable[str]]) -> dict[int, Answer]:
-    """What the table says, by image number. All faults are raised together.
+def match(table: Table, find: Callable[[str], int | str], names: Callable[[], Iterable[str]]) -> dict[int, Row]:
+    """The first row of each image that the table names, by image number. All faults are raised together.
 
     find: an image cell's image number, or words for why there is none ("" = simply unknown). names: what images are
     called, to offer the nearest for an unknown one.
     """
-    said: dict[int, tuple[Row, Answer]] = {}
+    said: dict[int, Row] = {}
     offered: list[str] | None = None
     for row in table.rows:
         index = find(row.image)
@@ -127,31 +118,29 @@ def match(table: Table, find: Callable[[str], int | str], names: Callable[[], It
             continue
         if not row.sound:
             continue
-        answer = Answer(row.label, row.split, row.line)
-        before = said.setdefault(index, (row, answer))
-        if before[1].label != answer.label:
-            labels = [f'"{label}"' if label else "no label" for label in (answer.label, before[1].label)]
-            table.fault(row.line, f'"{row.image}" has {labels[0]} here and {labels[1]} in line {before[0].line}')
-        elif before[1].split != answer.split:
-            table.fault(row.line, f'"{row.image}" is in another split in line {before[0].line}')
+        before = said.setdefault(index, row)
+        if before.label != row.label:
+            labels = [f'"{label}"' if label else "no label" for label in (row.label, before.label)]
+            table.fault(row.line, f'"{row.image}" has {labels[0]} here and {labels[1]} in line {before.line}')
+        elif before.split != row.split:
+            table.fault(row.line, f'"{row.image}" is in another split in line {before.line}')
     table.refuse()
-    return {index: answer for index, (_, answer) in said.items()}
+    return said
 
 
 def overruled(
-    found: Sequence[Answer], names: Sequence[str], labels: Sequence[str | None], splits: Sequence[str]
+    found: Sequence[Row], names: Sequence[str], labels: Sequence[str | None], splits: Sequence[str]
 ) -> tuple[str, ...]:
     """A note on images that the table takes out of their class folder or out of the held-out ones.
 
-    found: the table's answer for each image; labels, splits: what their places say. A folder's name is a class only
+    found: the table's row for each image; labels, splits: what their places say. A folder's name is a class only
     where the table has it as a class too: 2024/ and 2025/ are none.
     """
-    classes = {answer.label for answer in found if answer.label}
+    classes = {row.label for row in found if row.label}
     rows = [
-        f'"{name}" (line {answer.line})'
-        for answer, name, label, split in zip(found, names, labels, splits, strict=True)
-        if (answer.label and label in classes and label != answer.label)
-        or (answer.split and split not in ("train", answer.split))
+        f'"{name}" (line {row.line})'
+        for row, name, label, split in zip(found, names, labels, splits, strict=True)
+        if (row.label and label in classes and label != row.label) or (row.split and split not in ("train", row.split))
     ]
     words = f"{len(rows):,} image{'s' if len(rows) > 1 else ''} of another class or split than the place says"
     return (f"{words}; the CSV counts: {', '.join(rows[:3])}{', ...' if len(rows) > 3 else ''}",) if rows else ()

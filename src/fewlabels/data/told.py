@@ -25,30 +25,39 @@ def with_labels(source: Source, labels: Any) -> Source:
     path = Path(labels)
     if path.suffix == ".txt" and not re.search("[,;\t]", tables.read_text(path)):
         return _with_list(source, path)
-    table = tables.read_table(path)
-    parts = [part for part in source.parts if isinstance(part, Files)]
-    if len(parts) == len(source.parts):
-        files = [file for part in parts for file in part.paths]
-        where = [path.parent, source.folder] if source.folder else [path.parent]
-        find = tables.Finder(where, _real_paths(files, source.folder))
-    else:
-        find = tables.Finder([Path("/")], (f"/{name}" for name in source.names))
-    answers = tables.match(table, find, lambda: source.names)
-    # Held-out images that the table does not name keep the class of their place, if it is one of the table's
-    told, places = {a.label for a in answers.values()}, zip(source.labels, source.splits, strict=True)
-    owns = [own if split != "train" else None for own, split in places]
-    found = [answers.get(i) or tables.Answer(own if own in told else None, None, 0) for i, own in enumerate(owns)]
-    lost = sorted({own for i, own in enumerate(owns) if own and own not in told and i not in answers})
-    note = f"not measured, since {path.name} has no such class: held-out images in {', '.join(lost[:20])}"
+    rows = tables.match(tables.read_table(path), _finder(source, path), lambda: source.names)
+    told = {row.label for row in rows.values()}
+    nothing = tables.Row(0, "", None, None, sound=True)
+    found, lost = [], set()
+    for i, (own, split) in enumerate(zip(source.labels, source.splits, strict=True)):
+        if i in rows:
+            found.append(rows[i])
+        elif split != "train" and own in told:  # held out, and of a class of the table's: its place says which
+            found.append(replace(nothing, label=own))
+        else:
+            found.append(nothing)
+            if own and split != "train":
+                lost.add(own)
+    note = f"not measured, since {path.name} has no such class: held-out images in {', '.join(sorted(lost)[:20])}"
     return replace(
         source,
         description=f"{source.description}, labels from {printable(str(path))}",
-        labels=tuple(answer.label for answer in found),
-        splits=tuple(a.split or split for a, split in zip(found, source.splits, strict=True)),
+        labels=tuple(row.label for row in found),
+        splits=tuple(row.split or split for row, split in zip(found, source.splits, strict=True)),
         classes=None,
-        lines=np.array([answer.line for answer in found], dtype=np.int32),
+        lines=np.array([row.line for row in found], dtype=np.int32),
         notes=(*tables.overruled(found, source.names, source.labels, source.splits), *([note] if lost else [])),
     )
+
+
+def _finder(source: Source, path: Path) -> tables.Finder:
+    """Finds the images that the table in path names: files by their paths, others by their names."""
+    parts = [part for part in source.parts if isinstance(part, Files)]
+    if len(parts) < len(source.parts):
+        return tables.Finder([Path("/")], (f"/{name}" for name in source.names))
+    files = [file for part in parts for file in part.paths]
+    where = [path.parent, source.folder] if source.folder else [path.parent]
+    return tables.Finder(where, _real_paths(files, source.folder))
 
 
 def _with_list(source: Source, path: Path) -> Source:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fewlabels import random
 from fewlabels.data import colour
-from fewlabels.data.resample import matrices, resample, sparse_matrices, warp
+from fewlabels.data.resample import matrices, resample, warp
 from fewlabels.errors import DataError, UsageError, nearest
 
 # Candidate crops per image; the whole image when all fail. The reference tries 100 times. One try fails with
@@ -173,7 +173,7 @@ def evaluate(pixels: Tensor, extent: Tensor, *, size: int, kind: str = "photo", 
     return _make(pixels, Placement(box, stay, _identity(stay)), None, size=size, kind=kind, warped=False)
 
 
-def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo", crop: float | None = None) -> Tensor:
+def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo") -> Tensor:
     """evaluate() for images that fill their canvas, as a program that torch.export can trace with any H, W >= 2.
 
     uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in [0, 1]. Basic operations only, for exported models.
@@ -181,11 +181,8 @@ def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo", crop: floa
     _check_kind(kind, size)
     height, width = pixels.shape[2:]
     extent = torch.cat([torch.full((1, 1), side, device=pixels.device) for side in (height, width)], dim=1)
-    top, left, tall, wide = _central_box(extent, size=size, kind=kind, crop=crop).unbind(1)
-    resize = KINDS[kind].resize
-    rows = matrices(top, tall, in_size=height, out_size=size, resize=resize)
-    columns = matrices(left, wide, in_size=width, out_size=size, resize=resize) / 255
-    return resample(pixels.to(torch.float32), rows, columns).clamp(0, 1)
+    box = _central_box(extent, size=size, kind=kind, crop=None)
+    return _cut(pixels, box, None, size=size, kind=kind).clamp(0, 1)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------
@@ -348,7 +345,7 @@ def place(
     pixels: Tensor, placement: Placement, *, size: int, kind: str = "photo", warped: bool | None = None
 ) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 (B, 3, size, size), a little beyond [0, 1] where the bicubic kernel overshoots."""
-    images = _cut(pixels, placement, size=size, kind=kind)
+    images = _cut(pixels, placement.box, placement.flip, size=size, kind=kind)
     return warp(images, placement.affine) if (KINDS[kind].warp if warped is None else warped) else images
 
 
@@ -374,13 +371,13 @@ def _blur_radius(size: int) -> int:
     return size // 10 // 2
 
 
-def _cut(pixels: Tensor, placement: Placement, *, size: int, kind: str) -> Tensor:
-    """Crop, resize and flip: uint8 (B, 3, H, W) -> float32 (B, 3, size, size)."""
-    top, left, tall, wide = placement.box.unbind(1)
+def _cut(pixels: Tensor, box: Tensor, flip: Tensor | None, *, size: int, kind: str) -> Tensor:
+    """Crop, resize and flip: uint8 (B, 3, H, W) -> float32 (B, 3, size, size). H, W may be symbolic (torch.export)."""
+    top, left, tall, wide = box.unbind(1)
     height, width = pixels.shape[2:]
     resize = KINDS[kind].resize
-    rows = sparse_matrices(top, tall, in_size=height, out_size=size, resize=resize)
-    columns = sparse_matrices(left, wide, placement.flip, in_size=width, out_size=size, resize=resize)
+    rows = matrices(top, tall, in_size=height, out_size=size, resize=resize)
+    columns = matrices(left, wide, flip, in_size=width, out_size=size, resize=resize)
     return resample(pixels.to(torch.float32), rows, columns / 255)
 
 

@@ -35,16 +35,14 @@ SK_RATIO = 1 / 16  # of every published model with selective kernels
 # --- by name -----------------------------------------------------------------------------------------------
 
 
-def encoder(name: str, *, stem: str | None = None) -> Encoder:
+def encoder(name: str) -> Encoder:
     """An encoder by its name, with fresh weights; (N, 3, H, W) -> (N, .feature_dim), and `.freeze(block)`.
 
     name: "resnet50", "resnet18_0.25x", "resnet152_3x_sk", "resnet18_small" (suffixes in this order: width, selective
-    kernels, small stem), or "timm:NAME" for any model of timm. stem: "imagenet" or "small", overrules the name.
+    kernels, small stem), or "timm:NAME" for any model of timm.
     Raises UsageError for names that are none of these, with the nearest one that is.
     """
     if name.startswith("timm:"):
-        if stem is not None:
-            raise UsageError(f'stem="{stem}" was given for "{name}"', fix="timm models have their own stems")
         return TimmEncoder(name.removeprefix("timm:"))
     match = re.fullmatch(r"resnet(\d{2,3})(?:_(\d+(?:\.\d+)?)x)?(_sk)?(_small)?", name, re.ASCII)
     if match is None or int(match[1]) not in BLOCKS:
@@ -58,7 +56,7 @@ def encoder(name: str, *, stem: str | None = None) -> Encoder:
         int(match[1]),
         width=float(match[2] or 1),
         selective_kernel=match[3] is not None,
-        stem=stem or ("small" if match[4] else "imagenet"),
+        stem="small" if match[4] else "imagenet",
     )
 
 
@@ -210,17 +208,9 @@ class Stem(nn.Module):
             self.conv = conv(3, channels, kernel=7, stride=2)
         self.norm = BatchNorm(channels)
 
-    def convolve(self, x: Tensor) -> Tensor:
-        """Up to the last convolution."""
-        return self.conv(self.first(x))  # type: ignore[no-any-return]
-
-    def finish(self, x: Tensor) -> Tensor:
-        """Batch norm, ReLU and, unless small, the pool."""
-        x = F.relu_(self.norm(x))
-        return x if self.small else max_pool(x)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(self.convolve(x))
+        x = F.relu_(self.norm(self.conv(self.first(x))))
+        return x if self.small else max_pool(x)
 
 
 class Residual(nn.Module):

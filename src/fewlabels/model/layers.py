@@ -83,9 +83,6 @@ class BatchNorm(nn.Module):
             self.running_variance.lerp_(variance.to(self.running_variance.dtype), 1 - DECAY)
         return y  # type: ignore[no-any-return]
 
-    def extra_repr(self) -> str:
-        return f"{len(self.weight)}, bias={self.bias is not None}"
-
 
 @contextlib.contextmanager
 def statistics(module: nn.Module, use: str) -> Iterator[None]:
@@ -287,14 +284,8 @@ class SelectiveKernel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.branches(x)  # (N, 2C, H, W)
         first, second = y.chunk(2, dim=1)
-        summary = sum_of_halves(y.mean((2, 3), keepdim=True))  # (N, C, 1, 1)
+        summary = torch.add(*y.mean((2, 3), keepdim=True).chunk(2, dim=1))  # (N, C, 1, 1)
         preference = self.mix(self.squeeze(summary))  # (N, 2C, 1, 1)
         of_first, of_second = preference.chunk(2, dim=1)
         # The softmax over two is a sigmoid of their difference, which autocast leaves in y's dtype.
         return torch.lerp(second, first, torch.sigmoid(of_first - of_second))
-
-
-def sum_of_halves(x: Tensor) -> Tensor:
-    """(N, 2C, ...) -> (N, C, ...): the first C channels plus the last C."""
-    first, second = x.chunk(2, dim=1)
-    return first + second

@@ -44,13 +44,13 @@ class Stage(nn.Module):
 
     def trained(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name."""
-        return {name: t for name, t in self.state_dict().items() if not name.startswith(self.frozen or ("\0",))}
+        return {name: t for name, t in self.state_dict().items() if not name.startswith(self.frozen)}
 
     def train(self, mode: bool = True) -> Stage:  # noqa: FBT001, FBT002 - nn.Module's signature
         """Like nn.Module.train, but frozen parts stay in inference mode."""
         super().train(mode)
         for name, module in self.named_children():
-            if f"{name}.".startswith(self.frozen or ("\0",)):
+            if f"{name}.".startswith(self.frozen):
                 module.eval()
         return self
 

@@ -55,7 +55,7 @@ def held(stage: Stage, optimizer: str, *, ranks: int, shard: bool, bf16: bool) -
     """Bytes that one of so many ranks holds at the peak of a step in any case; stage may be on the meta device."""
     share = ranks if shard else 1
     trained = sum(p.nbytes for p in stage.parameters() if p.requires_grad)
-    frozen = sum(p.nbytes for name, p in stage.named_parameters() if name.startswith(stage.frozen or ("\0",)))
+    frozen = sum(p.nbytes for name, p in stage.named_parameters() if name.startswith(stage.frozen))
     average = sum(p.nbytes for p in stage.parameters()) - trained - frozen
     pieces = [piece for part in stage.modules() if isinstance(part, Encoder) for piece in part.pieces]
     pieces += [part for part in stage.modules() if isinstance(part, ProjectionHead)]

@@ -22,7 +22,7 @@ def share_out(stage: Stage) -> Stage:
     The encoder is gathered piece by piece, a head or the layers above the encoder in one. What the stage only reads
     is shared, not copied, and stays whole: ranks may ask a teacher at different times (answers.py).
     """
-    frozen = [part for name, part in stage.named_children() if f"{name}.".startswith(stage.frozen or ("\0",))]
+    frozen = [part for name, part in stage.named_children() if f"{name}.".startswith(stage.frozen)]
     copied = copy.deepcopy(stage, {id(part): part for part in frozen})
     read = {id(inner) for part in frozen for inner in part.modules()}
     for part in reversed(list(copied.modules())):  # inner ones first

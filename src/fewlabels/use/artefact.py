@@ -35,7 +35,7 @@ WEIGHTS, DESCRIPTION, MANIFEST, README = "weights.safetensors", "model.json", "m
 class Card:
     """What model.json says beside the weights: enough to rebuild the network and to feed it.
 
-    encoder, stem: as given to `encoder`. tap: layers of the projection head below the classifier. head_layers,
+    encoder: as given to `encoder`. tap: layers of the projection head below the classifier. head_layers,
     head_out: the head it was pretrained with, unused when tap is 0. size, kind: of the evaluation view.
     canvas: the working size at which images were kept for training, None = as they came. temperature: divides the
     logits. metrics: what `measure` returned, or None. whole_head: the file also keeps the layers of the head above
@@ -44,7 +44,6 @@ class Card:
     """
 
     encoder: str
-    stem: str | None = None
     tap: int = 0
     head_layers: int = 3
     head_out: int = 128
@@ -66,7 +65,7 @@ class Card:
 
 def build(card: Card) -> tuple[Classifier, ProjectionHead | None]:
     """The network of card with new weights, and the head it was pretrained with as far as it is kept."""
-    body = encoder(card.encoder, stem=card.stem)
+    body = encoder(card.encoder)
     has_head = card.tap or card.whole_head
     head = ProjectionHead(body.feature_dim, card.head_out, card.head_layers) if has_head else None
     # an encoder carries a classifier of one class at zero, which Model never asks
@@ -207,8 +206,8 @@ def _faults(card: Card, num_classes: object) -> list[str]:
         faults.append("two classes have the same name")
     if num_classes != len(card.classes):
         faults.append(f"num_classes is {num_classes!r}, but {len(card.classes)} classes are named")
-    if not isinstance(card.encoder, str) or not isinstance(card.stem, str | None):
-        faults.append(f"encoder is {card.encoder!r} with stem {card.stem!r}, both must be names")
+    if not isinstance(card.encoder, str):
+        faults.append(f"encoder is {card.encoder!r}, it must be a name")
     if card.kind not in KINDS:
         faults.append(f"kind is {card.kind!r}, allowed are {', '.join(KINDS)}")
     if not isinstance(card.whole_head, bool):

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
+from fewlabels.data.parts import Part
 from fewlabels.data.places import real
-from fewlabels.data.source import Source
+from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.sources import open_source
 from fewlabels.data.tables import cell
 from fewlabels.errors import DataError, MissingInput, UsageError, printable
@@ -227,11 +228,11 @@ def _in_memory(images: Sequence[Any]) -> Source:
             )
     count = len(images)
     names = tuple(f"image-{index:06d}" for index in range(count))
-    return Source(f"{count:,} images", names, (None,) * count, ("train",) * count, None, (Pictures(tuple(images)),))
+    return unlabeled(f"{count:,} images", names, Pictures(tuple(images)))
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Part):
     """PIL images and arrays as a part of a source."""
 
     images: Sequence[Image.Image | npt.NDArray[np.uint8]]
@@ -239,16 +240,9 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.images)
 
-    def payloads(self) -> Iterator[decode.Payload]:
-        """Every image in order."""
-        return iter(self.images)
-
-    def sample(self, count: int) -> Iterator[decode.Payload]:
-        """The first count images."""
-        return itertools.islice(self.payloads(), count)
-
-    def at(self, row: int) -> decode.Payload | None:
-        """None: predictions take each image once."""
+    def at(self, row: int) -> decode.Payload:
+        """One image."""
+        return self.images[row]
 
     def stamps(self) -> Iterator[bytes]:
         """None: predictions are not resumed."""
