@@ -15,6 +15,7 @@ from benchmarks.lab import Body, Lab
 from conftest import shapes_images
 from fewlabels import runtime
 from fewlabels.data.labels import Dataset
+from fewlabels.data.loader import Batch
 from fewlabels.data.sources import open_source
 from fewlabels.errors import UsageError
 from fewlabels.model.encoder import encoder
@@ -122,8 +123,9 @@ def test_the_table_of_self_training(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(workload, "trained", lambda stage, *rest: (trained.append(type(stage)), train(stage, *rest)))
     rows = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12], selftraining.WAYS)
     assert set(rows) == set(selftraining.WAYS)
-    assert Counter(trained) == {  # from labels alone, then one fine-tuning for four rows
+    assert Counter(trained) == {  # from labels alone, then one fine-tuning for five rows
         Pretrain: 1, Finetune: 4, Distill: 2, SelfTrain: 2, selftraining.Unshifted: 2, selftraining.FixMatch: 2,
+        selftraining.Contrasted: 2,
     }  # fmt: skip
     again = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12], ["fine-tuned"])
     assert again == {"fine-tuned": rows["fine-tuned"]}
@@ -187,12 +189,28 @@ def test_the_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ways_to_pretrain(tmp_path: Path) -> None:
     made = laboratory(tmp_path)
     seen = {}
-    both = "gray as photos, 4 views of 64"
-    for name in ("NT-Xent", "decoupled, 4 views of 64", "coding rate, 4 views of 64", "4 views of 64", "gray", both):
+    names = [
+        "NT-Xent", "decoupled, 4 views of 64", "coding rate, 4 views of 64", "4 views of 64", "gray",
+        "gray as photos, 4 views of 64", "4 views of 64, crops from 0.25, keys of momentum 0.99",
+        "2 views and 4 small ones of 64, crops from 0.25", "4 views of 64 of 3/4 the side, crops from 0.25",
+    ]  # fmt: skip
+    for name in names:
         trial = pretraining.Trial(made, name, 0)
         assert set(trial.numbers([12])) == {f"12, tap {tap}" for tap in pretraining.TAPS}
         seen[name] = next(trial.features()[0].parameters())
-    assert len({tuple(weights.flatten().tolist()) for weights in seen.values()}) == 6
+    assert len({tuple(weights.flatten().tolist()) for weights in seen.values()}) == len(names)
+    costs = [pretraining.WAYS[name].cost for name in names[-4:]]
+    assert costs == pytest.approx([4, 4 + 4 / 3, 2 + 4 / 4, 4 * 9 / 16])
+
+
+def test_mixed_images_have_a_part_of_another_one() -> None:
+    ids = torch.arange(6)
+    batch = Batch(pixels=torch.zeros(6), extent=torch.zeros(6), ids=ids, labels=ids, epoch=3)
+    plain = torch.eye(6).reshape(6, 6, 1, 1)
+    made = lab.mixed(lambda *_: plain)(batch, 0)
+    assert torch.equal(made, lab.mixed(lambda *_: plain)(batch, 0)), "the same view again"
+    assert made.sum(dim=1) == pytest.approx(torch.ones(6, 1, 1))
+    assert (made.diagonal().flatten() < 0.999).sum() >= 3, "each has another one in it"
 
 
 def test_decoupled_is_nt_xent_without_the_positive_below() -> None:
