@@ -227,8 +227,11 @@ def test_on_a_cpu_photos_are_seen_in_four_gentle_views(images: int, batch: int) 
     facts = Facts(images=images, labeled=10, classes=5, side=64, gray=False, on_gpu=False, threads=2)
     found = recipes.best(facts).pretrain
     assert (found.views, found.batch, found.smallest_crop) == (4, batch, 0.25)
-    assert (recipes.best(facts).size, recipes.best(facts).pretrain_size) == (64, 48)
-    pixels = found.epochs * found.views * (48 / 64) ** 2
+    assert found.epochs * found.views == 2 * recipes.simclrv2(facts).pretrain.epochs
+    assert (recipes.best(facts).size, recipes.best(facts).pretrain_size) == (64, 64)
+    small = recipes.best(replace(facts, side=32))
+    assert (small.size, small.pretrain_size) == (32, 24)
+    pixels = small.pretrain.epochs * small.pretrain.views * (24 / 32) ** 2
     assert pixels == pytest.approx(2 * recipes.simclrv2(facts).pretrain.epochs, rel=0.01)
     drawings, on_gpu = replace(facts, gray=True, side=28), replace(facts, on_gpu=True)
     for others in (recipes.simclrv2(facts), recipes.best(drawings), recipes.best(on_gpu)):
@@ -236,17 +239,25 @@ def test_on_a_cpu_photos_are_seen_in_four_gentle_views(images: int, batch: int) 
 
 
 def test_a_timm_model_pretrains_on_the_size_that_it_may_be_made_for_alone(tmp_path: Path) -> None:
+    small = replace(FACTS, side=32)
     for wishes, resolution in (({}, 1.0), ({"resolution": 0.5}, 0.5)):
         overrides = {"encoder": "timm:vit_tiny_patch16_224"} | wishes
         asked_for = asked.Asked(images=tmp_path, out=tmp_path, overrides=overrides)
-        assert asked.resolve(asked_for, FACTS, None, set()).resolution == resolution
+        found = asked.resolve(asked_for, small, None, set())
+        assert found.resolution == resolution
+        assert found.pretrain.epochs == (89 if wishes else pytest.approx(50, abs=0.2)), "as many pixels"
+        stored = {"recipe": asdict(found), "asked": asked_for.wishes() | {"seed": 7}, "understood": {"labeled": 95}}
+        later = replace(asked_for, overrides={"encoder": "timm:vit_tiny_patch16_224"})
+        assert asked.resolve(later, small, stored, {"pretrain"}).resolution == resolution, "what was begun goes on"
     own = asked.Asked(images=tmp_path, out=tmp_path, overrides={"encoder": "resnet50"})
-    assert asked.resolve(own, FACTS, None, set()).resolution == 0.75
+    assert asked.resolve(own, small, None, set()).resolution == 0.75
 
 
 def test_a_whole_recipe_of_an_older_version_is_not_filled_up_with_what_ours_is_today(tmp_path: Path) -> None:
     old = recipes.simclrv2(FACTS)
-    lines = [line for line in config.to_toml(old).splitlines() if not line.startswith(("views", "smallest_crop"))]
+    lines = [
+        line for line in config.to_toml(old).splitlines() if not line.startswith(("views", "smallest_crop", "resol"))
+    ]
     (tmp_path / "old.toml").write_text("\n".join(lines))
     assert asked.of_name(str(tmp_path / "old.toml"), FACTS) == replace(old, name="custom")
     (tmp_path / "own.toml").write_text('name = "mine"\n[pretrain]\nepochs = 7\n')
@@ -317,6 +328,14 @@ def test_an_edited_recipe_file_counts(tmp_path: Path) -> None:
     file.unlink()
     assert asked.of_run(replace(wishes, recipe="auto"), folder) == wishes
     assert asked.resolve(replace(wishes), FACTS, before, {"pretrain"}).distill.epochs == 3
+
+
+def test_a_recipe_file_may_be_a_link_to_a_file_of_another_name(tmp_path: Path) -> None:
+    (tmp_path / "ab12").write_text("[pretrain]\nepochs = 7\n")
+    (tmp_path / "own.toml").symlink_to("ab12")
+    wishes = asked.Asked(images=tmp_path, out=tmp_path / "run", recipe=str(tmp_path / "own.toml"))
+    found = asked.of_run(wishes, RunFolder(tmp_path / "run"))
+    assert asked.resolve(found, FACTS, None, set()).pretrain.epochs == 7
 
 
 def test_wishes_are_plain_values(tmp_path: Path) -> None:

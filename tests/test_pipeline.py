@@ -189,6 +189,7 @@ def test_the_same_command_again_changes_nothing(run: fl.Run, photos: Path) -> No
         ({"pretrain": SMALL["pretrain"] | {"epochs": 5}}, "pretrain.epochs"),
         ({"seed": 1}, "seed"),
         ({"encoder": "resnet18_0.25x_small"}, "encoder"),
+        ({"resolution": 0.5}, "resolution"),
         ({"finetune": SMALL["finetune"] | {"tap": 2}}, "finetune.tap"),
         ({"keep_labels": 8}, "labels"),
     ],

@@ -198,6 +198,8 @@ def test_values_are_plain_however_they_are_given(model: Path, tmp_path: Path) ->
     assert (found.size, found.working_size, found.finetune.tap) == (24, 40, 1)
     assert config.from_dict(json.loads(json.dumps(asdict(found)))) == found
     assert resolve(replace(wishes, overrides={**values, "working_size": None}), facts, None, set()).working_size == 36
+    on_photos = replace(wishes, recipe="best", overrides={"pretrained": str(model)})
+    assert resolve(on_photos, replace(facts, side=32), None, set()).resolution == 1, "nothing pretrains"
 
 
 def test_a_budget_and_check_know_what_is_left(

@@ -92,10 +92,10 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
     """asked, with the recipe of the run where `auto` leaves it open; another one is refused once a stage has begun."""
     stored, recipe = folder.resolved(), asked.recipe
     if recipe.endswith(".toml"):
-        recipe = real(recipe)  # a later command may come from another folder
+        recipe = str(Path(recipe).absolute())  # a later command may come from another folder
     begun = begun_stages(folder)
     before = stored["asked"]["recipe"] if stored and begun else recipe
-    if recipe not in ("auto", before, real(before)):
+    if recipe not in ("auto", before) and real(recipe) != real(before):
         raise CannotCreate(
             f"{folder.path} was begun with the recipe {before}, and {recipe} is asked for now",
             why="one run follows one recipe; nothing was changed",
@@ -135,8 +135,9 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
     recipe = config.override(recipe, asked.overrides)
-    if recipe.encoder.startswith("timm:") and "resolution" not in asked.given():
-        recipe = replace(recipe, resolution=1.0)  # many are made for images of one size
+    if recipe.encoder.startswith("timm:") and "resolution" not in explicit:  # many are made for images of one size
+        as_many = recipe.pretrain.epochs * (1.0 if asked.names("pretrain", "epochs") else recipe.resolution**2)
+        recipe = replace(recipe, resolution=1.0, pretrain=replace(recipe.pretrain, epochs=round(as_many, 1)))
     if "temperature" in asked.overrides.get("distill", {}) and recipe.distill.student is None:
         raise UsageError(
             "distill.temperature was given, and there is no student of another size",
@@ -169,6 +170,7 @@ def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Re
         pretrained=str(folder),
         encoder=card.encoder,
         size=size,
+        resolution=1.0,
         kind=recipe.kind if "kind" in explicit else card.kind,
         working_size=recipe.working_size if "working_size" in explicit else fitting,
         pretrain=replace(recipe.pretrain, head_layers=max(1, card.head_layers), head_out=card.head_out),

@@ -121,7 +121,9 @@ def reasons(recipe: Recipe, facts: Facts) -> list[str]:
     machine = "a GPU" if facts.on_gpu else f"{facts.threads} CPU threads"
     colour = "gray" if facts.gray else "colour"
     return [
-        f"encoder {recipe.encoder}, views of {recipe.size} px ({recipe.pretrain_size} in pretraining): "
+        f"encoder {recipe.encoder}, views of {recipe.size} px"
+        + f" ({recipe.pretrain_size} in pretraining)" * (recipe.resolution != 1)
+        + ": "
         + (
             f"the model in {recipe.pretrained}"
             if recipe.pretrained

@@ -105,9 +105,9 @@ def best(facts: Facts) -> Recipe:
     Gentler views, and the paper's LARS only in batches of 1,024 (CIFAR-10 (JPEG), 60 epochs on a GPU, tap 0: 45, 56 and
     65 % with 40, 250 and 4,000 labels, AdamW 40, 54 and 64; who asks for smaller ones there should ask for AdamW too).
     Digits and drawings prefer SGD and a temperature of 0.5 (tap 0: 91.7 % against 86.5 at 0.2, 83.4 with AdamW). Photos
-    on a CPU, where pretraining is short, are seen in four views of crops from a quarter of the area on and three
-    quarters of the side: for as many pixels 41 % in place of 32 on CIFAR-10 (JPEG), 42 in place of 37 on Imagenette
-    (LOG.md).
+    on a CPU, where pretraining is short, are seen in four views of crops from a quarter of the area on: for as many
+    views 36 % in place of 32 on CIFAR-10 (JPEG), 40 in place of 37 on Imagenette; small ones at three quarters of the
+    side: for as many pixels 41 on CIFAR-10 (JPEG). At 64 px that saves too little time to pay (LOG.md).
 
     Where features are good (evaluate.too_weak) the network then teaches itself, a thousand steps if there is time:
     97.7 % on digits with 20 labels where distillation had 90.2; with 740 steps 51.5 on Imagenette with 95 where it had
@@ -129,7 +129,7 @@ def best(facts: Facts) -> Recipe:
     else:
         pretrain = replace(pretrain, optimizer="adamw", learning_rate=2e-3, scaling="none", temperature=0.2)
         if not facts.on_gpu:
-            base = replace(base, resolution=0.75)
+            base = replace(base, resolution=0.75 if base.size <= 48 else 1.0)
             epochs = round(pretrain.epochs * 2 / 4 / base.resolution**2)  # for as many pixels
             pretrain = replace(pretrain, views=4, batch=min(64, pretrain.batch), smallest_crop=0.25, epochs=epochs)
     return replace(

@@ -207,7 +207,11 @@ def test_unknown_formats_and_missing_packages_say_what_to_do(
 ) -> None:
     with pytest.raises(UsageError, match=r'"onnx" or "torch"'):
         export.export(tiny, tmp_path, format="tflite")
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(export.importlib, "import_module", absent)
     with pytest.raises(UsageError, match=re.escape('pip install "fewlabels[export]"')):
         export.export(tiny, tmp_path, format="onnx")
 

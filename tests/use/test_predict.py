@@ -257,6 +257,14 @@ def test_a_picture_that_was_not_read_yet_stays_as_it_is(model: Model) -> None:
     assert (found == model.predict_proba([np.asarray(Image.open(file))] * 40)).all()
 
 
+def test_an_orientation_that_was_set_in_memory_counts(model: Model) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    turned = Image.fromarray(image)
+    turned.getexif()[0x0112] = 6  # 90 degrees clockwise to be upright
+    assert (model.predict_proba([turned]) == model.predict_proba([np.rot90(image, -1).copy()])).all()
+    assert (model.predict_proba([turned]) != model.predict_proba([image])).any()
+
+
 def test_pictures_that_are_not_there_are_no_unreadable_ones(model: Model, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(MissingInput, match="1 of the pictures are not there") as refused:

@@ -91,7 +91,7 @@ def decode(payload: Payload, canvas: int | None = None) -> Pixels:
                 _check_size(payload)
                 with _lock:  # the same one may come twice at once, and Pillow reads its file when pixels are asked for
                     image = payload.copy()
-                return _pixels(image, canvas)
+                return _pixels(image, canvas, _orientation(payload))  # a copy leaves out what was set in memory
             with _open(payload) as stream, _identified(stream) as image:
                 pixels = _plain_jpeg(image, stream, canvas)
                 return _pixels(image, canvas) if pixels is None else pixels
@@ -241,14 +241,17 @@ def _from_array(array: npt.NDArray[np.uint8], canvas: int | None) -> Pixels:
     return _pixels(Image.fromarray(np.ascontiguousarray(array)), canvas)
 
 
-def _pixels(image: Image.Image, canvas: int | None) -> Pixels:
-    """(H, W, 3): scaled as early as can be, so that a large picture is converted and turned when it is small."""
+def _pixels(image: Image.Image, canvas: int | None, orientation: int | None = None) -> Pixels:
+    """(H, W, 3): scaled as early as can be, so that a large picture is converted and turned when it is small.
+
+    orientation: EXIF's, in place of the image's own.
+    """
     height, width = fitted(image.height, image.width, canvas)
     if (height, width) != (image.height, image.width):
         # libjpeg decodes at 1/2, 1/4 or 1/8; kept at twice the target, the result cannot be told from the full one
         image.draft(None, (width * 2, height * 2)) if isinstance(image, ImageFile.ImageFile) else None
     image.load()
-    turn = UPRIGHT.get(_orientation(image))
+    turn = UPRIGHT.get(_orientation(image) if orientation is None else orientation)
     height, width = fitted(image.height, image.width, canvas)  # TIFF turns itself upright while loading
     image = _eight_bit(image)
     if (width, height) != image.size:

@@ -10,7 +10,7 @@ Shapes: B images, H x W pixels, K classes.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import json
 import logging
@@ -104,7 +104,13 @@ def _facts(model: Model) -> dict[str, str]:
 
 
 def _require(packages: tuple[str, ...]) -> None:
-    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+    missing = []
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            missing.append(package)
+    if missing:
         raise UsageError(
             f"export to ONNX needs the packages {', '.join(missing)}",
             why="they are not installed with fewlabels, since most people do not need them",
