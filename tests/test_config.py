@@ -247,6 +247,8 @@ def test_a_timm_model_pretrains_on_the_size_that_it_may_be_made_for_alone(tmp_pa
         assert found.resolution == resolution
         assert found.pretrain.epochs == (89 if wishes else pytest.approx(50, abs=0.2)), "as many pixels"
         stored = {"recipe": asdict(found), "asked": asked_for.wishes() | {"seed": 7}, "understood": {"labeled": 95}}
+        own = replace(asked_for, overrides=overrides | {"pretrain": {"epochs": 0.04}})
+        assert asked.resolve(own, small, None, set()).pretrain.epochs == 0.04, "what was asked for stays"
         later = replace(asked_for, overrides={"encoder": "timm:vit_tiny_patch16_224"})
         assert asked.resolve(later, small, stored, {"pretrain"}).resolution == resolution, "what was begun goes on"
     own = asked.Asked(images=tmp_path, out=tmp_path, overrides={"encoder": "resnet50"})

@@ -136,8 +136,9 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
     recipe = config.override(recipe, asked.overrides)
     if recipe.encoder.startswith("timm:") and "resolution" not in explicit:  # many are made for images of one size
-        as_many = recipe.pretrain.epochs * (1.0 if asked.names("pretrain", "epochs") else recipe.resolution**2)
-        recipe = replace(recipe, resolution=1.0, pretrain=replace(recipe.pretrain, epochs=round(as_many, 1)))
+        as_many = 1.0 if asked.names("pretrain", "epochs") else recipe.resolution**2
+        pretrain = replace(recipe.pretrain, epochs=recipe.pretrain.epochs * as_many)
+        recipe = replace(recipe, resolution=1.0, pretrain=pretrain)
     if "temperature" in asked.overrides.get("distill", {}) and recipe.distill.student is None:
         raise UsageError(
             "distill.temperature was given, and there is no student of another size",
