@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,30 +80,38 @@ def said_and_was(*, recompute: bool) -> tuple[float, float, float]:
     return needed.peak(IMAGES), peak, resting
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_batch_four_times_as_large_needs_what_was_said(recompute: bool) -> None:
-    """In a process of its own: what other tests leave behind may be given back between the two measurements."""
-    program = f"import json, test_memory; print(json.dumps(test_memory.said_and_was(recompute={recompute})))"
+def image_of(*, chunk: int = 0, recompute: bool = False) -> float:
+    """Bytes that one more image of a step needs."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = place_in(Path(temporary))
+        needed = memory.need(job(place, 128, chunk=chunk, recompute=recompute), place)
+    assert needed is not None
+    return needed.image
+
+
+def alone(measurement: str) -> list[float]:
+    """What it returns in a process of its own: what other tests leave in theirs may be given back meanwhile."""
+    program = f"import json, test_memory; print(json.dumps(test_memory.{measurement}))"
     paths = os.pathsep.join([*map(str, (Path(__file__).parent, Path(__file__).parents[1])), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    said, peak, resting = json.loads(done.stdout)
-    print(f"said {said / 1e6:.0f} MB, was {peak / 1e6:.0f} MB, {resting / 1e6:.0f} MB at rest")
+    print(f"{measurement}: {done.stdout.strip()} bytes")
+    return list(np.ravel(json.loads(done.stdout)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_batch_four_times_as_large_needs_what_was_said(recompute: bool) -> None:
+    said, peak, resting = alone(f"said_and_was(recompute={recompute})")
     assert said == pytest.approx(peak, rel=0.25)
     assert said - resting == pytest.approx(peak - resting, rel=0.25)  # what grows, without what rests
 
 
-def test_chunks_and_recomputation_need_less_for_an_image(place: Workplace) -> None:
-    plain, chunked, again = (
-        memory.need(job(place, 128, **how), place) for how in ({}, {"chunk": 16}, {"recompute": True})
-    )
-    assert plain is not None
-    assert chunked is not None
-    assert again is not None
-    assert chunked.image < 0.3 * plain.image
-    assert again.image < 0.7 * plain.image
+def test_chunks_and_recomputation_need_less_for_an_image() -> None:
+    plain, chunked, again = (alone(f"image_of({how})")[0] for how in ("", "chunk=16", "recompute=True"))
+    assert chunked < 0.3 * plain
+    assert again < 0.7 * plain
 
 
 def test_the_largest_batch_fills_the_room(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
