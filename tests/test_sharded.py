@@ -33,8 +33,8 @@ from test_two_ranks import build, strong
 from test_world_sizes import STOPPED, train
 
 STAGES = {
-    "sk": "lars", "float32": "lars", "recompute": "lars", "momentum": "lars", "batch": "lars", "finetune": "sgd",
-    "distill": "adamw", "selftrain": "adamw",
+    "sk": "lars", "float32": "lars", "recompute": "muon", "momentum": "lars", "batch": "lars", "finetune": "sgd",
+    "distill": "adamw", "selftrain": "muon",
 }  # fmt: skip
 # In float32 the numbers of a rank depend on the order of sums, and drift apart: one step, to 1e-5
 STEPS = dict.fromkeys(STAGES, 3) | {"sk": 6, "float32": 1}

@@ -1,4 +1,4 @@
-"""LARS, its groups and the learning-rate curve against numpy and the reference; whole training steps too."""
+"""LARS, Muon, their groups and the learning-rate curve against numpy and the reference; whole training steps too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fewlabels.model.encoder import encoder, resnet
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.model.layers import BatchNorm
 from fewlabels.model.losses import nt_xent
-from fewlabels.model.optim import LARS
+from fewlabels.model.optim import LARS, Muon
 from reference_weights import fill, images, relative, tensors_by_name, to_ours
 
 ALONE = ("batch_normalization", "bias", "head_supervised")  # the reference's exclusion, by name
@@ -139,6 +139,74 @@ def test_lars_refuses_values_out_of_range(settings):
         LARS([nn.Parameter(torch.ones(3))], **settings)
 
 
+# --- Muon --------------------------------------------------------------------------------------------------
+
+
+def numpy_muon(w, g, v, *, lr, momentum=0.95, decay=0.0):
+    """New w and v of a kernel, with a singular value decomposition in place of the matrix products."""
+    v = momentum * v + (1 - momentum) * g
+    u, values, vt = np.linalg.svd((momentum * v + (1 - momentum) * g).reshape(len(w), -1), full_matrices=False)
+    values = values / (np.sqrt((values**2).sum()) + 1e-7)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    update = (u * values) @ vt
+    return (1 - lr * decay) * w - lr * 0.2 * np.sqrt(max(update.shape)) * update.reshape(w.shape), v
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_is_ten_lines_of_numpy_and_adamw(layout):
+    random = np.random.default_rng(0)
+    values = [random.normal(size=shape) for shape in ((4, 2, 3, 3), (64, 3, 3, 3), (5, 9), (7,))]
+    parameters = [nn.Parameter(torch.from_numpy(value.copy())) for value in values]
+    for parameter in parameters[:2]:
+        parameter.data = parameter.data.contiguous(memory_format=layout)
+    groups = [{"params": parameters[:3], "weight_decay": 0.1}, {"params": parameters[3:], "adapt": False}]
+    optimizer = Muon(groups, lr=1.0)
+    twin = nn.Parameter(parameters[3].detach().clone())
+    adamw = torch.optim.AdamW([twin], lr=1.0, weight_decay=0.0)
+    buffers = [np.zeros_like(value) for value in values]
+    for step in range(4):
+        for group in optimizer.param_groups + adamw.param_groups:
+            group["lr"] = lr = 0.5 * (step + 1)
+        for i, parameter in enumerate(parameters):
+            gradient = random.normal(size=values[i].shape) * (0 if i == 1 and step == 0 else 1)
+            parameter.grad = torch.empty_like(parameter).copy_(torch.from_numpy(gradient))
+            if i < 3:
+                values[i], buffers[i] = numpy_muon(values[i], gradient, buffers[i], lr=lr, decay=0.1)
+        twin.grad = parameters[3].grad.clone()
+        before = [parameter.grad.clone() for parameter in parameters]
+        optimizer.step()
+        adamw.step()
+        for i, parameter in enumerate(parameters):
+            assert torch.equal(parameter.grad, before[i])  # gradients are only read
+            if i < 3:
+                np.testing.assert_allclose(parameter.detach().numpy(), values[i], rtol=1e-9, atol=1e-12)
+                np.testing.assert_allclose(optimizer.state[parameter]["momentum"].numpy(), buffers[i], rtol=1e-12)
+        assert torch.equal(parameters[3], twin)
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (32, 32), (1, 5)])
+def test_orthogonal_steps_are_as_long_in_all_directions(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    values = torch.linalg.svdvals(optim.orthogonal(matrix))
+    told = torch.linalg.svdvals(matrix)
+    large = told > 0.01 * torch.linalg.vector_norm(told)
+    assert large.sum() >= min(shape) - 2
+    assert values[large].min() > 0.6
+    assert values.max() < 1.3
+    assert not optim.orthogonal(torch.zeros(shape)).any()
+
+
+def test_muon_skips_what_has_no_gradient_and_gives_the_closures_loss():
+    parameters = [nn.Parameter(torch.ones(3, 3)) for _ in range(3)]
+    optimizer = Muon([{"params": parameters[:2]}, {"params": parameters[2:], "adapt": False}], lr=1.0)
+    assert optimizer.step(lambda: (parameters[0].sum() * 2).backward() or 6.0) == 6.0
+    assert not torch.equal(parameters[0], torch.ones(3, 3))
+    for other in parameters[1:]:
+        assert torch.equal(other, torch.ones(3, 3))
+        assert other not in optimizer.state
+
+
 # --- groups ------------------------------------------------------------------------------------------------
 
 
@@ -190,11 +258,12 @@ def test_optimizers_by_name():
     lars = optim.optimizer("lars", net, lr=2.0, weight_decay=0.1)
     sgd = optim.optimizer("sgd", net, lr=2.0, momentum=0.8, weight_decay=0.1)
     adamw = optim.optimizer("adamw", net, lr=2.0, weight_decay=0.1)
-    assert [type(found) for found in (lars, sgd, adamw)] == [LARS, torch.optim.SGD, torch.optim.AdamW]
-    for found in (lars, sgd, adamw):
+    muon = optim.optimizer("muon", net, lr=2.0, weight_decay=0.1)
+    assert [type(found) for found in (lars, sgd, adamw, muon)] == [LARS, torch.optim.SGD, torch.optim.AdamW, Muon]
+    for found in (lars, sgd, adamw, muon):
         assert [(group["weight_decay"], group["lr"]) for group in found.param_groups] == [(0.1, 2.0), (0.0, 2.0)]
     assert all(group["nesterov"] and group["momentum"] == 0.8 for group in sgd.param_groups)
-    for found in (lars, sgd, adamw):
+    for found in (lars, sgd, adamw, muon):
         net(torch.rand(2, 3, 32, 32)).sum().backward()
         found.step()
     with pytest.raises(UsageError, match='did you mean "lars"'):

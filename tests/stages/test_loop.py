@@ -137,7 +137,7 @@ def train(
     return losses
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw", "muon"])
 @pytest.mark.parametrize("name", ["pretrain", "momentum", "finetune", "distill", "selftrain", "dropout"])
 def test_stopped_saved_and_resumed_equals_unbroken(
     name: str, optimizer: str, dataset: labels.Dataset, tmp_path: Path
@@ -338,7 +338,7 @@ def test_training_learns_what_can_be_seen(dataset: labels.Dataset) -> None:
     assert np.mean(losses[-3:]) < 0.3 * np.mean(losses[:3])
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
 def test_buffers_come_back_in_the_layout_of_their_parameters(name: str) -> None:
     """Files keep no layout, and a contiguous buffer beside a channels_last kernel is slow."""
 

@@ -67,7 +67,7 @@ def test_told_in_order_before_every_save_evaluation_and_end(device: str) -> None
 
 @needs_cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw", "muon"])
 def test_a_step_on_cuda_waits_for_nothing(optimizer: str) -> None:
     torch.manual_seed(0)
     body = encoder("resnet18_0.125x_small")

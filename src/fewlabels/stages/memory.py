@@ -32,7 +32,7 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc's mallopt: from this size on an allocation is its own mapping, given back at once. With the threshold of
 # training (runtime.keep_freed_memory) peaks of equal steps differed by 200 MB of 800
 MMAP_THRESHOLD, MEASURING = -3, 1 << 18
-SLOTS = {"lars": 1, "sgd": 1, "adamw": 2}  # numbers an optimizer keeps for each weight
+SLOTS = {"lars": 1, "sgd": 1, "adamw": 2, "muon": 1}  # numbers an optimizer keeps for each weight
 # Of the largest piece, while FSDP2 gathers one and reduces another: counted over the live storages of steps of
 # ResNet-50 SK in float32 on one of 8 ranks, 4.03
 ON_THE_WAY = 4
