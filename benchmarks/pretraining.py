@@ -38,6 +38,7 @@ from fewlabels.use import compare, evaluate
 
 DRAWS = 3
 TAPS = (0, 1, 2)
+BEFORE = ("adamw", 2e-3)  # of photos: what all ways were compared with before Muon
 TCR_EPS, TCR_INVARIANCE = 0.2, 200.0  # EMP-SSL (arXiv 2304.03977)
 
 Loss = Callable[[Tensor, float], Tensor]  # projections (V, B, D), temperature -> ()
@@ -148,7 +149,8 @@ class Way:
     strength: float | None = None
     area: float = views.AREA_DRAWN  # smallest crop
     kind: str | None = None  # of images (views.KINDS)
-    photo: bool = False  # optimiser and temperature that the recipe has for photos
+    photo: bool = False  # optimiser and temperature as for photos
+    optimizer: tuple[str, float] | None = None  # and its learning rate; None: BEFORE for photos, else the recipe's
     temperature: float | None = None
     size: float = 1.0  # side of the views, in parts of that of evaluation
     small: int = 0  # more views of half the side
@@ -161,6 +163,7 @@ class Way:
         return (self.count + self.small / 4) * self.size**2 * (4 / 3 if self.momentum else 1)
 
 
+RECIPE: dict[str, Any] = {"count": 4, "batch": 64, "area": 0.25, "size": 0.75}  # for small photos on a CPU
 WAYS = {
     "NT-Xent": Way(),
     "batch 128": Way(batch=128),
@@ -185,6 +188,12 @@ WAYS = {
     "4 views of 64 of 3/4 the side, crops from 0.25": Way(count=4, batch=64, area=0.25, size=0.75),
     "4 views of 64 of 3/4 the side, crops from 0.4": Way(count=4, batch=64, area=0.4, size=0.75),
     "4 views of 64 of half the side, crops from 0.25": Way(count=4, batch=64, area=0.25, size=0.5),
+    "the recipe's views, AdamW at 0.005": Way(**RECIPE, optimizer=("adamw", 5e-3)),
+    "the recipe's views, AdamW at 0.01": Way(**RECIPE, optimizer=("adamw", 1e-2)),
+    "the recipe's views, Muon at 0.002": Way(**RECIPE, optimizer=("muon", 2e-3)),
+    "the recipe's views, Muon at 0.005": Way(**RECIPE, optimizer=("muon", 5e-3)),
+    "the recipe's views, Muon at 0.01": Way(**RECIPE, optimizer=("muon", 1e-2)),
+    "the recipe's views, Muon at 0.02": Way(**RECIPE, optimizer=("muon", 2e-2)),
     "as photos": Way(photo=True),
     "as photos, 4 views of 64": Way(count=4, batch=64, photo=True),
     "gray": Way(area=0.25, kind="gray"),
@@ -201,8 +210,11 @@ class Trial:
     def features(self) -> tuple[nn.Module, ProjectionHead]:
         """Encoder and head."""
         way, settings = self.way, self.lab.general.pretrain
+        photos = way.photo or self.lab.general.kind == "photo"
+        if told := way.optimizer or (BEFORE if photos else None):
+            settings = replace(settings, optimizer=told[0], learning_rate=told[1], scaling="none")
         if way.photo:
-            settings = replace(settings, optimizer="adamw", learning_rate=2e-3, scaling="none", temperature=0.2)
+            settings = replace(settings, temperature=0.2)
         torch.manual_seed(self.seed)
         body = encoder(self.lab.general.encoder)
         head = ProjectionHead(body.feature_dim, settings.head_out, settings.head_layers)

@@ -227,6 +227,7 @@ def test_on_a_cpu_photos_are_seen_in_four_gentle_views(images: int, batch: int) 
     facts = Facts(images=images, labeled=10, classes=5, side=64, gray=False, on_gpu=False, threads=2)
     found = recipes.best(facts).pretrain
     assert (found.views, found.batch, found.smallest_crop) == (4, batch, 0.25)
+    assert (found.optimizer, found.scaling) == ("muon", "none")
     assert found.epochs * found.views == 2 * recipes.simclrv2(facts).pretrain.epochs
     assert (recipes.best(facts).size, recipes.best(facts).pretrain_size) == (64, 64)
     small = recipes.best(replace(facts, side=32))
@@ -236,6 +237,8 @@ def test_on_a_cpu_photos_are_seen_in_four_gentle_views(images: int, batch: int) 
     drawings, on_gpu = replace(facts, gray=True, side=28), replace(facts, on_gpu=True)
     for others in (recipes.simclrv2(facts), recipes.best(drawings), recipes.best(on_gpu)):
         assert (others.pretrain.views, others.pretrain.smallest_crop, others.resolution) == (2, 0.08, 1.0)
+    assert recipes.best(drawings).pretrain.optimizer == "sgd"
+    assert recipes.best(replace(on_gpu, images=60_000, side=32)).pretrain.optimizer == "lars", "in batches of 1,024"
 
 
 def test_a_timm_model_pretrains_on_the_size_that_it_may_be_made_for_alone(tmp_path: Path) -> None:

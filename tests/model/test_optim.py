@@ -154,7 +154,7 @@ def numpy_muon(w, g, v, *, lr, momentum=0.95, decay=0.0):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_muon_is_ten_lines_of_numpy_and_adamw(layout):
+def test_muon_is_ten_lines_of_numpy_and_adamw(both_rounds, layout):
     random = np.random.default_rng(0)
     values = [random.normal(size=shape) for shape in ((4, 2, 3, 3), (64, 3, 3, 3), (5, 9), (7,))]
     parameters = [nn.Parameter(torch.from_numpy(value.copy())) for value in values]
@@ -185,8 +185,25 @@ def test_muon_is_ten_lines_of_numpy_and_adamw(layout):
         assert torch.equal(parameters[3], twin)
 
 
+@pytest.fixture(params=["_rounds", "_rounds_of_squares"])
+def both_rounds(request, monkeypatch):
+    """Runs a test with the CPU's and with the GPU's code; both run on either."""
+    monkeypatch.setattr(optim, "_rounds_of_squares", getattr(optim, request.param))
+
+
+def test_squares_take_the_same_rounds():
+    random = torch.Generator().manual_seed(0)
+    for shape, alike in (((16, 144), 1.0), ((64, 576), 1e-3), ((8, 8), 1e-3)):
+        x = torch.randn(shape, generator=random)
+        x[1:] = x[0] + alike * x[1:]  # rows nearly alike: singular values of all sizes
+        x /= x.norm()
+        expected = optim._rounds(x.double())
+        assert (optim._rounds_of_squares(x) - expected).abs().max() < 1e-4
+        assert (optim._rounds_of_squares(x.double()) - expected).abs().max() < 1e-11
+
+
 @pytest.mark.parametrize("shape", [(16, 144), (144, 16), (32, 32), (1, 5)])
-def test_orthogonal_steps_are_as_long_in_all_directions(shape):
+def test_orthogonal_steps_are_as_long_in_all_directions(both_rounds, shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     values = torch.linalg.svdvals(optim.orthogonal(matrix))
     told = torch.linalg.svdvals(matrix)

