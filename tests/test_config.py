@@ -238,6 +238,7 @@ def test_on_a_cpu_photos_are_seen_in_four_gentle_views(images: int, batch: int) 
     for others in (recipes.simclrv2(facts), recipes.best(drawings), recipes.best(on_gpu)):
         assert (others.pretrain.views, others.pretrain.smallest_crop, others.resolution) == (2, 0.08, 1.0)
     assert recipes.best(drawings).pretrain.optimizer == "sgd"
+    assert recipes.best(on_gpu).pretrain.optimizer == "adamw", "no GPU has measured Muon"
     assert recipes.best(replace(on_gpu, images=60_000, side=32)).pretrain.optimizer == "lars", "in batches of 1,024"
 
 

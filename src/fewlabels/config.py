@@ -31,7 +31,11 @@ class Schedule:
 
     epochs: float = knob(100.0, "passes over the stage's images", above=0)
     batch: int = knob(256, "images a step over all processes; never more than there are", least=2)
-    optimizer: str = knob("lars", "lars, sgd (Nesterov), adamw or muon", choices=("lars", "sgd", "adamw", "muon"))
+    optimizer: str = knob(
+        "lars",
+        "lars, sgd (Nesterov), adamw or muon; each wants its own learning rate",
+        choices=("lars", "sgd", "adamw", "muon"),
+    )
     learning_rate: float = knob(0.1, "base learning rate, before scaling by the batch", above=0)
     scaling: str = knob(
         "sqrt", "peak = base x sqrt(batch), base x batch/256, or base", choices=("sqrt", "linear", "none")
