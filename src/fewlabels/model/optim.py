@@ -61,10 +61,7 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient. Returns the closure's loss, if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
@@ -80,6 +77,11 @@ class LARS(torch.optim.Optimizer):
             update = _update_together if together else _update_one_by_one
             update(weights, gradients, buffers, group)
         return loss
+
+
+def _loss_of(closure: Callable[[], float] | None) -> float | None:
+    with torch.enable_grad():
+        return None if closure is None else closure()
 
 
 def _update_one_by_one(
@@ -132,7 +134,7 @@ class Muon(torch.optim.Optimizer):
 
     A kernel (out, in, k, k) is a matrix of `out` rows (torch.optim.Muon takes matrices only). The root makes a step
     as long as one of AdamW (Liu et al. 2025, arXiv 2502.16982), which groups with adapt=False take at the same lr.
-    params: as for LARS.
+    params: parameters of two dimensions or more, or groups that may set lr, momentum, weight_decay and adapt.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -141,10 +143,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient. Returns the closure's loss, if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
             if group["adapt"]:
@@ -197,17 +196,18 @@ def _rounds(x: Tensor) -> Tensor:
 
 
 def _rounds_of_squares(x: Tensor) -> Tensor:
-    """The same with two products of the longer side in place of ten: 2.5 times as fast for a ResNet's kernels.
+    """The same with two products of the longer side in place of ten: 2.2 to 2.6 times as fast for a ResNet-18's.
 
     Rounding grows twelvefold a round: in float32 to 2e-3 at worst, and no longer safe in TF32 or bfloat16.
     """
     a, b, c = NEWTON_SCHULZ
-    square, done = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(ROUNDS):
-        factor = torch.addmm(square, square, square, beta=b, alpha=c)
-        factor.diagonal().add_(a)
-        done, square = factor @ done, factor @ square @ factor
-    return done @ x
+    square, factors = x @ x.T, list[Tensor]()
+    for number in range(ROUNDS):
+        if number:
+            square = factors[-1] @ square @ factors[-1]
+        factors.append(torch.addmm(square, square, square, beta=b, alpha=c))
+        factors[-1].diagonal().add_(a)
+    return torch.linalg.multi_dot([*factors[::-1], x])  # type: ignore[no-any-return]
 
 
 # --- which parameters --------------------------------------------------------------------------------------
