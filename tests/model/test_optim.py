@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fewlabels.errors import UsageError
-from fewlabels.model import optim
+from fewlabels.model import muon, optim
 from fewlabels.model.encoder import encoder, resnet
 from fewlabels.model.heads import Classifier, ProjectionHead
 from fewlabels.model.layers import BatchNorm
 from fewlabels.model.losses import nt_xent
-from fewlabels.model.optim import LARS, Muon
+from fewlabels.model.muon import Muon
+from fewlabels.model.optim import LARS
 from reference_weights import fill, images, relative, tensors_by_name, to_ours
 
 ALONE = ("batch_normalization", "bias", "head_supervised")  # the reference's exclusion, by name
@@ -153,14 +154,25 @@ def numpy_muon(w, g, v, *, lr, momentum=0.95, decay=0.0):
     return (1 - lr * decay) * w - lr * 0.2 * np.sqrt(max(update.shape)) * update.reshape(w.shape), v
 
 
+@pytest.mark.parametrize("alike", [1, 3], ids=["one by one", "by shape"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_muon_is_ten_lines_of_numpy_and_adamw(both_rounds, layout):
+def test_muon_is_ten_lines_of_numpy_and_adamw(both_rounds, layout, alike, monkeypatch):
     random = np.random.default_rng(0)
-    values = [random.normal(size=shape) for shape in ((4, 2, 3, 3), (64, 3, 3, 3), (5, 9), (7,))]
+    values = [random.normal(size=shape) for shape in ((4, 2, 3, 3), (64, 3, 3, 3), (5, 9), (7,), *[(4, 2, 3, 3)] * 2)]
     parameters = [nn.Parameter(torch.from_numpy(value.copy())) for value in values]
-    for parameter in parameters[:2]:
+    for parameter in (parameters[n] for n in (0, 1, 4, 5)):
         parameter.data = parameter.data.contiguous(memory_format=layout)
-    groups = [{"params": parameters[:3], "weight_decay": 0.1}, {"params": parameters[3:], "adapt": False}]
+    kernels = [n for n in range(6) if n != 3]
+    groups = [
+        {"params": [parameters[n] for n in kernels], "weight_decay": 0.1},
+        {"params": [parameters[3]], "adapt": False},
+    ]
+    sizes = []
+    steps = Muon._step_of_kernels
+    monkeypatch.setattr(Muon, "_step_of_kernels", lambda *a: sizes.append(len(a[1])) or steps(*a))
+    monkeypatch.setattr(
+        muon, "_buckets", lambda weights: muon._by_shape(weights) if alike > 1 else [[w] for w in weights]
+    )
     optimizer = Muon(groups, lr=1.0)
     twin = nn.Parameter(parameters[3].detach().clone())
     adamw = torch.optim.AdamW([twin], lr=1.0, weight_decay=0.0)
@@ -171,7 +183,7 @@ def test_muon_is_ten_lines_of_numpy_and_adamw(both_rounds, layout):
         for i, parameter in enumerate(parameters):
             gradient = random.normal(size=values[i].shape) * (0 if i == 1 and step == 0 else 1)
             parameter.grad = torch.empty_like(parameter).copy_(torch.from_numpy(gradient))
-            if i < 3:
+            if i != 3:
                 values[i], buffers[i] = numpy_muon(values[i], gradient, buffers[i], lr=lr, decay=0.1)
         twin.grad = parameters[3].grad.clone()
         before = [parameter.grad.clone() for parameter in parameters]
@@ -179,39 +191,45 @@ def test_muon_is_ten_lines_of_numpy_and_adamw(both_rounds, layout):
         adamw.step()
         for i, parameter in enumerate(parameters):
             assert torch.equal(parameter.grad, before[i])  # gradients are only read
-            if i < 3:
+            if i != 3:
                 np.testing.assert_allclose(parameter.detach().numpy(), values[i], rtol=1e-9, atol=1e-12)
-                np.testing.assert_allclose(optimizer.state[parameter]["momentum"].numpy(), buffers[i], rtol=1e-12)
+                found = optimizer.state[parameter]["momentum"].numpy()
+                np.testing.assert_allclose(found, buffers[i], rtol=1e-12, atol=1e-15)
         assert torch.equal(parameters[3], twin)
+    assert max(sizes) == alike
 
 
 @pytest.fixture(params=["_rounds", "_rounds_of_squares"])
 def both_rounds(request, monkeypatch):
     """Runs a test with the CPU's and with the GPU's code; both run on either."""
-    monkeypatch.setattr(optim, "_rounds_of_squares", getattr(optim, request.param))
+    monkeypatch.setattr(muon, "_rounds_of_squares", getattr(muon, request.param))
 
 
 def test_squares_take_the_same_rounds():
     random = torch.Generator().manual_seed(0)
-    for shape, alike in (((16, 144), 1.0), ((64, 576), 1e-3), ((8, 8), 1e-3)):
+    for shape, alike in (((16, 144), 1.0), ((64, 576), 1e-3), ((8, 8), 1e-3), ((3, 6, 9), 1.0)):
         x = torch.randn(shape, generator=random)
         x[1:] = x[0] + alike * x[1:]  # rows nearly alike: singular values of all sizes
         x /= x.norm()
-        expected = optim._rounds(x.double())
-        assert (optim._rounds_of_squares(x) - expected).abs().max() < 1e-4
-        assert (optim._rounds_of_squares(x.double()) - expected).abs().max() < 1e-11
+        expected = muon._rounds(x.double())
+        assert (muon._rounds_of_squares(x) - expected).abs().max() < 1e-4
+        assert (muon._rounds_of_squares(x.double()) - expected).abs().max() < 1e-11
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (144, 16), (32, 32), (1, 5)])
 def test_orthogonal_steps_are_as_long_in_all_directions(both_rounds, shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
-    values = torch.linalg.svdvals(optim.orthogonal(matrix))
+    values = torch.linalg.svdvals(muon.orthogonal(matrix))
     told = torch.linalg.svdvals(matrix)
     large = told > 0.01 * torch.linalg.vector_norm(told)
     assert large.sum() >= min(shape) - 2
     assert values[large].min() > 0.6
     assert values.max() < 1.3
-    assert not optim.orthogonal(torch.zeros(shape)).any()
+    assert not muon.orthogonal(torch.zeros(shape)).any()
+    several = torch.stack([matrix, torch.zeros(shape), 1e6 * matrix.flip(0)])  # each one by its own length
+    found = muon.orthogonal(several)
+    for one, alone in zip(found, several, strict=True):
+        torch.testing.assert_close(one, muon.orthogonal(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_muon_skips_what_has_no_gradient_and_gives_the_closures_loss():

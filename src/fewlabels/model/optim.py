@@ -1,4 +1,4 @@
-"""LARS as the reference runs it, Muon for kernels, which parameters they adapt, and the learning-rate curve.
+"""LARS as the reference runs it, which parameters optimisers adapt, and the learning-rate curve. Muon: muon.py.
 
 Letters of You et al. 2017: w parameter, g gradient, v momentum buffer.
 Source: google-research/simclr at 383d414, `lars_optimizer.py` and `model.py: WarmUpAndCosineDecay`.
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from fewlabels import runtime
 from fewlabels.errors import UsageError, nearest
 from fewlabels.model.heads import Classifier
+from fewlabels.model.muon import Muon
 
 OPTIMIZERS = ("lars", "sgd", "adamw", "muon")
 SCALINGS = ("sqrt", "linear", "none")
@@ -61,7 +61,8 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient. Returns the closure's loss, if one is given."""
-        loss = _loss_of(closure)
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
@@ -77,11 +78,6 @@ class LARS(torch.optim.Optimizer):
             update = _update_together if together else _update_one_by_one
             update(weights, gradients, buffers, group)
         return loss
-
-
-def _loss_of(closure: Callable[[], float] | None) -> float | None:
-    with torch.enable_grad():
-        return None if closure is None else closure()
 
 
 def _update_one_by_one(
@@ -117,97 +113,6 @@ def _update_together(
         gradients = list(torch._foreach_mul(gradients, list(ratios.unbind())))
     torch._foreach_add_(buffers, gradients, alpha=group["lr"])
     torch._foreach_sub_(weights, buffers)
-
-
-# --- Muon ----------------------------------------------------------------------------------------------------
-
-# Newton-Schulz iteration of Jordan et al. 2024: five rounds bring singular values from 0.01 to 1 to within 0.7 and 1.2
-ROUNDS, NEWTON_SCHULZ = 5, (3.4445, -4.7750, 2.0315)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum of kernels, made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon):
-
-        v <- momentum * v + (1 - momentum) * g
-        u = orthogonal(momentum * v + (1 - momentum) * g) * 0.2 * sqrt(max(rows, columns))
-        w <- w - lr * (weight_decay * w + u)
-
-    A kernel (out, in, k, k) is a matrix of `out` rows (torch.optim.Muon takes matrices only). The root makes a step
-    as long as one of AdamW (Liu et al. 2025, arXiv 2502.16982), which groups with adapt=False take at the same lr.
-    params: parameters of two dimensions or more, or groups that may set lr, momentum, weight_decay and adapt.
-    """
-
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. Returns the closure's loss, if one is given."""
-        loss = _loss_of(closure)
-        for group in self.param_groups:
-            weights = [w for w in group["params"] if w.grad is not None]
-            if group["adapt"]:
-                for w in weights:
-                    self._step_of_a_kernel(w, group)
-            elif weights:
-                self._step_of_adam(weights, group)
-        return loss
-
-    def _step_of_a_kernel(self, w: Any, group: dict[str, Any]) -> None:
-        lr, momentum, slots = group["lr"], group["momentum"], self.state[w]
-        if not slots:
-            slots["momentum"] = torch.zeros_like(w)
-        v = slots["momentum"].lerp_(w.grad, 1 - momentum)
-        ahead = runtime.whole(torch.lerp(w.grad, v, momentum))
-        by_place = ahead.movedim(1, -1)  # in the order in which channels_last keeps it: no copy
-        rows = by_place.flatten(1)
-        update = torch.empty_like(w)
-        runtime.fill(update, orthogonal(rows).view_as(by_place).movedim(-1, 1))
-        w.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * 0.2 * math.sqrt(max(rows.shape)))
-
-    def _step_of_adam(self, weights: list[Any], group: dict[str, Any]) -> None:
-        for w in weights:
-            if not self.state[w]:
-                moments = {"exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
-                self.state[w] |= moments | {"step": torch.tensor(0.0)}
-        means, squares, steps = ([self.state[w][name] for w in weights] for name in ("exp_avg", "exp_avg_sq", "step"))
-        adamw(
-            weights, [w.grad for w in weights], means, squares, [], steps,
-            lr=group["lr"], weight_decay=group["weight_decay"], beta1=0.9, beta2=0.999, eps=1e-8, amsgrad=False,
-            maximize=False,
-        )  # fmt: skip
-
-
-def orthogonal(matrix: Tensor) -> Tensor:
-    """(rows, columns) -> the same: its singular vectors, with singular values of about 1; zeros stay zeros."""
-    wide: Tensor = matrix.T if len(matrix) > matrix.shape[1] else matrix  # the products are of the shorter side
-    x = wide / (wide.norm() + 1e-7)
-    x = _rounds(x.bfloat16()).to(x.dtype) if x.is_cuda else _rounds_of_squares(x)
-    return x.T if len(matrix) > matrix.shape[1] else x
-
-
-def _rounds(x: Tensor) -> Tensor:
-    """As the source has it; in bfloat16 there."""
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(ROUNDS):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x
-
-
-def _rounds_of_squares(x: Tensor) -> Tensor:
-    """The same with two products of the longer side in place of ten: 2.2 to 2.6 times as fast for a ResNet-18's.
-
-    Rounding grows twelvefold a round: in float32 to 2e-3 at worst, and no longer safe in TF32 or bfloat16.
-    """
-    a, b, c = NEWTON_SCHULZ
-    square, factors = x @ x.T, list[Tensor]()
-    for number in range(ROUNDS):
-        if number:
-            square = factors[-1] @ square @ factors[-1]
-        factors.append(torch.addmm(square, square, square, beta=b, alpha=c))
-        factors[-1].diagonal().add_(a)
-    return torch.linalg.multi_dot([*factors[::-1], x])  # type: ignore[no-any-return]
 
 
 # --- which parameters --------------------------------------------------------------------------------------
