@@ -234,12 +234,24 @@ def test_on_a_cpu_photos_are_seen_in_four_gentle_views(images: int, batch: int) 
     assert (small.size, small.pretrain_size) == (32, 24)
     pixels = small.pretrain.epochs * small.pretrain.views * (24 / 32) ** 2
     assert pixels == pytest.approx(2 * recipes.simclrv2(facts).pretrain.epochs, rel=0.01)
-    drawings, on_gpu = replace(facts, gray=True, side=28), replace(facts, on_gpu=True)
-    for others in (recipes.simclrv2(facts), recipes.best(drawings), recipes.best(on_gpu)):
+    drawings = replace(facts, gray=True, side=28)
+    for others in (recipes.simclrv2(facts), recipes.best(drawings)):
         assert (others.pretrain.views, others.pretrain.smallest_crop, others.resolution) == (2, 0.08, 1.0)
     assert recipes.best(drawings).pretrain.optimizer == "sgd"
-    assert recipes.best(on_gpu).pretrain.optimizer == "adamw", "no GPU has measured Muon"
-    assert recipes.best(replace(on_gpu, images=60_000, side=32)).pretrain.optimizer == "lars", "in batches of 1,024"
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "batch", "rate"), [(60_000, 32, 512, 0.05), (60_000, 224, 128, 0.02), (10, 32, 4, 0.02)]
+)
+def test_a_gpu_sees_as_many_views_of_photos_a_step_as_the_paper_says(
+    images: int, side: int, batch: int, rate: float
+) -> None:
+    facts = Facts(images=images, labeled=10, classes=5, side=side, gray=False, on_gpu=True, threads=2)
+    found, paper = recipes.best(facts), recipes.simclrv2(facts).pretrain
+    assert (found.pretrain.views, found.pretrain.batch) == (4, batch)
+    assert found.pretrain.views * found.pretrain.batch == 2 * paper.batch
+    assert (found.pretrain.optimizer, found.pretrain.learning_rate, found.pretrain.scaling) == ("muon", rate, "none")
+    assert found.pretrain.epochs * 4 * found.resolution**2 == pytest.approx(paper.epochs * 2, rel=0.01)
 
 
 def test_a_timm_model_pretrains_on_the_size_that_it_may_be_made_for_alone(tmp_path: Path) -> None:
