@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fewlabels import asked, config, plan, recipes
 from fewlabels.config import FinetuneRecipe, PretrainRecipe, Recipe
 from fewlabels.errors import CannotCreate, MissingInput, UsageError
+from fewlabels.model import optim
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder
 
@@ -252,6 +253,29 @@ def test_a_gpu_sees_as_many_views_of_photos_a_step_as_the_paper_says(
     assert found.pretrain.views * found.pretrain.batch == 2 * paper.batch
     assert (found.pretrain.optimizer, found.pretrain.learning_rate, found.pretrain.scaling) == ("muon", rate, "none")
     assert found.pretrain.epochs * 4 * found.resolution**2 == pytest.approx(paper.epochs * 2, rel=0.01)
+
+
+def test_an_optimizer_brings_its_learning_rate(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('[pretrain]\noptimizer = "lars"\n')
+
+    def pretrained(recipe: str = "auto", stage: str = "pretrain", **wishes: object) -> tuple[str, float, str]:
+        asked_for = asked.Asked(images=tmp_path, out=tmp_path, recipe=recipe, overrides={stage: wishes})
+        found = getattr(asked.resolve(asked_for, FACTS, None, set()), stage)
+        return found.optimizer, found.learning_rate, found.scaling
+
+    for optimizer, (rate, scaling) in recipes.RATES.items():
+        assert pretrained(optimizer=optimizer) == (optimizer, rate, scaling)
+    assert set(recipes.RATES) == set(optim.OPTIMIZERS)
+    assert pretrained(str(own)) == ("lars", 0.1, "sqrt")
+    assert pretrained(str(own), optimizer="adamw") == ("adamw", 2e-3, "none")
+    assert pretrained(str(own), learning_rate=0.2) == ("lars", 0.2, "none"), "an own rate is not scaled"
+    assert pretrained(optimizer="lars", learning_rate=0.5) == ("lars", 0.5, "none")
+    assert pretrained(optimizer="lars", scaling="linear") == ("lars", 0.1, "linear")
+    assert pretrained(stage="distill", optimizer="lars") == ("lars", 0.1, "sqrt")
+    on_gpu = replace(FACTS, on_gpu=True, side=32, images=60_000)
+    same = asked.Asked(images=tmp_path, out=tmp_path, overrides={"pretrain": {"optimizer": "muon"}})
+    assert asked.resolve(same, on_gpu, None, set()).pretrain == recipes.best(on_gpu).pretrain
 
 
 def test_a_timm_model_pretrains_on_the_size_that_it_may_be_made_for_alone(tmp_path: Path) -> None:

@@ -134,7 +134,10 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
             recipe = replace(recipe, distill=replace(recipe.distill, self_training=before.distill.self_training))
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
+    theirs = recipes.best(facts) if asked.file else recipe
     recipe = config.override(recipe, asked.overrides)
+    for stage in ("pretrain", "distill"):
+        recipe = _at_its_rate(recipe, stage, getattr(theirs, stage).optimizer, asked)
     if recipe.encoder.startswith("timm:") and "resolution" not in explicit:  # many are made for images of one size
         as_many = 1.0 if asked.names("pretrain", "epochs") else recipe.resolution**2
         pretrain = replace(recipe.pretrain, epochs=recipe.pretrain.epochs * as_many)
@@ -146,6 +149,16 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
             fix="use distill.self_temperature, or give a student",
         )
     return _begin_with(recipe, explicit, facts) if recipe.pretrained is not None else recipe
+
+
+def _at_its_rate(recipe: Recipe, stage: str, before: str, asked: Asked) -> Recipe:
+    """recipe, with its usual learning rate for a stage whose optimizer was named in place of `before` without one."""
+    schedule = getattr(recipe, stage)
+    if schedule.optimizer == before or not asked.names(stage, "optimizer") or asked.names(stage, "learning_rate"):
+        return recipe
+    rate, scaling = recipes.RATES[schedule.optimizer]
+    scaling = schedule.scaling if asked.names(stage, "scaling") else scaling
+    return replace(recipe, **{stage: replace(schedule, learning_rate=rate, scaling=scaling)})
 
 
 def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Recipe:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from fewlabels.config import DistillRecipe, FinetuneRecipe, PretrainRecipe, Recipe
 from fewlabels.errors import UsageError, nearest
 
+# Learning rate and its scaling of pretraining and distillation where only an optimizer is named: LARS as in the paper,
+# the others as our recipes have them somewhere
+RATES = {"lars": (0.1, "sqrt"), "sgd": (0.3, "linear"), "adamw": (2e-3, "none"), "muon": (0.02, "none")}
 SELF_TRAINING_STEPS = 1000  # fewer can lose (Fashion-MNIST, 40 labels, 312 steps: two of three draws)
 
 
