@@ -288,6 +288,22 @@ def cifar(at: Place) -> Rows:
         yield row("views share 32", eager["cifar: views"] * found["eager"] / found[best], "%", f"of the step {best}")
 
 
+def optimizers(at: Place) -> Rows:
+    """Steps on a batch that is there with the paper's optimizer and with that of our recipe for photos."""
+    real = [
+        ("resnet18_0.25x_small", 32, 1024, 2), ("resnet18_0.25x_small", 24, 512, 4), ("resnet18_small", 32, 1024, 2),
+        ("resnet18_small", 24, 512, 4), ("resnet50", 224, 256, 2),
+    ]  # fmt: skip
+    for name, size, images, count in at.pick(real, [("resnet18_0.125x_small", 16, 4, 4)]):
+        for optimizer in ("lars", "muon"):
+            state = workload.pretraining(
+                name, at.device, size=size, strength=0.5, blur=size > 48, count=count, optimizer=optimizer
+            )
+            took = at.seconds(functools.partial(_step_of, at, state, images, size), within=1.0)
+            yield row(f"step {name} {size} px, {images} x {count} views, {optimizer}", 1e3 * took, "ms")
+            del state
+
+
 def _photos(folder: Path, count: int) -> None:
     """So many JPEG files of 500 x 375: smooth with texture, 88 KB each."""
     rng = np.random.default_rng(0)
@@ -426,6 +442,7 @@ SECTIONS: dict[str, tuple[Callable[[Place], Rows], float]] = {  # name: what it 
     "loss": (loss, 60),
     "views": (view_speed, 50),
     "cifar": (cifar, 100),
+    "optimizers": (optimizers, 60),
     "imagenet": (imagenet, 140),
     "distill": (distillation, 70),
     "wide": (wide, 180),

@@ -82,21 +82,23 @@ def viewer(make: Callable[..., Tensor], form: runtime.Precision, *, again: int =
     return view
 
 
-def pretraining(name: str, device: torch.device, *, size: int, strength: float, blur: bool) -> TrainState:
-    """A pretraining stage of encoder `name` and LARS, on device as `fewlabels fit` puts it there."""
+def pretraining(
+    name: str, device: torch.device, *, size: int, strength: float, blur: bool, count: int = 2, optimizer: str = "lars"
+) -> TrainState:
+    """A pretraining stage of encoder `name` on so many views, on device as `fewlabels fit` puts it there."""
     torch.manual_seed(0)
     form = precision(device)
     with device:  # 800 million weights are drawn in seconds there
         body = encoder(name)
         head = ProjectionHead(body.feature_dim)
     view = viewer(views.pretrain, form, size=size, seed=0, strength=strength, blur=blur)
-    return started(Pretrain(body, head, view=view, temperature=0.5), form, device)
+    return started(Pretrain(body, head, view=view, temperature=0.5, num_views=count), form, device, optimizer)
 
 
-def started(stage: Stage, form: runtime.Precision, device: torch.device) -> TrainState:
-    """Step 0 of a stage with LARS."""
+def started(stage: Stage, form: runtime.Precision, device: torch.device, optimizer: str = "lars") -> TrainState:
+    """Step 0 of a stage."""
     form.layout(stage.to(device)).train()
-    return TrainState(stage, optim.optimizer("lars", stage, lr=0.1, weight_decay=1e-4))
+    return TrainState(stage, optim.optimizer(optimizer, stage, lr=0.1, weight_decay=1e-4))
 
 
 def brief(steps: int, on_log: Callable[[int, dict[str, float]], None], *, log_every: int = 1) -> tuple[Plan, Listeners]:
