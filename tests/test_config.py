@@ -261,21 +261,33 @@ def test_an_optimizer_brings_its_learning_rate(tmp_path: Path) -> None:
 
     def pretrained(recipe: str = "auto", stage: str = "pretrain", **wishes: object) -> tuple[str, float, str]:
         asked_for = asked.Asked(images=tmp_path, out=tmp_path, recipe=recipe, overrides={stage: wishes})
-        found = getattr(asked.resolve(asked_for, FACTS, None, set()), stage)
+        found = getattr(asked.resolve(asked_for, FACTS, stored, begun), stage)
         return found.optimizer, found.learning_rate, found.scaling
+
+    stored, begun = None, set[str]()
 
     for optimizer, (rate, scaling) in recipes.RATES.items():
         assert pretrained(optimizer=optimizer) == (optimizer, rate, scaling)
     assert set(recipes.RATES) == set(optim.OPTIMIZERS)
     assert pretrained(str(own)) == ("lars", 0.1, "sqrt")
     assert pretrained(str(own), optimizer="adamw") == ("adamw", 2e-3, "none")
-    assert pretrained(str(own), learning_rate=0.2) == ("lars", 0.2, "none"), "an own rate is not scaled"
-    assert pretrained(optimizer="lars", learning_rate=0.5) == ("lars", 0.5, "none")
+    assert pretrained(str(own), learning_rate=0.2) == ("lars", 0.2, "sqrt")
+    assert pretrained(optimizer="lars", learning_rate=0.1) == ("lars", 0.1, "sqrt"), (
+        "saying what is usual changes nothing"
+    )
+    assert pretrained("simclrv2", optimizer="adamw") == ("adamw", 2e-3, "none")
     assert pretrained(optimizer="lars", scaling="linear") == ("lars", 0.1, "linear")
     assert pretrained(stage="distill", optimizer="lars") == ("lars", 0.1, "sqrt")
     on_gpu = replace(FACTS, on_gpu=True, side=32, images=60_000)
     same = asked.Asked(images=tmp_path, out=tmp_path, overrides={"pretrain": {"optimizer": "muon"}})
     assert asked.resolve(same, on_gpu, None, set()).pretrain == recipes.best(on_gpu).pretrain
+    whole = tmp_path / "recipe.toml"
+    whole.write_text(config.to_toml(recipes.best(FACTS)))
+    assert pretrained(str(whole)) == ("muon", 0.02, "none")
+    assert pretrained(str(whole), optimizer="lars") == ("lars", 0.1, "sqrt"), "the file's rate is of its optimizer"
+    before = config.override(recipes.best(FACTS), {"pretrain": {"optimizer": "lars"}})  # as an older version went on
+    stored, begun = {"recipe": asdict(before), "asked": {"seed": 1}, "understood": {"labeled": 1}}, {"pretrain"}
+    assert pretrained(str(own)) == ("lars", 0.02, "none"), "what was begun goes on"
 
 
 def test_a_timm_model_pretrains_on_the_size_that_it_may_be_made_for_alone(tmp_path: Path) -> None:

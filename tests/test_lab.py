@@ -177,7 +177,7 @@ def test_the_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compare, "propagated", noted)
     rows = ladder.climbed(labs, Body(TINY), 2, [12, 60], [12], fixmatch=True)
-    assert spread == [12, 12], "up to 4 labels a class, in each draw, and only ours"
+    assert spread == [12, 12], "up to 10 labels a class, in each draw, and only ours"
     stage_3 = {"simclrv2: distilled into itself", "best: distilled into itself", "best: self-trained"}
     stage_3 |= {selftraining.FIXMATCH}
     assert stage_3 < set(rows)

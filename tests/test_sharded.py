@@ -22,6 +22,7 @@ from fewlabels import checkpoint, config, plan, runtime
 from fewlabels.config import Schedule
 from fewlabels.data.loader import Batch
 from fewlabels.errors import Diverged, RunAgain, UsageError
+from fewlabels.model import muon
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import ProjectionHead
 from fewlabels.model.optim import LARS
@@ -40,6 +41,7 @@ STAGES = {
 STEPS = dict.fromkeys(STAGES, 3) | {"sk": 6, "float32": 1}
 BODIES = {"sk": "resnet50_0.125x_sk_small", "float32": "resnet18_0.125x_small"}
 PLAIN = runtime.Precision(None, channels_last=True)
+AS_ON_A_CPU = muon._buckets
 
 
 # --- the ranks' part -------------------------------------------------------------------------------------------------
@@ -58,6 +60,7 @@ def trained(name: str, *, shard: bool) -> tuple[loop.TrainState, Job, list[float
     if name == "finetune":
         stage.network.encoder.freeze(1)  # type: ignore[operator, union-attr]
     PLAIN.layout(stage)
+    muon._buckets = muon._by_shape if name == "selftrain" else AS_ON_A_CPU  # as on GPUs
     schedule = Schedule(epochs=9, batch=16, optimizer=STAGES[name], learning_rate=0.1, scaling="none", warmup=0.0)
     job = Job(name=name, stage=stage, schedule=schedule, ids=torch.arange(16).numpy(), seed=3, identity={}, shard=shard)
     state = job.state()

@@ -134,10 +134,9 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
             recipe = replace(recipe, distill=replace(recipe.distill, self_training=before.distill.self_training))
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
-    theirs = recipes.best(facts) if asked.file else recipe
     recipe = config.override(recipe, asked.overrides)
-    for stage in ("pretrain", "distill"):
-        recipe = _at_its_rate(recipe, stage, getattr(theirs, stage).optimizer, asked)
+    for stage in {"pretrain", "distill"} - (begun if stored else set()):
+        recipe = _at_its_rate(recipe, stage, asked, facts)
     if recipe.encoder.startswith("timm:") and "resolution" not in explicit:  # many are made for images of one size
         as_many = 1.0 if asked.names("pretrain", "epochs") else recipe.resolution**2
         pretrain = replace(recipe.pretrain, epochs=recipe.pretrain.epochs * as_many)
@@ -151,14 +150,20 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     return _begin_with(recipe, explicit, facts) if recipe.pretrained is not None else recipe
 
 
-def _at_its_rate(recipe: Recipe, stage: str, before: str, asked: Asked) -> Recipe:
-    """recipe, with its usual learning rate for a stage whose optimizer was named in place of `before` without one."""
+def _at_its_rate(recipe: Recipe, stage: str, asked: Asked, facts: Facts) -> Recipe:
+    """recipe; a stage whose optimizer was named, and is another, has its usual rate and scaling but where these were
+    named with it: a recipe file's are of the file's optimizer.
+    """
+    options, file = (dict(told.get(stage) or {}) for told in (asked.overrides, asked.file))
+    named, before = ({**file, **options}, recipes.best(facts))
+    if "optimizer" in options:
+        named, before = options, of_name(asked.recipe, facts, asked.student, asked.file)
     schedule = getattr(recipe, stage)
-    if schedule.optimizer == before or not asked.names(stage, "optimizer") or asked.names(stage, "learning_rate"):
+    if "optimizer" not in named or schedule.optimizer == getattr(before, stage).optimizer:
         return recipe
-    rate, scaling = recipes.RATES[schedule.optimizer]
-    scaling = schedule.scaling if asked.names(stage, "scaling") else scaling
-    return replace(recipe, **{stage: replace(schedule, learning_rate=rate, scaling=scaling)})
+    usual = dict(zip(("learning_rate", "scaling"), recipes.RATES[schedule.optimizer], strict=True))
+    usual = {knob: value for knob, value in usual.items() if knob not in named}
+    return replace(recipe, **{stage: replace(schedule, **usual)})
 
 
 def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Recipe:

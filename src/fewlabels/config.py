@@ -33,7 +33,7 @@ class Schedule:
     batch: int = knob(256, "images a step over all processes; never more than there are", least=2)
     optimizer: str = knob(
         "lars",
-        "lars, sgd (Nesterov), adamw or muon; pretrain and distill bring it its usual learning rate",
+        "lars, sgd (Nesterov), adamw or muon; named alone it has its usual rate (in finetune name a rate too)",
         choices=("lars", "sgd", "adamw", "muon"),
     )
     learning_rate: float = knob(0.1, "base learning rate, before scaling by the batch", above=0)

@@ -107,10 +107,11 @@ def best(facts: Facts) -> Recipe:
 
     Gentler views. Photos have Muon: CIFAR-10 (JPEG), tap 0 with 40, 250 and 4,000 labels, 38, 50 and 61 % after 10
     epochs of 10,000 images on a CPU where AdamW has 30, 41 and 52 in as many steps, at 0.005 33, 43 and 54; 50, 61 and
-    70 % after 15 epochs of 50,000 on a GPU where the paper's LARS has 40, 52 and 61. They are seen in four views of
-    crops from a quarter of the area on: on a CPU with AdamW for as many views 36 % in place of 32 on CIFAR-10 (JPEG),
-    40 in place of 37 on Imagenette; small ones at three quarters of the side: for as many pixels 41 on CIFAR-10 (JPEG),
-    on a GPU 61 in place of 54 with Muon. At 64 px that saves too little time to pay (LOG.md).
+    70 % after 15 epochs of 50,000 on a GPU where LARS has 40, 52 and 61 in the same views, 35, 46 and 56 in the paper's
+    two. (Photos above 48 px were not measured on a GPU.) They are seen in four views of crops from a quarter of the
+    area on: on a CPU with AdamW for as many views 36 % in place of 32 on CIFAR-10 (JPEG), 40 in place of 37 on
+    Imagenette; small ones at three quarters of the side: for as many pixels 41 on CIFAR-10 (JPEG). At 64 px that saves
+    too little time to pay (LOG.md).
     Digits and drawings prefer SGD and a temperature of 0.5 (tap 0: 91.7 % against 86.5 at 0.2, 83.4 with AdamW).
 
     Where features are good (evaluate.too_weak) the network then teaches itself, a thousand steps if there is time:

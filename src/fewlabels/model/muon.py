@@ -7,6 +7,7 @@ Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the lengt
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,6 +20,7 @@ from fewlabels import runtime
 
 # Newton-Schulz iteration of the source: five rounds bring singular values from 0.01 to 1 to within 0.7 and 1.2
 ROUNDS, NEWTON_SCHULZ = 5, (3.4445, -4.7750, 2.0315)
+MOST_NUMBERS = 2**24  # of kernels that step together: there are several copies; larger ones wait for no launch
 
 
 class Muon(torch.optim.Optimizer):
@@ -60,7 +62,7 @@ class Muon(torch.optim.Optimizer):
         lr, momentum = group["lr"], group["momentum"]
         gradients, buffers = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        ahead = map(runtime.whole, torch._foreach_lerp(gradients, buffers, momentum))
+        ahead = [runtime.whole(torch.lerp(g, v, momentum)) for g, v in zip(gradients, buffers, strict=True)]
         by_place = [x.movedim(1, -1) for x in ahead]  # in the order in which channels_last keeps it: no copy
         rows = [x.flatten(1) for x in by_place]
         found = orthogonal(torch.stack(rows)) if len(rows) > 1 else orthogonal(rows[0])[None]
@@ -90,10 +92,13 @@ def _buckets(weights: list[Any]) -> list[list[Any]]:
 
 
 def _by_shape(weights: list[Any]) -> list[list[Any]]:
-    found: dict[torch.Size, list[Any]] = {}
+    found: dict[torch.Size, list[list[Any]]] = {}
     for w in weights:
-        found.setdefault(w.shape, []).append(w)
-    return list(found.values())
+        buckets = found.setdefault(w.shape, [[]])
+        if len(buckets[-1]) * w.numel() >= MOST_NUMBERS:
+            buckets.append([])
+        buckets[-1].append(w)
+    return list(itertools.chain(*found.values()))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def _rounds(x: Tensor) -> Tensor:
-    """As the source has it, in bfloat16 there; three launches a round."""
+    """As the source has it, on a GPU in bfloat16; three products a round."""
     a, b, c = NEWTON_SCHULZ
     y = x.reshape(-1, *x.shape[-2:])
     for _ in range(ROUNDS):
