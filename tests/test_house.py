@@ -20,9 +20,9 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_KNOBS = 450, 60, 60
 # views and loss by Triton: 1,300), chunks and the largest batch, ranks that watch each other, streamed stores, suggest,
 # shards of tar and parquet (600), parameters shared out over ranks (180), self-training (150) and its guard
 # (50), more than two views (60), recipe files that were edited and budgets that count what is done (60), what readers
-# found in thirty places (130), an optimizer that learns more a step, and the rate
-# that a named one brings (160), refusals of hostile files
-MOST_LINES = 15_870
+# found in thirty places (130), an optimizer that learns more a step, on all threads,
+# and the rate that a named one brings (210), refusals of hostile files
+MOST_LINES = 15_920
 
 # Floor of every module; an import goes down only, or stays inside one folder
 FLOORS = {
