@@ -22,6 +22,7 @@ from benchmarks import harness
 from fewlabels import runtime
 from fewlabels.data import labels
 from fewlabels.data.sources import open_source
+from fewlabels.errors import UsageError
 from fewlabels.use import artefact, compare, evaluate, suggest
 
 Floats = np.ndarray
@@ -34,6 +35,9 @@ class Bench:
     """A run's features, pretraining's own for choosing and the encoder's for classifying, and the truth."""
 
     def __init__(self, run: Path) -> None:
+        if json.loads((run / "results.json").read_text())["final"] != "pretrain":
+            why, fix = "it knows labels that are to be hidden here", "give one of `fewlabels pretrain`"
+            raise UsageError(f"the model of {run} was fine-tuned", why=why, fix=fix)
         dataset, _ = suggest.open_run(run)
         resolved, note = (json.loads((run / name).read_text()) for name in ("resolved.json", "data.json"))
         source = open_source(resolved["inputs"]["images"], test=resolved["inputs"].get("test"))

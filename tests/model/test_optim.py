@@ -232,31 +232,35 @@ def test_orthogonal_steps_are_as_long_in_all_directions(both_rounds, shape):
         torch.testing.assert_close(one, muon.orthogonal(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_muon_takes_the_same_step_on_any_number_of_threads():
+def test_muon_takes_the_same_step_on_any_number_of_threads(monkeypatch):
     before, ends, used = torch.get_num_threads(), [], []
+
+    def fails() -> None:
+        raise FloatingPointError("in a thread")
+
     try:
         for threads in (1, 3, 2):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
             weights = [nn.Parameter(torch.randn(64, 32, 3, 3)) for _ in range(6)]
+            weights.append(nn.Parameter(torch.randn(6, 9)))
+            monkeypatch.setattr(muon, "LARGE_SIDE", 1024 if threads > 2 else 32)
             optimizer = Muon(weights, lr=0.02)
             for _ in range(2):
                 for weight in weights:
                     weight.grad = torch.randn_like(weight)
                 optimizer.step()
-            ends.append(torch.stack(list(weights)).detach())
+            ends.append(torch.cat([weight.detach().flatten() for weight in weights]))
             used.append(torch.get_num_threads())
+        told = []
+        with pytest.raises(FloatingPointError):
+            muon._side_by_side([fails, lambda: told.append(torch.get_num_threads())])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(ends[0], ends[1])
-    assert torch.equal(ends[0], ends[2])
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-4, atol=1e-6)  # large ones: all threads on each
     assert used == [1, 3, 2], "the rest of the step has all threads"
-
-    def fails() -> None:
-        raise FloatingPointError("in a thread")
-
-    with pytest.raises(FloatingPointError):
-        muon._side_by_side([fails, lambda: None])
+    assert told == [1], "the others are done when one's error comes, each on one thread"
 
 
 def test_muon_skips_what_has_no_gradient_and_gives_the_closures_loss():

@@ -10,9 +10,8 @@ import functools
 import itertools
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from fewlabels import runtime
 
 # Newton-Schulz iteration of the source: five rounds bring singular values from 0.01 to 1 to within 0.7 and 1.2
 ROUNDS, NEWTON_SCHULZ = 5, (3.4445, -4.7750, 2.0315)
+LARGE_SIDE = 1024  # of a matrix whose products keep all threads of a CPU busy
+MOST_WORKERS = 16  # each holds what the products of a kernel need
 MOST_NUMBERS = 2**24  # of kernels that step together: there are several copies; larger ones wait for no launch
 
 
@@ -56,13 +57,16 @@ class Muon(torch.optim.Optimizer):
             for w in weights:
                 if not self.state[w]:
                     self.state[w]["momentum"] = torch.zeros_like(w)
-            buckets = sorted(_buckets(weights), key=lambda alike: -alike[0].numel())  # the longest work first
-            tasks = [functools.partial(self._step_of_kernels, alike, group) for alike in buckets]
-            if weights[0].is_cuda or runtime.is_sharded(weights[0]):  # collectives have one order on all ranks
-                for task in tasks:
-                    task()
-            else:
-                _side_by_side(tasks)
+            # Collectives have one order on all ranks, and one large kernel would have all threads but one wait for it
+            alone = weights[0].is_cuda or runtime.is_sharded(weights[0])
+            in_turn: list[Callable[[], None]] = []
+            beside: list[Callable[[], None]] = []
+            for alike in sorted(_buckets(weights), key=lambda bucket: -bucket[0].numel()):  # the longest work first
+                large = min(len(alike[0]), alike[0][0].numel()) >= LARGE_SIDE
+                (in_turn if alone or large else beside).append(functools.partial(self._step_of_kernels, alike, group))
+            for task in in_turn:
+                task()
+            _side_by_side(beside)
         return loss
 
     @torch.no_grad()  # a thread has its own
@@ -104,24 +108,28 @@ def _side_by_side(tasks: Sequence[Callable[[], None]]) -> None:
         for task in tasks:
             task()
         return
-    pool = _workers(threads, os.getpid())  # threads do not outlive a fork
-    for done in [pool.submit(task) for task in tasks]:
-        done.result()
+    pool = _workers(min(threads, MOST_WORKERS), os.getpid())  # threads do not outlive a fork
+    begun = [pool.submit(_on_one_thread, task) for task in tasks]
+    try:
+        wait(begun)
+    finally:  # a signal may come here
+        for future in begun:
+            future.cancel()
+        torch.set_num_threads(threads)  # of threads to come too: their number is the one that was last set anywhere
+    for future in begun:
+        future.result()
+
+
+def _on_one_thread(task: Callable[[], None]) -> None:
+    if torch.get_num_threads() > 1:  # each thread has a number of its own, from its first question on
+        torch.set_num_threads(1)
+    task()
 
 
 @functools.cache
 def _workers(threads: int, process: int) -> ThreadPoolExecutor:
     del process
-    pool, all_here = ThreadPoolExecutor(threads, thread_name_prefix="muon"), threading.Barrier(threads)
-
-    def begin(_: int) -> None:
-        torch.get_num_threads()  # a thread's first question sets its number to the process's
-        torch.set_num_threads(1)
-        all_here.wait()
-
-    list(pool.map(begin, range(threads)))
-    torch.set_num_threads(threads)  # for threads to come: what was last set is the process's number as well
-    return pool
+    return ThreadPoolExecutor(threads, thread_name_prefix="muon")
 
 
 def _buckets(weights: list[Any]) -> list[list[Any]]:
