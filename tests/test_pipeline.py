@@ -431,10 +431,10 @@ def test_very_few_labels_are_learned_as_the_graph_spreads_them(
 
 
 def test_a_student_of_another_size(photos: Path, tmp_path: Path) -> None:
-    run = fl.fit(photos, out=tmp_path / "run", recipe="smoke", student="timm:resnet18", **SMALL)
+    run = fl.fit(photos, out=tmp_path / "run", recipe="smoke", student="timm:test_resnet", **SMALL)
     keys = [row["key"] for row in run.metrics["rows"]]
     assert {"distill_self", "distill"} <= set(keys)
-    assert run.model.card.encoder == "timm:resnet18"
+    assert run.model.card.encoder == "timm:test_resnet"
     assert run.model.predict(photos / "test").shape == (40,)
 
 
