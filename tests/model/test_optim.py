@@ -263,6 +263,15 @@ def test_muon_takes_the_same_step_on_any_number_of_threads(monkeypatch):
     assert told == [1], "the others are done when one's error comes, each on one thread"
 
 
+def test_kernels_that_step_together_have_a_limit(monkeypatch):
+    monkeypatch.setattr(muon, "MOST_NUMBERS", 20)
+    small, large, other = [torch.zeros(2, 5)] * 5, [torch.zeros(4, 9)] * 2, [torch.zeros(5, 2)]
+    buckets = muon._by_shape([*small[:3], *large, *other, *small[3:]])
+    assert [(len(bucket), tuple(bucket[0].shape)) for bucket in buckets] == [
+        (2, (2, 5)), (2, (2, 5)), (1, (2, 5)), (1, (4, 9)), (1, (4, 9)), (1, (5, 2)),
+    ]  # fmt: skip
+
+
 def test_muon_skips_what_has_no_gradient_and_gives_the_closures_loss():
     parameters = [nn.Parameter(torch.ones(3, 3)) for _ in range(3)]
     optimizer = Muon([{"params": parameters[:2]}, {"params": parameters[2:], "adapt": False}], lr=1.0)

@@ -62,7 +62,8 @@ class Muon(torch.optim.Optimizer):
             in_turn: list[Callable[[], None]] = []
             beside: list[Callable[[], None]] = []
             for alike in sorted(_buckets(weights), key=lambda bucket: -bucket[0].numel()):  # the longest work first
-                large = min(len(alike[0]), alike[0][0].numel()) >= LARGE_SIDE
+                rows, numbers = len(alike[0]), alike[0].numel()
+                large = min(rows, numbers // rows) >= LARGE_SIDE
                 (in_turn if alone or large else beside).append(functools.partial(self._step_of_kernels, alike, group))
             for task in in_turn:
                 task()
@@ -104,7 +105,7 @@ def _side_by_side(tasks: Sequence[Callable[[], None]]) -> None:
     width 0.5, on one 42, side by side 28).
     """
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 or len(tasks) < 2:
         for task in tasks:
             task()
         return
