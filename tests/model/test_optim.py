@@ -133,11 +133,16 @@ def test_lars_skips_what_has_no_gradient_and_gives_the_closures_loss():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"lr": -1.0}, {"lr": 1.0, "momentum": 1.0}, {"lr": 1.0, "weight_decay": -1.0}, {"lr": 1.0, "trust": 0}]
+    ("kind", "settings"),
+    [(kind, {"lr": -1.0}) for kind in (LARS, Muon)]
+    + [(kind, {"lr": 1.0, "momentum": 1.0}) for kind in (LARS, Muon)]
+    + [(kind, {"lr": 1.0, "weight_decay": -1.0}) for kind in (LARS, Muon)]
+    + [(LARS, {"lr": 1.0, "trust": 0}), (Muon, {"lr": float("nan")})],
 )
-def test_lars_refuses_values_out_of_range(settings):
-    with pytest.raises(UsageError, match=f"{list(settings)[-1]} = "):
-        LARS([nn.Parameter(torch.ones(3))], **settings)
+def test_values_out_of_range_are_refused(kind, settings):
+    with pytest.raises(UsageError, match=f"{kind.__name__} cannot") as refused:
+        kind([nn.Parameter(torch.ones(3, 3))], **settings)
+    assert f"{list(settings)[-1]} = " in str(refused.value)
 
 
 # --- Muon --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fewlabels import runtime
+from fewlabels.model.grouped import GroupedOptimizer
 
 # Newton-Schulz iteration of the source: five rounds bring singular values from 0.01 to 1 to within 0.7 and 1.2
 ROUNDS, NEWTON_SCHULZ = 5, (3.4445, -4.7750, 2.0315)
@@ -27,7 +28,7 @@ MOST_WORKERS = 16  # each holds what the products of a kernel need
 MOST_NUMBERS = 2**24  # of kernels that step together: there are several copies; larger ones wait for no launch
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(GroupedOptimizer):
     """Momentum of kernels, made orthogonal:
 
         v <- momentum * v + (1 - momentum) * g
@@ -36,39 +37,29 @@ class Muon(torch.optim.Optimizer):
 
     A kernel (out, in, k, k) is a matrix of `out` rows (torch.optim.Muon takes matrices only). The root makes a step
     as long as one of AdamW (Liu et al. 2025, arXiv 2502.16982), which groups with adapt=False take at the same lr.
-    params: parameters of two dimensions or more, or groups that may set lr, momentum, weight_decay and adapt.
+    params: parameters of two dimensions or more, or groups that may set lr, momentum, weight_decay and adapt. Raises
+    UsageError for values out of range.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. Returns the closure's loss, if one is given."""
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        for group in self.param_groups:
-            weights = [w for w in group["params"] if w.grad is not None]
-            if not weights:
-                continue
-            if not group["adapt"]:
-                self._step_of_adam(weights, group)
-                continue
-            for w in weights:
-                if not self.state[w]:
-                    self.state[w]["momentum"] = torch.zeros_like(w)
-            # Collectives have one order on all ranks, and one large kernel would have all threads but one wait for it
-            alone = weights[0].is_cuda or runtime.is_sharded(weights[0])
-            in_turn: list[Callable[[], None]] = []
-            beside: list[Callable[[], None]] = []
-            for alike in sorted(_buckets(weights), key=lambda bucket: -bucket[0].numel()):  # the longest work first
-                rows, numbers = len(alike[0]), alike[0].numel()
-                large = min(rows, numbers // rows) >= LARGE_SIDE
-                (in_turn if alone or large else beside).append(functools.partial(self._step_of_kernels, alike, group))
-            for task in in_turn:
-                task()
-            _side_by_side(beside)
-        return loss
+    def step_of_group(self, weights: list[Any], group: dict[str, Any]) -> None:
+        if not group["adapt"]:
+            self._step_of_adam(weights, group)
+            return
+        self.zeros(weights, "momentum")
+        # Collectives have one order on all ranks, and one large kernel would have all threads but one wait for it
+        alone = weights[0].is_cuda or runtime.is_sharded(weights[0])
+        in_turn: list[Callable[[], None]] = []
+        beside: list[Callable[[], None]] = []
+        for alike in sorted(_buckets(weights), key=lambda bucket: -bucket[0].numel()):  # the longest work first
+            rows, numbers = len(alike[0]), alike[0].numel()
+            large = min(rows, numbers // rows) >= LARGE_SIDE
+            (in_turn if alone or large else beside).append(functools.partial(self._step_of_kernels, alike, group))
+        for task in in_turn:
+            task()
+        _side_by_side(beside)
 
     @torch.no_grad()  # a thread has its own
     def _step_of_kernels(self, weights: list[Any], group: dict[str, Any]) -> None:
@@ -89,10 +80,9 @@ class Muon(torch.optim.Optimizer):
 
     def _step_of_adam(self, weights: list[Any], group: dict[str, Any]) -> None:
         for w in weights:
-            if not self.state[w]:
-                moments = {"exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
-                self.state[w] |= moments | {"step": torch.tensor(0.0)}
-        means, squares, steps = ([self.state[w][name] for w in weights] for name in ("exp_avg", "exp_avg_sq", "step"))
+            self.state[w].setdefault("step", torch.tensor(0.0))
+        means, squares = (self.zeros(weights, name) for name in ("exp_avg", "exp_avg_sq"))
+        steps = [self.state[w]["step"] for w in weights]
         adamw(
             weights, [w.grad for w in weights], means, squares, [], steps,
             lr=group["lr"], weight_decay=group["weight_decay"], beta1=0.9, beta2=0.999, eps=1e-8, amsgrad=False,

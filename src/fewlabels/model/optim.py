@@ -7,7 +7,7 @@ Source: google-research/simclr at 383d414, `lars_optimizer.py` and `model.py: Wa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewlabels import runtime
 from fewlabels.errors import UsageError, nearest
+from fewlabels.model.grouped import GroupedOptimizer
 from fewlabels.model.heads import Classifier
 from fewlabels.model.muon import Muon
 
@@ -22,7 +23,7 @@ OPTIMIZERS = ("lars", "sgd", "adamw", "muon")
 SCALINGS = ("sqrt", "linear", "none")
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(GroupedOptimizer):
     """Layer-wise adaptive rate scaling, in the reference's form:
 
         g <- g + weight_decay * w
@@ -42,42 +43,13 @@ class LARS(torch.optim.Optimizer):
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        faults = [
-            f"{name} = {group[name]}; allowed: {allowed}"
-            for name, within, allowed in (
-                ("lr", 0 <= group["lr"] < math.inf, "at least 0"),
-                ("momentum", 0 <= group["momentum"] < 1, "at least 0 and below 1"),
-                ("weight_decay", 0 <= group["weight_decay"] < math.inf, "at least 0"),
-                ("trust", 0 < group["trust"] < math.inf, "above 0"),
-            )
-            if not within
-        ]
-        if faults:
-            raise UsageError("LARS cannot use these values", details=faults, fix="change them")
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. Returns the closure's loss, if one is given."""
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        for group in self.param_groups:
-            weights = [w for w in group["params"] if w.grad is not None]
-            if not weights:
-                continue
-            for w in weights:
-                if "momentum" not in self.state[w]:
-                    self.state[w]["momentum"] = torch.zeros_like(w)
-            gradients = [w.grad for w in weights]
-            buffers = [self.state[w]["momentum"] for w in weights]
-            # One tensor at a time needs temporaries of one tensor, which a CPU's caches like; on a GPU thousands of
-            # small kernels would wait for their launch.
-            together = weights[0].is_cuda or runtime.is_sharded(weights[0])
-            update = _update_together if together else _update_one_by_one
-            update(weights, gradients, buffers, group)
-        return loss
+    def step_of_group(self, weights: list[Any], group: dict[str, Any]) -> None:
+        gradients, buffers = [w.grad for w in weights], self.zeros(weights, "momentum")
+        # One tensor at a time needs temporaries of one tensor, which a CPU's caches like; on a GPU thousands of
+        # small kernels would wait for their launch.
+        together = weights[0].is_cuda or runtime.is_sharded(weights[0])
+        update = _update_together if together else _update_one_by_one
+        update(weights, gradients, buffers, group)
 
 
 def _update_one_by_one(
