@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fewlabels as fl
-from fewlabels import cli, config, errors, recipes
+from fewlabels import cli, commands, config, errors, recipes
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Reference
@@ -48,7 +48,7 @@ def _explained(module: Any) -> dict[tuple[str, str], str]:
 
 def _commands() -> Iterator[str]:
     """Every command; those that take the same options have one table."""
-    told, tables = _explained(cli), {}
+    told, tables = _explained(commands), {}
     for name, (kind, _, about) in cli.COMMANDS.items():
         tables.setdefault(kind, []).append(f"* `fewlabels {name}`: {about}")
     for kind, lines in tables.items():
@@ -60,7 +60,8 @@ def _commands() -> Iterator[str]:
             positional = "Positional" in str(item.type)
             option = f"`{item.name.upper()}`" if positional else f"`--{item.name.replace('_', '-')}`"
             option += "".join(f", `{short}`" for short in re.findall(r"aliases=\[['\"](-\w)['\"]\]", str(item.type)))
-            yield f"| {option} | {_default(item.default)} | {_cell(told[kind.__name__, item.name])} |"
+            about = next(told[k.__name__, item.name] for k in kind.__mro__ if (k.__name__, item.name) in told)
+            yield f"| {option} | {_default(item.default)} | {_cell(about)} |"
         yield ""
 
 

@@ -17,6 +17,7 @@ CLASSES = ("red square", "red disc", "blue square", "=blue disc")
 METRICS = {
     "n": 200,
     "top1": {"accuracy": 0.9, "interval": [0.85, 0.93], "correct": 180, "n": 200},
+    "mean_recall": 0.9,
     "ece": 0.04,
     "nll": 0.3,
     "per_class": [{"name": name, "precision": 0.9, "recall": 0.9, "f1": 0.9, "n": 50} for name in CLASSES],

@@ -165,6 +165,8 @@ def test_the_commands_on_a_finished_run(
     assert code == 0
     assert "16 images predicted" in out
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 17
+    code, out, _ = answer(capsys, "evaluate", str(run), str(photos / "test"), "--balanced")
+    assert (code, "mean over classes" in out) == (0, True)
     two = [str(path) for path in sorted((photos / "test").rglob("*.png"))[:2]]
     code, out, _ = answer(capsys, "predict", str(run), *two, "--out", str(tmp_path / "two.csv"))
     assert (code, "2 images predicted" in out) == (0, True)

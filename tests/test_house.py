@@ -21,8 +21,9 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_KNOBS = 450, 60, 60
 # shards of tar and parquet (600), parameters shared out over ranks (180), self-training (150) and its guard
 # (50), more than two views (60), recipe files that were edited and budgets that count what is done (60), what readers
 # found in thirty places (130), an optimizer that learns more a step, on all threads,
-# and the rate that a named one brings (210), refusals of hostile files
-MOST_LINES = 15_920
+# and the rate that a named one brings (210), models that answer as if classes came equally often and a file for what
+# commands may be told (70), refusals of hostile files
+MOST_LINES = 16_020
 
 # Floor of every module; an import goes down only, or stays inside one folder
 FLOORS = {
@@ -30,7 +31,7 @@ FLOORS = {
     "config": 2, "runtime": 2, "random": 2,
     "data": 3, "model": 3, "checkpoint": 3, "recipes": 3, "plan": 3, "runfolder": 3, "watch": 3,
     "stages": 4, "use": 4,
-    "asked": 5, "prepare": 5, "agreement": 5, "worker": 5, "pipeline": 5,
+    "commands": 5, "asked": 5, "prepare": 5, "agreement": 5, "worker": 5, "pipeline": 5,
     "cli": 6, "estimator": 6, "__main__": 7, "__init__": 7,
 }  # fmt: skip
 STRANGERS = [("data", "model"), ("model", "data"), ("model", "config"), ("stages", "use"), ("use", "stages")]

@@ -1,4 +1,4 @@
-"""The command-line face: one command, one dataclass, one function.
+"""The command-line face: one command, one function; what it may be told is its dataclass in commands.py.
 
 torch is imported only by the commands that need it, after the options were read, so that help and usage errors are
 immediate. stdout carries the result (--json for machines), stderr everything else.
@@ -14,171 +14,18 @@ import json
 import os
 import sys
 import traceback
-import types
-import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
-from tyro.conf import Positional
 
 import fewlabels
 from fewlabels import config, errors
+from fewlabels.commands import Demo, Evaluate, Export, Fit, Import, Predict, Report, Suggest
 from fewlabels.errors import CannotCreate, FewlabelsError, RankFailed, StorageError, UsageError, nearest, printable
-
-
-def _overrides(kind: type) -> type:
-    """kind with every field optional and None: only what is given on the command line changes the recipe."""
-    fields: list[tuple[str, Any, Any]] = []
-    hints = typing.get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        if item.name in config.SECTIONS:
-            part = _overrides(config.SECTIONS[item.name])
-            fields.append((item.name, part, field(default_factory=part)))
-        elif item.name != "name":
-            hint = hints[item.name]
-            optional = hint if isinstance(hint, types.UnionType) else hint | None
-            fields.append((item.name, Annotated[optional, tyro.conf.arg(help=_help(item))], field(default=None)))
-    made = dataclasses.make_dataclass(f"{kind.__name__}Options", fields, kw_only=True)
-    made.__doc__ = (kind.__doc__ or "").splitlines()[0] + " Left out = as the recipe says."
-    return made
-
-
-def _help(item: dataclasses.Field[Any]) -> str:
-    return str(item.metadata["about"])
-
 
 FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO), "free some space, run the same command again")
 FIXES |= dict.fromkeys(errors.CLOSED, "give another path, or give yourself the right to use it")
-RecipeOptions = _overrides(config.Recipe)
-
-
-@dataclass(kw_only=True)
-class Fit:
-    """Pretrain, fine-tune and distill into one run folder; the same command resumes."""
-
-    images: Positional[str] = ""
-    """Folder, labels CSV, tar, parquet, npz or npy of images, or a URL of shards. Left out: those of the run folder."""
-    labels: str | None = None
-    """CSV with the columns image,label[,split]; empty = unlabeled."""
-    out: str = "run"
-    """The run folder. Its own command resumes it; a folder of another run is refused."""
-    recipe: str = "auto"
-    """auto, best, simclrv2, digits, smoke, paper_imagenet_* or a .toml file."""
-    student: str | None = None
-    """Encoder to deploy, e.g. resnet18_0.25x or timm:NAME. Left out: the same network."""
-    budget: str | None = None
-    """90s, 30m, 2h or minutes: fit the schedule to the measured speed."""
-    test: str | None = None
-    """Held-out images with labels; no stage sees them."""
-    keep_labels: str | None = None
-    """Use only so many labels, e.g. 100 or 1%, chosen evenly over the classes by the seed."""
-    max_bad: float = 0.05
-    """Share of unreadable images that stops the run before training."""
-    seed: int = 0
-    """Decides initial weights, order, views and kept labels."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    json: bool = False
-    """Print the result as JSON."""
-    options: Annotated[RecipeOptions, tyro.conf.arg(name="")] = field(default_factory=RecipeOptions)  # type: ignore[valid-type]
-
-
-@dataclass(kw_only=True)
-class Demo:
-    """The whole method on scikit-learn's digits with 20 labels, in about two minutes on two cores."""
-
-    out: str = "fewlabels-demo"
-    """The run folder."""
-    seed: int = 0
-    """Decides which 20 labels are kept, and the rest."""
-    student: str | None = None
-    """Encoder to deploy."""
-    json: bool = False
-    """Print the result as JSON."""
-
-
-@dataclass(kw_only=True)
-class Evaluate:
-    """Measure a model on labeled images."""
-
-    run: Positional[str]
-    """Run folder or model folder."""
-    images: Positional[str]
-    """Images with labels: class folders, a CSV, tar, parquet or npz."""
-    labels: str | None = None
-    """CSV with the columns image,label."""
-    json: bool = False
-    """Print the measurement as JSON."""
-
-
-@dataclass(kw_only=True)
-class Predict:
-    """Predict the class of images into a CSV with probabilities."""
-
-    run: Positional[str]
-    """Run folder or model folder."""
-    images: Positional[tuple[str, ...]]
-    """Images in any form, or several pictures."""
-    out: str = "predictions.csv"
-    """The CSV to write."""
-    json: bool = False
-    """Print the summary as JSON."""
-
-
-@dataclass(kw_only=True)
-class Export:
-    """Write the model as one file that runs without fewlabels, checked against it before it counts."""
-
-    run: Positional[str]
-    """Run folder or model folder."""
-    format: typing.Literal["onnx", "torch"] = "onnx"
-    """onnx (model.onnx) or torch (model.pt2, a torch.export program)."""
-    out: str | None = None
-    """Folder to write into. Left out: RUN/export."""
-
-
-@dataclass(kw_only=True)
-class Report:
-    """Write the run's report.html again."""
-
-    run: Positional[str]
-    """Run folder."""
-
-
-@dataclass(kw_only=True)
-class Suggest:
-    """Say which images to label next, as a labels CSV to fill in."""
-
-    run: Positional[str]
-    """Run folder; its pretraining must be done."""
-    count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 20
-    """How many."""
-    out: str | None = None
-    """The CSV to write; one that is there is kept. Left out: stdout."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    json: bool = False
-    """Print the names as JSON."""
-
-
-@dataclass(kw_only=True)
-class Import:
-    """Make a model folder of a published SimCLRv2 checkpoint; no TensorFlow is needed."""
-
-    checkpoint: Positional[str]
-    """Its folder, its prefix such as DIR/model.ckpt-250228, or a SavedModel."""
-    out: str
-    """The model folder to write."""
-    ema: bool = False
-    """Take the moving averages of encoder and head."""
-    tap: int | None = None
-    """Layers of the head below the classifier. Left out: known for the published models, else 0."""
-    classes: str | None = None
-    """Text file with one class name a line, or the reference's list of ImageNet files."""
-    json: bool = False
-    """Print the summary as JSON."""
 
 
 # --- what the commands do ------------------------------------------------------------------------------------
@@ -257,7 +104,9 @@ def _check(command: Fit) -> None:
 def _evaluate(command: Evaluate) -> None:
     from fewlabels.use import evaluate, predict
 
-    measured = evaluate.evaluate_run(predict.load(command.run), command.images, command.labels)
+    measured = evaluate.evaluate_run(
+        predict.load(command.run, balanced=command.balanced), command.images, command.labels
+    )
     print(json.dumps(measured) if command.json else evaluate.format_table(measured))
 
 
@@ -267,7 +116,8 @@ def _predict(command: Predict) -> None:
     if not command.images:
         raise UsageError("no images were given", fix=f"fewlabels predict {command.run} IMAGES")
     images = command.images[0] if len(command.images) == 1 else list(command.images)
-    summary = predict.write_predictions(predict.load(command.run), images, command.out)
+    model = predict.load(command.run, balanced=command.balanced)
+    summary = predict.write_predictions(model, images, command.out)
     if command.json:
         print(json.dumps(summary))
     else:
@@ -280,7 +130,8 @@ def _export(command: Export) -> None:
     from fewlabels.use import export, predict
 
     folder = Path(command.out) if command.out else Path(command.run) / "export"
-    _say(str(export.export(predict.load(command.run), folder, format=command.format)))
+    model = predict.load(command.run, balanced=command.balanced)
+    _say(str(export.export(model, folder, format=command.format)))
 
 
 def _report(command: Report) -> None:

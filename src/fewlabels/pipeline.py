@@ -312,6 +312,7 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
             kind=recipe.kind,
             canvas=prepared.dataset.store.canvas,
             temperature=results["temperature"],
+            labels_a_class=tuple(prepared.dataset.labels_a_class.tolist()) if head is None else (),
             metrics=results["measurement"],
             training={
                 "recipe": recipe.name, "images": len(prepared.dataset.train), "labels": len(prepared.dataset.labeled),

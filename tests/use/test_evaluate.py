@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    log_loss,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
 
 from conftest import shapes_images
 from fewlabels import checkpoint
@@ -89,6 +95,7 @@ def test_measure_agrees_with_scikit_learn() -> None:
         wanted = (precision[index], recall[index], f1[index], n[index])
         assert (row["precision"], row["recall"], row["f1"], row["n"]) == pytest.approx(wanted)
         assert row["name"] == classes[index]
+    assert found["mean_recall"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert found["nll"] == pytest.approx(log_loss(labels, probabilities))
     assert found["top5"]["accuracy"] == pytest.approx(top_k_accuracy_score(labels, probabilities, k=5))
     assert found["brier"] == pytest.approx(((np.eye(7)[labels] - probabilities) ** 2).sum(axis=1).mean())
@@ -121,6 +128,7 @@ def test_what_is_undefined_is_none_and_certainty_is_survived() -> None:
     never = found["per_class"][2]
     assert (never["precision"], never["recall"], never["f1"], never["n"]) == (None, None, None, 0)
     assert found["per_class"][1]["recall"] == 0.0
+    assert found["mean_recall"] == pytest.approx(0.5), "of the classes that there are"
     assert math.isfinite(found["nll"]) and found["nll"] > 40  # -log of the smallest float32, halved
     assert found["brier"] == pytest.approx(1.0)
     assert found["ece"] == pytest.approx(0.5)

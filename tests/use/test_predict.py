@@ -41,6 +41,23 @@ def test_probabilities_are_the_network_on_the_evaluation_view(model: Model) -> N
     assert model.features(images).shape == (9, model.network.encoder.feature_dim)
 
 
+def test_balanced_is_bayes_rule_with_classes_that_come_equally_often(tmp_path: Path) -> None:
+    """A class without labels counts as if it had half of one."""
+    images, _ = shapes_images(9, size=20)
+    for counts, shares in (((80, 15, 4, 1), [80, 15, 4, 1]), ((3, 0, 2, 1), [3, 0.5, 2, 1])):
+        folder = artefact.save(tmp_path / str(counts), small_network(), small_card(labels_a_class=counts))
+        plain, balanced = predict.load(folder, device="cpu"), predict.load(folder, device="cpu", balanced=True)
+        assert plain.card.labels_a_class == counts
+        expected = plain.predict_proba(images) / np.array(shares)
+        expected /= expected.sum(axis=1, keepdims=True)
+        assert balanced.predict_proba(images) == pytest.approx(expected, abs=1e-5)
+        assert (balanced.predict(images) != plain.predict(images)).any()
+    for unknown in ((), (0, 0, 0, 0)):
+        folder = artefact.save(tmp_path / str(unknown), small_network(), small_card(labels_a_class=unknown))
+        with pytest.raises(UsageError, match="does not say how many labels"):
+            predict.load(folder, balanced=True)
+
+
 def test_every_form_of_images_gives_the_same_answer(model: Model, tmp_path: Path) -> None:
     images, _ = shapes_images(6, size=24)
     paths = [tmp_path / f"{i}.png" for i in range(6)]

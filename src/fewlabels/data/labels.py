@@ -99,6 +99,11 @@ class Dataset:
         """K; 0 without labels."""
         return len(self.classes)
 
+    @property
+    def labels_a_class(self) -> Ints:
+        """(K,) how many of the labeled training images are of each class."""
+        return np.bincount(self.labels[self.labeled], minlength=self.num_classes)
+
 
 def assemble(
     source: Source, store: PixelStore, kept: Ints, bad: Sequence[BadImage] = (), known: Sequence[str] = ()

@@ -38,9 +38,10 @@ class Card:
     encoder: as given to `encoder`. tap: layers of the projection head below the classifier. head_layers,
     head_out: the head it was pretrained with, unused when tap is 0. size, kind: of the evaluation view.
     canvas: the working size at which images were kept for training, None = as they came. temperature: divides the
-    logits. metrics: what `measure` returned, or None. whole_head: the file also keeps the layers of the head above
-    the tap, for fine-tuning from any of them. Without classes the model is an encoder: it has features, no logits.
-    training: facts for the model card (images, labels, recipe, ...), plain JSON values.
+    logits. labels_a_class: how many of the labels that it learned from are of each class, () = not known. metrics:
+    what `measure` returned, or None. whole_head: the file also keeps the layers of the head above the tap, for
+    fine-tuning from any of them. Without classes the model is an encoder: it has features, no logits. training:
+    facts for the model card (images, labels, recipe, ...), plain JSON values.
     """
 
     encoder: str
@@ -53,6 +54,7 @@ class Card:
     kind: str
     canvas: int | None = None
     temperature: float = 1.0
+    labels_a_class: tuple[int, ...] = ()
     metrics: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
@@ -189,7 +191,7 @@ def read_card(folder: Path) -> Card:
     known = {item.name for item in dataclasses.fields(Card)}
     try:
         card = Card(**{name: value for name, value in found.items() if name in known})
-        card = dataclasses.replace(card, classes=tuple(card.classes))
+        card = dataclasses.replace(card, classes=tuple(card.classes), labels_a_class=tuple(card.labels_a_class))
         faults = _faults(card, found.get("num_classes"))
     except (TypeError, OverflowError) as error:
         raise _unusable(path, str(error)) from error
@@ -226,6 +228,9 @@ def _faults(card: Card, num_classes: object) -> list[str]:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             faults.append(f"{name} is {value!r}, allowed are {low} to {high}")
+    counts = card.labels_a_class
+    if len(counts) not in (0, len(card.classes)) or not all(type(n) is int and 0 <= n < 2**53 for n in counts):
+        faults.append(f"labels_a_class is {list(counts)!r:.80}, it must be a number of labels for each class")
     temperature = card.temperature
     if not isinstance(temperature, int | float) or not math.isfinite(temperature) or temperature <= 0:
         faults.append(f"temperature is {temperature!r}, it must be a positive number")

@@ -66,8 +66,8 @@ def measure(probabilities: Floats, labels: Integers, classes: Sequence[str]) -> 
     """All that is worth knowing about predictions, as plain JSON values.
 
     probabilities: (N, K), rows sum to 1. labels: (N,) in [0, K). Returns n, top1 (and top5 when K > 5) with
-    interval, per_class, confusion (rows are the truth), ece and its reliability bins, nll in nats, brier
-    (sum over classes, 0 to 2). What is undefined (the precision of a class never predicted) is None.
+    interval, per_class, the mean of their recalls, confusion (rows are the truth), ece and its reliability bins, nll in
+    nats, brier (sum over classes, 0 to 2). What is undefined (the precision of a class never predicted) is None.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)  # (N, K)
     labels = np.asarray(labels, dtype=np.int64)  # (N,)
@@ -83,7 +83,8 @@ def measure(probabilities: Floats, labels: Integers, classes: Sequence[str]) -> 
         "n": n,
         "classes": [str(name) for name in classes],
         "top1": _proportion(int(np.trace(confusion)), n),
-        "per_class": _per_class(confusion, classes),
+        "per_class": (per_class := _per_class(confusion, classes)),
+        "mean_recall": float(np.mean([row["recall"] for row in per_class if row["n"]])),
         "confusion": confusion.tolist(),
         "ece": sum(b["n"] / n * abs(b["accuracy"] - b["confidence"]) for b in bins if b["n"]),
         "reliability": bins,
@@ -407,6 +408,7 @@ def format_table(measurement: dict[str, Any]) -> str:
     lines = [f"accuracy            {percent(measurement['top1'])}"]
     if "top5" in measurement:
         lines.append(f"top-5 accuracy      {percent(measurement['top5'])}")
+    lines.append(f"mean over classes   {100 * measurement['mean_recall']:.1f} % (of their recalls)")
     lines.append(f"calibration error   {100 * measurement['ece']:.1f} % (expected, {NUM_BINS} bins)")
     lines.append(f"log loss, Brier     {measurement['nll']:.3f}, {measurement['brier']:.3f}")
     if measurement.get("trained_on"):
