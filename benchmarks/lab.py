@@ -275,7 +275,7 @@ class Lab:
         """The same network from random weights, on the labels alone, three times the steps of fine-tuning."""
         few = self.few(amount, draw)
         classifier = self.fresh(name, draw)
-        settings = plan.baseline(self.recipe(len(few.labeled)).finetune, len(few.labeled), 1)
+        settings = plan.baseline(self.recipe(len(few.labeled)), len(few.labeled), 1)
         self.kept(
             f"supervised {name}, {amount}, draw {draw}", classifier,
             lambda: self._on_labels(classifier, settings, few, draw, longer=plan.BASELINE_LENGTH),

@@ -31,11 +31,11 @@ def climbed(
 ) -> Rows:
     """Every rung, each a number a draw of labels. again: those of the amounts for which stage 3 is tried."""
     rows: Rows = {}
+    if FAITHFUL in labs:  # the labels alone with our optimiser, where it is the better one
+        rows |= Comparison(labs.get(OURS, labs[FAITHFUL]), body, draws).rows(amounts, [PIXELS, ALONE])
     for name, laboratory in labs.items():
         way = Comparison(laboratory, body, draws, propagates=name == OURS)
-        if name == FAITHFUL:
-            rows |= way.rows(amounts, [PIXELS, ALONE])
-        elif fixmatch:  # in our settings: our strong view, our optimiser
+        if name == OURS and fixmatch:  # in our settings: our strong view, our optimiser
             rows |= way.rows(again, [FIXMATCH])
         found = way.rows(amounts, RUNGS) | way.rows(again, [DISTILLED, SELF_TRAINED] if name == OURS else [DISTILLED])
         rows |= {f"{name}: {rung}": row for rung, row in found.items()}

@@ -98,7 +98,7 @@ class FixMatch(Unshifted):
 
 class Comparison:
     """The rows of the table, each a number a draw of labels. propagates: very few labels are spread first, as in
-    `fewlabels fit` without self-training.
+    `fewlabels fit`: before self-training on photos only.
     """
 
     def __init__(self, laboratory: Lab, body: Body, draws: int, *, propagates: bool = False) -> None:
@@ -117,7 +117,8 @@ class Comparison:
         }
 
     def _named(self, name: str, amount: int, draw: int) -> str:
-        spread = ", on propagated labels" * (name in (TUNED, DISTILLED, "itself") and self._spreads(amount))
+        begins = (TUNED, DISTILLED, "itself") + (SELF_TRAINED,) * (self.lab.general.kind != "glyph")
+        spread = ", on propagated labels" * (name in begins and self._spreads(amount))
         return f"{name}, {self.body}, {amount} labels, draw {draw}{spread}"
 
     def _spreads(self, amount: int) -> bool:
@@ -152,8 +153,10 @@ class Comparison:
         return self.lab.accuracy(student)
 
     def _selftrained(self, amount: int, draw: int) -> float:
+        start = self._finetuned if self.lab.general.kind == "glyph" else self._teacher
         name = f"self-trained {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
-        return self._trained(name, SelfTrain, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
+        name += ", on propagated labels" * (start == self._teacher and self._spreads(amount))
+        return self._trained(name, SelfTrain, start(amount, draw), amount, draw, self.lab.distill_epochs)
 
     def _unshifted(self, amount: int, draw: int) -> float:
         name = f"self-trained, not shifted, {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"

@@ -128,9 +128,28 @@ def test_published_step_counts_follow(name: str, labels: int, steps: int, tap: i
     assert recipe.finetune.tap == tap
     assert (recipe.distill.self_temperature, recipe.distill.temperature) == (0.1, 1.0)
     if labels == IMAGENET:
-        supervised = plan.baseline(recipe.finetune, labels, 1)
+        supervised = plan.baseline(recipe, labels, 1)
         assert plan.derive(supervised, labels, 1).total_steps == 28151
         assert plan.derive(supervised, labels, 1).peak == pytest.approx(1.6)
+
+
+def test_many_labels_of_photos_are_learned_with_muon() -> None:
+    for side, gray, labeled, expected in (
+        (64, False, 800, "muon"),
+        (64, False, 790, "adamw"),
+        (28, True, 800, "adamw"),
+    ):
+        found = recipes.named("best", replace(FACTS, side=side, gray=gray, labeled=labeled)).finetune
+        assert found.optimizer == expected
+        assert (found.learning_rate == 0.005) == (expected == "muon")
+
+
+def test_the_baseline_learns_with_the_optimizer_of_a_student_that_has_muon() -> None:
+    photos = recipes.named("best", replace(FACTS, gray=False, side=64))
+    for distill, expected in ((photos.distill, "muon"), (replace(photos.distill, optimizer="adamw"), "sgd")):
+        found = plan.baseline(replace(photos, distill=distill), 100, 1)
+        assert found.optimizer == expected
+        assert found.epochs == 3 * photos.finetune.epochs
 
 
 def test_all_architectures_of_the_papers_table_have_a_recipe() -> None:
@@ -401,7 +420,8 @@ def test_wishes_are_plain_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sure", [0.0, 0.8])
 def test_what_fine_tuning_began_for_stays(sure: float, tmp_path: Path) -> None:
     before = recipes.best(FACTS)
-    before = replace(before, distill=replace(before.distill, self_training=sure, epochs=7))
+    older = replace(before.distill, self_training=sure, epochs=7, optimizer="adamw", learning_rate=2e-3)
+    before = replace(before, distill=older)
     wishes = asked.Asked(images=tmp_path, out=tmp_path, recipe="best", budget=60.0)
     stored = {
         "asked": {**wishes.wishes(), "budget": None}, "understood": {"labeled": FACTS.labeled},
@@ -410,6 +430,7 @@ def test_what_fine_tuning_began_for_stays(sure: float, tmp_path: Path) -> None:
     for begun, kept in (({"pretrain"}, 0.95), ({"pretrain", "finetune"}, sure)):
         found = asked.resolve(wishes, FACTS, stored, begun).distill
         assert (found.self_training, found.epochs) == (kept, recipes.best(FACTS).distill.epochs)
+        assert (found.optimizer, found.learning_rate) == (("adamw", 2e-3) if "finetune" in begun else ("muon", 0.02))
     explicit = replace(wishes, overrides={"distill": {"self_training": 0.8}})
     assert asked.resolve(explicit, FACTS, stored, {"pretrain", "finetune"}).distill.self_training == 0.8
 

@@ -438,16 +438,29 @@ def test_a_student_of_another_size(photos: Path, tmp_path: Path) -> None:
     assert run.model.predict(photos / "test").shape == (40,)
 
 
-def test_self_training_does_not_begin_with_propagated_labels(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_fine_tuning_before_self_training_is_another_where_drawings_are_learned(tmp_path: Path) -> None:
+    """And of photos an older version said so too."""
+    started = {"starts_from_propagated_labels": False}
+    prepare.check_identity({"kind": "photo", **started}, {"kind": "photo"}, "finetune", tmp_path)
+    prepare.check_identity({"kind": "glyph", **started}, {"kind": "glyph", **started}, "finetune", tmp_path)
+    with pytest.raises(CannotCreate) as refused:
+        prepare.check_identity({"kind": "glyph", **started}, {"kind": "glyph"}, "finetune", tmp_path)
+    assert any("propagated" in line for line in refused.value.details)
+
+
+@pytest.mark.parametrize(
+    ("kind", "self_training", "spreads"), [("photo", 0.95, True), ("glyph", 0, True), ("glyph", 0.95, False)]
+)
+def test_drawings_do_not_teach_themselves_from_propagated_labels(
+    kind: str, self_training: float, spreads: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     monkeypatch.setattr(propagate, "propagate", lambda features, known, classes: (asked.append(len(known)), known)[1])
     finetune = {**SMALL["finetune"], "start": "probe"}
-    for answers in (0, 0.95):
-        wishes = {**SMALL, "finetune": finetune, "distill": {**SMALL["distill"], "self_training": answers}}
-        fl.fit(photos, out=tmp_path / f"{answers}", recipe="smoke", until="finetune", **wishes)
-        assert len(asked) == 1, "asked without self-training, and then not again"
+    wishes = {**SMALL, "kind": kind, "finetune": finetune}
+    wishes["distill"] = {**SMALL["distill"], "self_training": self_training}
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **wishes)
+    assert bool(asked) == spreads
 
 
 def test_a_network_that_teaches_itself(photos: Path, tmp_path: Path) -> None:
@@ -467,9 +480,9 @@ def test_a_network_that_teaches_itself(photos: Path, tmp_path: Path) -> None:
     shutil.rmtree(rest / "model")
     fl.fit(photos, out=rest, recipe="smoke", **wishes)
     assert same(final_weights(rest), final_weights(whole.path))
-    with pytest.raises(CannotCreate, match="finetune stage") as refused:  # it may have begun with propagated labels
+    with pytest.raises(CannotCreate, match="distill stage") as refused:  # photos are fine-tuned alike before either
         fl.fit(photos, out=rest, recipe="smoke", **{**SMALL, "distill": {**SMALL["distill"], "self_training": 0}})
-    assert any("propagated" in line for line in refused.value.details)
+    assert any("self_training" in line for line in refused.value.details)
     both = fl.fit(photos, out=tmp_path / "both", recipe="smoke", student="resnet18_0.0625x_small", **wishes)
     rows = {row["key"]: row["name"] for row in both.metrics["rows"]}
     assert (rows["distill_self"], rows["distill"]) == ("self-trained", "distilled student")

@@ -125,13 +125,17 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     explicit = asked.given()
     if stored and begun:
         before = config.from_dict(stored["recipe"])
-        stay = begun | ({"pretrain"} if before.pretrained is not None else set())
-        kept = {stage: getattr(before, stage) for stage in stay if stage in config.SECTIONS}
+        stages = begun | ({"pretrain"} if before.pretrained is not None else set())
+        kept = {stage: getattr(before, stage) for stage in stages if stage in config.SECTIONS}
         names = ("encoder", "size", "resolution", "kind", "working_size", "precision", "compile", "chunk_norm")
         top = {name: getattr(before, name) for name in names}
         recipe, explicit = replace(recipe, **kept, **top), top | explicit
-        if "finetune" in begun and not asked.names("distill", "self_training"):  # which wants another start of it
-            recipe = replace(recipe, distill=replace(recipe.distill, self_training=before.distill.self_training))
+        if "finetune" in begun:  # self-training may want another start of it, and the baseline has stage 3's optimizer
+            stays = [
+                k for k in ("self_training", "optimizer", "learning_rate", "scaling") if not asked.names("distill", k)
+            ]
+            same = {knob: getattr(before.distill, knob) for knob in stays}
+            recipe = replace(recipe, distill=replace(recipe.distill, **same))
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
     recipe = config.override(recipe, asked.overrides)

@@ -70,7 +70,8 @@ class FinetuneRecipe(Schedule):
     freeze_below: int = knob(-1, "frozen: -1 nothing, 0 stem, 1..3 up to that block group, 4 encoder", least=-1, most=4)
     start: str = knob(
         "zero",
-        "zero (the paper), or from logistic regression on frozen features; up to 10 labels a class spread first",
+        "zero (the paper), or from logistic regression on frozen features; up to 10 labels a class spread first "
+        "(but of drawings that self-train)",
         choices=("zero", "probe"),
     )
     smallest_crop: float = knob(

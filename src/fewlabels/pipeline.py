@@ -312,7 +312,8 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
             kind=recipe.kind,
             canvas=prepared.dataset.store.canvas,
             temperature=results["temperature"],
-            labels_a_class=tuple(prepared.dataset.labels_a_class.tolist()) if head is None else (),
+            # Where labels were spread it learned classes as often as the graph gave them
+            labels_a_class=() if head or prepared.spreads else tuple(prepared.dataset.labels_a_class.tolist()),
             metrics=results["measurement"],
             training={
                 "recipe": recipe.name, "images": len(prepared.dataset.train), "labels": len(prepared.dataset.labeled),

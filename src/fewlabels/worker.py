@@ -227,10 +227,7 @@ class Worker:
 
     def _spread(self) -> Dataset:
         """The images with very few labels spread over the neighbour graph; with more as they are."""
-        # A given model may have lost the upper layers of its head. Before self-training it is wrong to be sure early:
-        # digits, 2 labels a class, ended at 91.0, 87.9, 88.8 % from propagated labels, at 99.3, 97.7, 98.2 without
-        few = len(self.dataset.labeled) <= propagate.FEW_LABELS * self.dataset.num_classes
-        if not few or self.recipe.pretrained is not None or self.prepared.self_trains:
+        if not self.prepared.spreads:
             return self.dataset
         spread = compare.propagated(self.dataset, *self.pretrain(), self.prepared.setting)
         say(f"  labels are spread over the neighbour graph: {len(spread.labeled):,} images are learned, no more steps")
@@ -321,7 +318,7 @@ class Worker:
         kind = "distill" if name == "distill_self" else name
         labeled_only = name in ("finetune", "supervised")
         if name == "supervised":
-            schedule = plan.baseline(self.recipe.finetune, len(self.dataset.labeled), runtime.world_size())
+            schedule = plan.baseline(self.recipe, len(self.dataset.labeled), runtime.world_size())
         else:
             schedule = getattr(self.recipe, kind)
         return Job(

@@ -161,6 +161,7 @@ def _describe(folder: Path, **changes: Any) -> None:
         ({"size": "16"}, "size is '16'"),
         ({"kind": "nonsense"}, "kind"),
         ({"metrics": 3}, "tables of facts"),
+        ({"balanced": 1}, "balanced is 1"),
         ({"labels_a_class": [5, 5]}, "labels_a_class is"),
         ({"labels_a_class": [5, 5, 5, -1]}, "labels_a_class is"),
         ({"labels_a_class": [5, 5, 5, True]}, "labels_a_class is"),

@@ -42,9 +42,9 @@ def test_probabilities_are_the_network_on_the_evaluation_view(model: Model) -> N
 
 
 def test_balanced_is_bayes_rule_with_classes_that_come_equally_often(tmp_path: Path) -> None:
-    """A class without labels counts as if it had half of one."""
+    """A class without labels stays as it is, and what was balanced is not balanced again."""
     images, _ = shapes_images(9, size=20)
-    for counts, shares in (((80, 15, 4, 1), [80, 15, 4, 1]), ((3, 0, 2, 1), [3, 0.5, 2, 1])):
+    for counts, shares in (((80, 15, 4, 1), [80, 15, 4, 1]), ((9, 0, 2, 1), [9, 9, 2, 1])):
         folder = artefact.save(tmp_path / str(counts), small_network(), small_card(labels_a_class=counts))
         plain, balanced = predict.load(folder, device="cpu"), predict.load(folder, device="cpu", balanced=True)
         assert plain.card.labels_a_class == counts
@@ -52,9 +52,13 @@ def test_balanced_is_bayes_rule_with_classes_that_come_equally_often(tmp_path: P
         expected /= expected.sum(axis=1, keepdims=True)
         assert balanced.predict_proba(images) == pytest.approx(expected, abs=1e-5)
         assert (balanced.predict(images) != plain.predict(images)).any()
+        again = artefact.save(tmp_path / "again", balanced.network, balanced.card)
+        assert predict.load(again, device="cpu").predict_proba(images) == pytest.approx(expected, abs=1e-5)
+        with pytest.raises(UsageError, match="does not say how often"):
+            predict.load(again, balanced=True)
     for unknown in ((), (0, 0, 0, 0)):
         folder = artefact.save(tmp_path / str(unknown), small_network(), small_card(labels_a_class=unknown))
-        with pytest.raises(UsageError, match="does not say how many labels"):
+        with pytest.raises(UsageError, match="does not say how often"):
             predict.load(folder, balanced=True)
 
 

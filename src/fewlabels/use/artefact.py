@@ -38,10 +38,11 @@ class Card:
     encoder: as given to `encoder`. tap: layers of the projection head below the classifier. head_layers,
     head_out: the head it was pretrained with, unused when tap is 0. size, kind: of the evaluation view.
     canvas: the working size at which images were kept for training, None = as they came. temperature: divides the
-    logits. labels_a_class: how many of the labels that it learned from are of each class, () = not known. metrics:
-    what `measure` returned, or None. whole_head: the file also keeps the layers of the head above the tap, for
-    fine-tuning from any of them. Without classes the model is an encoder: it has features, no logits. training:
-    facts for the model card (images, labels, recipe, ...), plain JSON values.
+    logits. labels_a_class: how many of the labels that it learned from are of each class, () = not known. balanced:
+    whether it answers as if classes came equally often. metrics: what `measure` returned, or None. whole_head: the file
+    also keeps the layers of the head above the tap, for fine-tuning from any of them. Without classes the model is an
+    encoder: it has features, no logits. training: facts for the model card (images, labels, recipe, ...), plain JSON
+    values.
     """
 
     encoder: str
@@ -55,6 +56,7 @@ class Card:
     canvas: int | None = None
     temperature: float = 1.0
     labels_a_class: tuple[int, ...] = ()
+    balanced: bool = False
     metrics: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
@@ -212,8 +214,9 @@ def _faults(card: Card, num_classes: object) -> list[str]:
         faults.append(f"encoder is {card.encoder!r}, it must be a name")
     if card.kind not in KINDS:
         faults.append(f"kind is {card.kind!r}, allowed are {', '.join(KINDS)}")
-    if not isinstance(card.whole_head, bool):
-        faults.append(f"whole_head is {card.whole_head!r}, it must be true or false")
+    for name in ("whole_head", "balanced"):
+        if not isinstance(getattr(card, name), bool):
+            faults.append(f"{name} is {getattr(card, name)!r}, it must be true or false")
     if not isinstance(card.metrics, dict | None) or not isinstance(card.training, dict):
         faults.append("metrics and training must be tables of facts")
     for name, low, high in (

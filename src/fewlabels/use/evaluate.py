@@ -375,6 +375,7 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
         )
     result = measure(np.stack(rows), np.asarray(truth), model.classes)
     return result | {
+        "balanced": model.card.balanced,
         "images": source.description,
         "split": split,
         "unlabeled": unlabeled,

@@ -100,6 +100,7 @@ def _facts(model: Model) -> dict[str, str]:
         ),
         "encoder": card.encoder,
         "temperature": repr(card.temperature),
+        "balanced": json.dumps(card.balanced),
     }
 
 

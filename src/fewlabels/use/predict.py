@@ -9,6 +9,7 @@ Shapes: N images, B images of one chunk, K classes, D features, S side of the vi
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -197,21 +198,29 @@ def load(run_or_model_dir: str | os.PathLike[str], *, device: str = "auto", bala
     balanced: as if classes came equally often: probabilities are divided by the shares that classes had among the
     labels of training (Saerens et al. 2002; logit adjustment, arXiv 2007.07314), so that rare ones are named more often
     and the accuracy of a class, in the mean over classes, is higher. The accuracy on images that come as the labels did
-    is lower. Raises MissingInput where there is no model, DataError where it is damaged, UsageError for balanced where
-    it does not say how its labels came.
+    is lower. A class without labels stays as it is. Raises MissingInput where there is no model, DataError where it is
+    damaged, UsageError for balanced where it does not say how its labels came.
     """
     folder = artefact.place(Path(run_or_model_dir))
-    network, card = artefact.read(folder)
-    if balanced:
-        if not any(card.labels_a_class):
-            raise UsageError(
-                f"{folder} does not say how many labels each class had",
-                why="an older version wrote it, or it learned without labels",
-                fix="repeat the command of its run, which writes the model anew, or leave out balanced",
-            )
-        counts = torch.tensor(card.labels_a_class).clamp(min=0.5)  # a class without labels is no infinite factor
-        network.linear.bias.sub_(card.temperature * (counts / counts.sum()).log())
-    return Model(network, card, path=folder, device=device)
+    model = Model(*artefact.read(folder), path=folder, device=device)
+    return _balanced(model) if balanced else model
+
+
+def _balanced(model: Model) -> Model:
+    """model after its classifier was changed; its card knows no labels, so that nothing balances it again."""
+    model.check_classifies()
+    counts = torch.tensor(model.card.labels_a_class, dtype=torch.float32, device=model.device)  # (K,)
+    if not counts.any():
+        raise UsageError(
+            f"{model.path} does not say how often it learned each class",
+            why="an older version wrote it, or it learned without labels, or from so few (up to 10 a class) that they "
+            "were spread over the images that are like them",
+            fix="leave out balanced; for a run of an older version repeat its command, which writes the model anew",
+        )
+    counts[counts == 0] = counts.max()
+    model.network.linear.bias.sub_(model.card.temperature * (counts / counts.sum()).log())
+    model.card = dataclasses.replace(model.card, labels_a_class=(), metrics=None, balanced=True)
+    return model
 
 
 def as_source(images: Any) -> Source:
