@@ -526,7 +526,7 @@ def test_labels_that_the_features_cannot_tell_keep_a_network_from_teaching_itsel
     assert decided() == why
     assert timed == [why], "a budget is shared out among the stages that will be run"
     named = {**wishes, "distill": {**SMALL["distill"], "self_training": 0.9}}
-    with pytest.raises(CannotCreate, match="finetune stage"):
+    with pytest.raises(CannotCreate, match="distill_self stage"):
         fl.fit(images, senseless, out=run.path, **named)
     for stage in ("finetune", "supervised", "distill_self", "distill"):
         shutil.rmtree(run.path / stage)
