@@ -71,7 +71,7 @@ class FinetuneRecipe(Schedule):
     start: str = knob(
         "zero",
         "zero (the paper), or from logistic regression on frozen features; up to 10 labels a class spread first "
-        "(but of drawings that self-train)",
+        "(not for drawings that self-train)",
         choices=("zero", "probe"),
     )
     smallest_crop: float = knob(
