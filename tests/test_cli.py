@@ -16,6 +16,7 @@ from conftest import shapes_images
 from fewlabels import checkpoint, cli
 from fewlabels.asked import Asked, on_command_line
 from fewlabels.errors import DataError
+from fewlabels.use import export, predict
 
 TINY = ["--recipe", "smoke", "--pretrain.epochs", "1", "--distill.epochs", "1"]
 
@@ -165,13 +166,29 @@ def test_the_commands_on_a_finished_run(
     assert code == 0
     assert "16 images predicted" in out
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 17
-    code, out, _ = answer(capsys, "evaluate", str(run), str(photos / "test"), "--balanced")
-    assert (code, "mean over classes" in out) == (0, True)
     two = [str(path) for path in sorted((photos / "test").rglob("*.png"))[:2]]
     code, out, _ = answer(capsys, "predict", str(run), *two, "--out", str(tmp_path / "two.csv"))
     assert (code, "2 images predicted" in out) == (0, True)
     code, out, _ = answer(capsys, "report", str(run))
     assert (code, out.strip()) == (0, str(run / "report.html"))
+
+
+def test_balanced_reaches_the_model_of_every_command_that_uses_one(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(export, "export", lambda model, folder, **_: (seen.append(model.card.balanced), folder)[1])
+    rows = predict.write_predictions
+    monkeypatch.setattr(
+        predict, "write_predictions", lambda m, *rest: (seen.append(m.card.balanced), rows(m, *rest))[1]
+    )
+    test, table = str(photos / "test"), str(tmp_path / "p.csv")
+    for asked in (["--balanced"], []):
+        code, out, _ = answer(capsys, "evaluate", str(run), test, "--json", *asked)
+        assert (code, json.loads(out)["balanced"]) == (0, bool(asked))
+        assert answer(capsys, "predict", str(run), test, "--out", table, *asked)[0] == 0
+        assert answer(capsys, "export", str(run), *asked)[0] == 0
+    assert seen == [True, True, False, False]
 
 
 def test_without_held_out_images_it_says_how_to_measure(

@@ -119,6 +119,7 @@ def test_the_run_folder_holds_everything(run: fl.Run) -> None:
         40,
         1,
     )
+    assert run.model.card.labels_a_class == (4, 4, 4, 4)
 
 
 def test_it_learns_and_the_table_is_whole(run: fl.Run) -> None:
@@ -412,7 +413,8 @@ def test_very_few_labels_are_learned_as_the_graph_spreads_them(
 
     monkeypatch.setattr(Finetune, "forward", noted)
     asked = {**SMALL, "finetune": {**SMALL["finetune"], "start": "probe"}}
-    fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **asked)
+    run = fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **asked)
+    assert run.model.card.labels_a_class == (), "it learned classes as often as the graph gave them"
     whole = final_weights(tmp_path / "run", ("finetune",))
     steps = json.loads((tmp_path / "run" / "resolved.json").read_text())["derived"]["finetune"]["total_steps"]
     spread = [batch for batch in seen[:steps] if len(batch) == 16]
