@@ -209,6 +209,7 @@ def test_check_changes_nothing(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert re.search(r"^labels: \w+ 8, \w+ 8, \w+ 8, \w+ 8$", out, re.MULTILINE), "a misspelled class shows here"
     assert "nothing is held out" not in out
     assert re.search(r"pretrain: largest batch that fits: about \d+ \(asked 16\), about \d+ with --recompute", out)
+    assert re.search(r"supervised: largest batch that fits: about \d+ \(asked 16\)", out)
     assert sorted(photos.rglob("*")) == before
     assert not (tmp_path / "out").exists()
 

@@ -187,59 +187,68 @@ def test_chunks_are_said_with_what_batch_norm_makes_of_them(norm: str, words: st
     )
 
 
+PHOTOS = {"pretrain": 9469, "finetune": 95, "supervised": 95, "distill": 9469, "distill_self": 9469}
+
+
 @pytest.mark.parametrize("student", [None, "resnet18_0.125x"])
 @pytest.mark.parametrize("seconds", [60.0, 300.0, 1800.0, 7200.0])
 def test_a_budget_is_kept(seconds: float, student: str | None) -> None:
     recipe = recipes.named("best", FACTS)
-    per_step = {"pretrain": 0.5, "finetune": 0.05, "distill": 0.3}
+    per_step = {"pretrain": 0.5, "finetune": 0.05, "supervised": 0.05, "distill": 0.3}
     if student:
         per_step["distill_self"] = 0.4
-    images = {"pretrain": 9469, "finetune": 95, "distill": 9469}
-    fitted, sums = plan.fit_budget(recipe, images, seconds, per_step, 1)
-    costs = plan.cost(fitted, images, per_step, 1)
-    assert costs.keys() == {*per_step, "supervised"}
+    fitted, sums = plan.fit_budget(recipe, PHOTOS, seconds, per_step, 1)
+    costs = plan.cost(fitted, PHOTOS, per_step, 1)
+    assert costs.keys() == per_step.keys()
     assert costs["supervised"] == pytest.approx(3 * costs["finetune"], abs=0.1)
     assert 0.5 * seconds < sum(costs.values()) < seconds
     assert 0.8 < costs["pretrain"] / (7 / 3 * (costs["distill"] + costs.get("distill_self", 0.0))) < 1.25
     assert {line.split(":")[0] for line in sums} >= {"pretrain", "distill"}
 
 
+def test_the_baseline_costs_what_its_own_steps_take() -> None:
+    """With many labels it has batches four times as large."""
+    recipe = recipes.named("best", replace(FACTS, gray=False, side=32, images=50_000, labeled=50_000))
+    images = dict.fromkeys(PHOTOS, 50_000)
+    costs = plan.cost(recipe, images, {"pretrain": 0.5, "finetune": 0.1, "supervised": 0.4, "distill": 0.3}, 1)
+    assert plan.derive(plan.baseline(recipe, 50_000, 1), 50_000, 1).batch == 4 * recipe.finetune.batch
+    assert costs["supervised"] == pytest.approx(3 * costs["finetune"], rel=0.01)
+
+
 def test_a_tiny_budget_shortens_fine_tuning_and_its_baseline() -> None:
     recipe = recipes.named("best", FACTS)
-    per_step = {"pretrain": 0.5, "finetune": 1.0, "distill": 0.3}
-    images = {"pretrain": 9469, "finetune": 95, "distill": 9469}
-    fitted, sums = plan.fit_budget(recipe, images, 600.0, per_step, 1)
-    costs = plan.cost(fitted, images, per_step, 1)
+    per_step = {"pretrain": 0.5, "finetune": 1.0, "supervised": 1.0, "distill": 0.3}
+    fitted, sums = plan.fit_budget(recipe, PHOTOS, 600.0, per_step, 1)
+    costs = plan.cost(fitted, PHOTOS, per_step, 1)
     assert fitted.finetune.epochs < recipe.finetune.epochs
     assert costs["finetune"] + costs["supervised"] == pytest.approx(0.25 * 0.9 * 600, abs=4.0)
     assert sums[0].startswith("finetune: ")
-    long, _ = plan.fit_budget(recipe, images, 36000.0, per_step, 1)
+    long, _ = plan.fit_budget(recipe, PHOTOS, 36000.0, per_step, 1)
     assert long.finetune == recipe.finetune
 
 
 def test_a_budget_goes_to_the_stages_that_are_left() -> None:
     recipe = recipes.named("best", FACTS)
-    per_step = {"pretrain": 0.5, "finetune": 0.05, "distill": 0.3}
-    images = {"pretrain": 9469, "finetune": 95, "distill": 9469}
+    per_step = {"pretrain": 0.5, "finetune": 0.05, "supervised": 0.05, "distill": 0.3}
     total = plan.derive(recipe.pretrain, 9469, 1).total_steps
-    fitted, sums = plan.fit_budget(recipe, images, 600.0, per_step, 1, ["pretrain"], {"pretrain": total})
-    costs = plan.cost(fitted, images, per_step, 1)
+    fitted, sums = plan.fit_budget(recipe, PHOTOS, 600.0, per_step, 1, ["pretrain"], {"pretrain": total})
+    costs = plan.cost(fitted, PHOTOS, per_step, 1)
     assert fitted.pretrain == recipe.pretrain
     assert [line.split(":")[0] for line in sums] == ["distill"]
     assert 450 < costs["finetune"] + costs["supervised"] + costs["distill"] < 600
     # what is left of a stage that has begun is set aside, 300 s here
     done = {"pretrain": total - 600, "finetune": 10_000, "supervised": 10_000}
-    fitted, _ = plan.fit_budget(recipe, images, 600.0, per_step, 1, ["pretrain", "finetune"], done)
-    left = plan.cost(fitted, images, per_step, 1, done)
+    fitted, _ = plan.fit_budget(recipe, PHOTOS, 600.0, per_step, 1, ["pretrain", "finetune"], done)
+    left = plan.cost(fitted, PHOTOS, per_step, 1, done)
     assert (left["pretrain"], left["finetune"], left["supervised"]) == (300, 0, 0)
     assert 200 < left["distill"] <= 0.9 * 600 - 300
     worded = replace(recipe, pretrain=replace(recipe.pretrain, epochs=20))
-    fitted, _ = plan.fit_budget(worded, images, 1800.0, per_step, 1, kept=["pretrain"])
+    fitted, _ = plan.fit_budget(worded, PHOTOS, 1800.0, per_step, 1, kept=["pretrain"])
     assert fitted.pretrain == worded.pretrain
     asked_for = {"pretrain": recipe.pretrain.epochs, "distill": recipe.distill.epochs}
-    cut, _ = plan.fit_budget(recipe, images, 1e6, per_step, 1, longest=asked_for)
+    cut, _ = plan.fit_budget(recipe, PHOTOS, 1e6, per_step, 1, longest=asked_for)
     assert cut == recipe, "an hour for `auto` is a limit, not a wish"
-    assert 1300 < sum(plan.cost(fitted, images, per_step, 1).values()) < 1800
+    assert 1300 < sum(plan.cost(fitted, PHOTOS, per_step, 1).values()) < 1800
 
 
 @pytest.mark.parametrize(("images", "batch"), [(10, 8), (300, 64), (60_000, 64)])

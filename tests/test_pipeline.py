@@ -343,14 +343,54 @@ def test_the_hour_of_auto_is_not_spent_on_what_is_done(
 ) -> None:
     """Pretraining took it; labels come later, and the other stages keep the length that the recipe gives them."""
     images, classes = shapes_images(40, size=16)
-    slow = {"pretrain": 1000.0, "finetune": 1e-3, "distill": 1e-3}
-    to_run = prepare.stages_to_run
-    monkeypatch.setattr(Worker, "seconds_per_step", lambda worker: {s: slow[s] for s in to_run(worker.prepared)})
+    slow = {"pretrain": 1000.0, "finetune": 1e-3, "distill": 1e-3, "supervised": 1e-3}
+
+    def measured(worker: Worker) -> dict[str, float]:
+        stages = prepare.stages_to_run(worker.prepared)
+        return {stage: slow[stage] for stage in stages + ["supervised"] * ("finetune" in stages)}
+
+    monkeypatch.setattr(Worker, "seconds_per_step", measured)
     wishes = {**SMALL, "encoder": "resnet18_0.0625x_small", "out": tmp_path / "run"}
     fl.fit(images, until="pretrain", **wishes)
     assert "the full schedule would take" in capsys.readouterr().err
     fl.fit(images, [*classes[:20], *[None] * 20], until="finetune", **wishes)
     assert "the full schedule would take" not in capsys.readouterr().err
+
+
+def test_a_plan_of_other_images_is_made_anew_until_something_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many labels, none, and the same command: nothing else tells them apart where no stage has saved."""
+    images, _ = shapes_images(20, size=16)
+    out = tmp_path / "run"
+
+    def dies(worker: Worker) -> None:
+        raise MemoryError("injected")
+
+    wishes: dict[str, Any] = {"out": out, "until": "pretrain", "encoder": "resnet18_0.0625x_small"}
+    wishes["pretrain"] = {"epochs": 1, "batch": 8}
+    for shown in (images.mean(axis=3).astype(np.uint8), np.repeat(np.repeat(images, 4, axis=1), 4, axis=2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "pretrain", dies)
+            with pytest.raises(MemoryError):
+                fl.fit(shown, **wishes)
+        status = json.loads((out / "status.json").read_text())
+        assert (status["state"], status["reason"]) == ("failed", "MemoryError: injected")
+        planned = json.loads((out / "resolved.json").read_text())["recipe"]
+        assert (planned["kind"], planned["size"]) == (("glyph", 16) if shown.ndim == 3 else ("photo", 64))
+    fl.fit(shown, **wishes)
+    recipe = (out / "recipe.toml").read_text()
+    with pytest.raises(CannotCreate, match="another run"):
+        fl.fit(images, **wishes)
+    assert (out / "recipe.toml").read_text() == recipe
+
+
+def test_the_baseline_is_timed_and_measured_too(photos: Path, tmp_path: Path) -> None:
+    asked = Asked(images=photos, out=tmp_path / "run", recipe="smoke", device="cpu", overrides=SMALL)
+    folder = RunFolder(asked.out)
+    with folder.locked():
+        worker = Worker(prepare.prepare(asked, prepare.open_images(asked), folder, torch.device("cpu")), Interrupts())
+    assert list(worker.seconds_per_step()) == list(worker.held()) == ["pretrain", "finetune", "supervised", "distill"]
 
 
 def test_labels_may_come_after_pretraining(photos: Path, tmp_path: Path) -> None:

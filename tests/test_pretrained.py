@@ -129,6 +129,18 @@ def test_fine_tuning_starts_from_its_weights(model: Path, photos: Path, tmp_path
     assert after.tap == 1
 
 
+def test_what_fine_tuning_froze_learns_where_the_network_teaches_itself(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    gently = {"epochs": 1, "optimizer": "adamw", "learning_rate": 1e-4, "scaling": "none"}
+    run = fl.fit(
+        photos, out=tmp_path / "run", recipe="smoke", pretrained=str(model),
+        finetune={**gently, "freeze_below": 4, "tap": 0}, distill={**gently, "self_training": 0.3},
+    )  # fmt: skip
+    before, after = (dict(read.encoder.named_parameters()) for read in (artefact.read(model)[0], run.model.network))
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_the_same_command_again_goes_on_and_other_weights_are_refused(
     model: Path, published: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +185,17 @@ def test_without_labels_its_own_classifier_teaches(model: Path, unlabeled: Path,
     shutil.rmtree(run.path / "model")
     again = fl.fit(unlabeled, **wishes)
     assert again.metrics["rows"] == run.metrics["rows"]
+
+
+def test_a_student_that_begins_as_its_frozen_teacher_learns(model: Path, unlabeled: Path, tmp_path: Path) -> None:
+    card = fl.load(model).card
+    run = fl.fit(
+        unlabeled, out=tmp_path / "run", recipe="smoke", pretrained=str(model), student=card.encoder,
+        distill={"start": "pretrained", "epochs": 1},
+    )  # fmt: skip
+    assert (run.path / "distill_self").is_dir()
+    before, after = (dict(read.encoder.named_parameters()) for read in (artefact.read(model)[0], run.model.network))
+    assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_sizes_in_a_recipe_file_count_as_options_do(model: Path, unlabeled: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
 
 def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: set[str]) -> Recipe:
     """The recipe as it will be run. The same command gets its stored recipe; stages already begun keep theirs."""
-    if stored and same_wishes(stored, asked, facts.labeled):
+    if stored and same_plan(stored, asked, facts, begun):
         return config.from_dict(stored["recipe"])
     recipe = of_name(asked.recipe, facts, asked.student, asked.file)
     explicit = asked.given()
@@ -201,13 +201,20 @@ def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Re
     )
 
 
-def same_wishes(stored: dict[str, Any], asked: Asked, labeled: int) -> bool:
-    """Whether a stored plan may be used as it is: the same wishes for as many labels. What an older version did not
-    keep counts as the same, and so does a recipe file that is gone.
+def same_plan(stored: dict[str, Any], asked: Asked, facts: Facts, begun: set[str]) -> bool:
+    """Whether a stored plan may be used as it is: the same wishes for as many labels, and until a stage has saved
+    something, whose identity then tells, for images and a machine of the same kind. What an older version did not keep
+    counts as the same, and so does a recipe file that is gone.
     """
     wishes, before = asked.wishes(), stored["asked"]
     same = all(before.get(name, value) == value or (name == "file" and not value) for name, value in wishes.items())
-    return same and bool(stored["understood"]["labeled"] == labeled)
+    alike = bool(begun) or stored.get("facts") in (None, of_images(facts))
+    return same and alike and bool(stored["understood"]["labeled"] == facts.labeled)
+
+
+def of_images(facts: Facts) -> dict[str, Any]:
+    """What of the facts a stored plan is only good for."""
+    return {name: getattr(facts, name) for name in ("images", "classes", "side", "gray", "on_gpu")}
 
 
 def of_name(name: str, facts: Facts, student: str | None = None, file: Mapping[str, Any] | None = None) -> Recipe:

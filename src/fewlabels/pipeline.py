@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fewlabels import agreement, checkpoint, plan, runtime, watch
-from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_wishes
+from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_plan
 from fewlabels.data.source import Source
 from fewlabels.errors import DataError, FewlabelsError, RankFailed, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
@@ -98,9 +98,10 @@ def run(asked: Asked) -> Run:
     with watch.ranks() as ranks, Interrupts().watching() as interrupts:
         source, folder = _images(asked), RunFolder(asked.out)
 
-        def record(error: FewlabelsError) -> None:
+        def record(error: Exception) -> None:
             stopped = isinstance(error, Stopped) or (isinstance(error, RankFailed) and error.stopped)
-            folder.status("stopped" if stopped else "failed", reason=error.what)
+            what = error.what if isinstance(error, FewlabelsError) else f"{type(error).__name__}: {error}"
+            folder.status("stopped" if stopped else "failed", reason=what)
 
         with folder.locked():
             agreement.on_folder(folder)
@@ -185,7 +186,7 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
 def _largest_batches(prepared: Prepared, worker: Worker, interrupts: Interrupts) -> dict[str, dict[str, int]]:
     """For each stage the batch asked for, the largest that fits, and the largest with recompute where that may be."""
     fits = worker.largest_batches()
-    found = {name: {"asked": prepared.derived(name.removesuffix("_self")).batch, "fits": n} for name, n in fits.items()}
+    found = {name: {"asked": prepared.derived(name).batch, "fits": n} for name, n in fits.items()}
     if not prepared.recipe.recompute:
         with contextlib.suppress(UsageError):  # a timm model that cannot
             again = replace(prepared, recipe=replace(prepared.recipe, recompute=True))
@@ -214,7 +215,8 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
     write_resolved(prepared, asked, sums)
     worker.follow(prepared)
     guarded = not asked.names("distill", "self_training")
-    if "finetune" in stages and guarded and prepared.self_trains and "finetune" not in begun_stages(folder):
+    tuned = "finetune" in runtime.from_main(begun_stages(folder))
+    if "finetune" in stages and guarded and prepared.self_trains and not tuned:
         prepared = replace(prepared, too_weak=worker.too_weak())
         write_resolved(prepared, asked, sums)
         worker.follow(prepared)
@@ -252,13 +254,13 @@ def _wanted_stages(asked: Asked, prepared: Prepared) -> list[str]:
 
 def _as_before(asked: Asked, prepared: Prepared, stages: list[str], worker: Worker) -> tuple[Prepared, list[str]]:
     """The plan that the run folder has for these wishes, else a new one; and the sums behind its schedule."""
-    known, begun = prepared.folder.resolved(), begun_stages(prepared.folder)
+    known, begun = runtime.from_main((prepared.folder.resolved(), begun_stages(prepared.folder)))
     if known and asked.budget not in (None, known["asked"]["budget"]) and begun >= set(stages):
         say("  note: every stage has begun already, and keeps its length: --budget changes nothing")
     if known and "finetune" in begun and not asked.names("distill", "self_training"):
         prepared = replace(prepared, too_weak=known["too_weak"])  # fine-tuning began as was decided then
         worker.follow(prepared)
-    kept = known["budget"] if known and same_wishes(known, asked, len(prepared.dataset.labeled)) else None
+    kept = known["budget"] if known and same_plan(known, asked, prepared.facts, begun) else None
     return _fit_schedule(prepared, asked, worker) if kept is None else (prepared, kept)
 
 
@@ -272,8 +274,9 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
         raise UsageError(f"reading the images took {duration(prepared.seconds)}, all of the budget", fix="give more")
     per_step = worker.seconds_per_step()
     folder, ranks = prepared.folder, runtime.world_size()
-    saved = {name: checkpoint.glance(folder.stage(name)) or {} for name in (*per_step, "supervised")}
-    done = runtime.from_main({name: int(values.get("step", 0)) for name, values in saved.items()})
+    saved = {name: checkpoint.glance(folder.stage(name)) or {} for name in per_step}
+    done = {name: int(values.get("step", 0)) for name, values in saved.items()}
+    done, begun = runtime.from_main((done, begun_stages(folder)))
     needed = sum(plan.cost(prepared.recipe, prepared.images, per_step, ranks, done).values())
     if cut_only and needed < plan.TRAINING_SHARE * seconds:
         return prepared, []
@@ -282,7 +285,7 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
     recipe, sums = plan.fit_budget(
         prepared.recipe, prepared.images, seconds, per_step, ranks, done=done,
         longest={s: getattr(prepared.recipe, s).epochs for s in plan.MOST_EPOCHS} if cut_only else plan.MOST_EPOCHS,
-        kept=begun_stages(folder) | {stage for stage in per_step if "epochs" in asked.overrides.get(stage, {})},
+        kept=begun | {stage for stage in per_step if "epochs" in asked.overrides.get(stage, {})},
     )  # fmt: skip
     return replace(prepared, recipe=recipe), sums
 

@@ -103,6 +103,8 @@ def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[
         lines.append(f"{stage}: " + (keeps if ranks > 1 else "shard changes nothing: one process has all of it"))
     if isinstance(schedule, DistillRecipe) and schedule.self_trains and derived.total_steps < SELF_TRAINING_STEPS:
         lines.append(f"{stage}: self-training wants {SELF_TRAINING_STEPS:,} steps and has fewer: it may give little")
+    if isinstance(schedule, DistillRecipe) and schedule.self_trains and schedule.label_weight and not schedule.student:
+        lines.append(f"{stage}: label_weight changes nothing: self-training learns the labels in every batch")
     if isinstance(schedule, DistillRecipe) and schedule.teacher_epochs:
         asked = f"{schedule.teacher_epochs} of {schedule.epochs:g} epochs"
         then = "then views come again" if schedule.replays else "so this changes nothing"
@@ -164,6 +166,13 @@ def baseline(recipe: Recipe, images: int, ranks: int) -> Schedule:
     return replace(schedule, optimizer="muon", learning_rate=0.02, scaling="none") if has_muon else schedule
 
 
+def schedule_of(recipe: Recipe, stage: str, labeled: int, ranks: int) -> Schedule:
+    """That of a stage: pretrain, finetune, distill, distill_self, or supervised, which is the baseline."""
+    if stage == "supervised":
+        return baseline(recipe, labeled, ranks)
+    return getattr(recipe, stage.removesuffix("_self"))  # type: ignore[no-any-return]
+
+
 def cost(
     recipe: Recipe,
     images: dict[str, int],
@@ -173,14 +182,11 @@ def cost(
 ) -> dict[str, float]:
     """Seconds of everything that will be trained, at the measured seconds a step, without the steps that are done.
 
-    per_step: of pretrain, and with labels of finetune, distill, and distill_self where a student is taught after it.
+    per_step: of pretrain, and with labels of finetune, supervised, distill, and distill_self where a student is taught
+    after it.
     """
-    schedules = {name: getattr(recipe, name.removesuffix("_self")) for name in per_step}
-    if "finetune" in per_step:
-        schedules["supervised"] = baseline(recipe, images["finetune"], ranks)
-        per_step = per_step | {"supervised": per_step["finetune"]}
-        images = images | {"supervised": images["finetune"]}
-    steps = {n: derive(schedules[n], images[n.removesuffix("_self")], ranks).total_steps for n in schedules}
+    schedules = {name: schedule_of(recipe, name, images["finetune"], ranks) for name in per_step}
+    steps = {name: derive(schedules[name], images[name], ranks).total_steps for name in schedules}
     return {name: per_step[name] * max(0, count - (done or {}).get(name, 0)) for name, count in steps.items()}
 
 

@@ -21,7 +21,7 @@ import torch
 
 import fewlabels
 from fewlabels import checkpoint, config, plan, runtime
-from fewlabels.asked import Asked, begun_stages, resolve
+from fewlabels.asked import Asked, begun_stages, of_images, resolve
 from fewlabels.config import Recipe
 from fewlabels.data import decode, labels, pixels, views
 from fewlabels.data.labels import Dataset
@@ -87,11 +87,16 @@ class Prepared:
     def images(self) -> dict[str, int]:
         """How many images each stage trains on."""
         train, labeled = len(self.dataset.train), len(self.dataset.labeled)
-        return {"pretrain": train, "finetune": labeled, "distill": train}
+        found = {"pretrain": train, "finetune": labeled, "distill": train}
+        return found | {"supervised": labeled, "distill_self": train}
+
+    def schedule(self, stage: str) -> config.Schedule:
+        """That of one stage."""
+        return plan.schedule_of(self.recipe, stage, self.images["finetune"], runtime.world_size())
 
     def derived(self, stage: str) -> plan.Derived:
         """The numbers of one stage."""
-        return plan.derive(getattr(self.recipe, stage), self.images[stage], runtime.world_size())
+        return plan.derive(self.schedule(stage), self.images[stage], runtime.world_size())
 
 
 # --- images ------------------------------------------------------------------------------------------------------
@@ -298,7 +303,8 @@ def compile_views(device: torch.device) -> None:
 def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.device) -> Prepared:
     """Understand the images, resolve the recipe, and say both."""
     compile_views(device)
-    began, stored, begun = time.perf_counter(), folder.resolved(), begun_stages(folder)
+    began = time.perf_counter()
+    stored, begun = runtime.from_main((folder.resolved(), begun_stages(folder)))  # a disk may give others older files
     side, gray = survey(source)
     rough = Facts(
         images=sum(split == "train" for split in source.splits),
@@ -360,6 +366,7 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
             "format_version": checkpoint.FORMAT_VERSION,
             "command": asked.command or "fewlabels.fit(...)",
             "asked": asked.wishes(),
+            "facts": of_images(prepared.facts),
             "inputs": asked.inputs(),
             "tested_apart": asked.test is not None,
             "recipe": asdict(recipe),

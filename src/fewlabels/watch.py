@@ -35,7 +35,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.number, self.world = runtime.rank(), runtime.world_size()
-        self.record: Callable[[FewlabelsError], None] = lambda _: None  # what this rank writes down of an end
+        self.record: Callable[[Exception], None] = lambda _: None  # what this rank writes down of an end
         self._done, self._looks = threading.Event(), 0
         self._threads = [threading.Thread(target=f, name="watch", daemon=True) for f in (self._look, self._guard)]
         self._board: Any = None
@@ -168,14 +168,14 @@ class Ranks:
             self._board.set(f"beat {self.number}", LEFT)
 
     @contextlib.contextmanager
-    def recording(self, record: Callable[[FewlabelsError], None]) -> Iterator[None]:
+    def recording(self, record: Callable[[Exception], None]) -> Iterator[None]:
         """An end inside the block, also one that another rank caused, is written down by record."""
         self.record = record
         try:
             yield
         except BaseException as error:
             found = self.first(error)
-            if isinstance(found, FewlabelsError):
+            if isinstance(found, Exception):
                 record(found)
             if found is error:
                 raise

@@ -152,6 +152,7 @@ class Worker:
         def build() -> Classifier:
             if same and self.recipe.distill.start == "pretrained":
                 network = copy.deepcopy(pretrained.encoder)
+                network.freeze(-1)  # a given model that teaches is frozen
             else:
                 network = build_encoder(name or self.recipe.encoder)
             return Classifier(network, None, tap=0, num_classes=self.dataset.num_classes)
@@ -274,6 +275,7 @@ class Worker:
 
         expected = expected_classes(self.dataset.labels[ids], self.dataset.num_classes).to(self.device)
         network = self._seeded(name, lambda: copy.deepcopy(teacher))
+        network.encoder.freeze(-1)  # all of it learns, as from a frozen teacher
         return SelfTrain(
             network, labeled=labeled, weak=self._view(name), strong=self._view(name, strong=True),
             threshold=self.recipe.distill.self_training, expected=expected,
@@ -315,15 +317,11 @@ class Worker:
 
     def _job(self, name: str, stage: Stage) -> Job:
         """What running this stage means: its images, its schedule, and whose result it is."""
-        kind = "distill" if name == "distill_self" else name
         labeled_only = name in ("finetune", "supervised")
-        if name == "supervised":
-            schedule = plan.baseline(self.recipe, len(self.dataset.labeled), runtime.world_size())
-        else:
-            schedule = getattr(self.recipe, kind)
         return Job(
-            name=name, stage=stage, schedule=schedule, seed=self.prepared.seed + (STREAMS[name] << 32),
-            ids=self.dataset.labeled if labeled_only else self.dataset.train, identity=identity(self.prepared, name),
+            name=name, stage=stage, schedule=self.prepared.schedule(name),
+            ids=self.dataset.labeled if labeled_only else self.dataset.train,
+            seed=self.prepared.seed + (STREAMS[name] << 32), identity=identity(self.prepared, name),
             scores=self._feature_scores if name == "pretrain" and len(self.dataset.labeled) else None,
             shard=self.recipe.shard,
         )  # fmt: skip
@@ -343,8 +341,10 @@ class Worker:
             outline = self._outline()
             teacher = self._teacher("finetune", outline)
             enough = len(self.dataset.labeled) >= 2 * runtime.world_size()  # else plan.derive tells it
-            if enough:
-                found["finetune"] = Finetune(self._teacher("finetune", outline), view=self._view("finetune"))
+            for name in ("finetune", "supervised") if enough else ():
+                network = self._teacher(name, outline)
+                network.encoder.freeze(self.recipe.finetune.freeze_below if name == "finetune" else -1)
+                found[name] = Finetune(network, view=self._view(name))
             for name, student in self._students():
                 if student is None and self.prepared.self_trains:
                     if enough:

@@ -188,6 +188,16 @@ def test_near_duplicates_of_held_out_images_are_reported_and_kept(tmp_path: Path
     assert note == "1 training image nearly the same as a held-out one (kept): image-000008 like image-000003"
 
 
+def test_each_held_out_image_of_the_same_hash_is_compared(tmp_path: Path) -> None:
+    held = smooth(2, 1) // 2
+    held[1] = held[0] + 40  # the same difference hash, and another picture
+    train = smooth(9, 0)
+    train[4] = held[1] + 1
+    for order in ([0, 1], [1, 0]):
+        (note,) = dataset(tmp_path / str(order[0]), train, test=held[order]).understood.notes
+        assert note.endswith(f"image-000004 like image-{order.index(1):06}")
+
+
 def test_flat_and_tiny_images_raise_no_alarm(tmp_path: Path) -> None:
     flat = np.stack([np.full((32, 32, 3), 100 + i, np.uint8) for i in range(6)])
     assert not dataset(tmp_path, flat[:3], test=flat[3:]).understood.notes
@@ -263,7 +273,9 @@ def test_hiding_labels_leaves_held_out_ones(tmp_path: Path) -> None:
     kept = keep_labels(data, 2, 0)
     assert kept.held_out.tolist() == data.held_out.tolist() == [20, 21, 22, 23]
     assert (kept.labels[20:] >= 0).all()
-    assert kept.understood.notes == ("18 labels hidden on request",)
+    assert kept.understood.notes == ("2 classes with a single labeled image: 0, 1", "18 labels hidden on request")
+    assert keep_labels(data, 4, 0).understood.notes == ("16 labels hidden on request",)
+    assert keep_labels(keep_labels(data, 3, 0), 2, 0).understood.notes[0] == kept.understood.notes[0]
     with pytest.raises(UsageError, match="no labels"):
         keep_labels(dataset(tmp_path, noise(3)), 1, 0)
 

@@ -276,6 +276,80 @@ def test_other_fields_of_a_sample_are_no_pictures(tmp_path: Path) -> None:
     assert found == [("7.jpg", None), ("IMG.2019.jpg", None), ("IMG.2020.jpg", "1")]
 
 
+def test_pictures_passed_over_are_counted(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", dict.fromkeys(("7.jpg", "7.seg.png", "7.depth.png", "8.jpg"), b""))
+    for _ in range(2):  # read, and from the cache
+        (note,) = open_source(path).notes
+        assert note.startswith("2 pictures beside another of their sample")
+
+
+def test_a_field_of_a_sample_has_the_label_of_the_sample(tmp_path: Path) -> None:
+    members = {"7.img.png": b"", "7.cls": b"cat", "8.img.png": b"", "8.img.cls": b"dog", "8.cls": b"ant"}
+    assert open_source(write_tar(tmp_path / "a.tar", members)).labels == ("cat", "dog")
+
+
+def test_splits_in_a_tar_count_beside_labels(tmp_path: Path) -> None:
+    members = {"d/train/1.png": b"", "d/train/1.cls": b"cat", "d/test/2.png": b"", "d/test/2.cls": b"dog"}
+    found = content(open_source(write_tar(tmp_path / "a.tar", members)))
+    assert [row[1:] for row in found] == [("cat", "train"), ("dog", "test")]
+    found = content(open_source(write_tar(tmp_path / "a.tar", members | {"d/more/3.png": b"", "d/more/3.cls": b"ant"})))
+    assert [row[1:] for row in found] == [("cat", "train"), ("dog", "test"), ("ant", "train")]
+
+
+@pytest.mark.parametrize(
+    ("members", "refused"),
+    [
+        ([("1.png", b""), ("1.cls", b"cat"), ("1.png", b""), ("1.cls", b"dog")], 2),
+        ([("1.png", b""), ("1.png", b""), ("1.cls", b"dog")], 2),
+        ([("1.png", b""), ("1.cls", b"cat"), ("1.cls", b"dog")], 1),
+        ([("1.png", b""), ("1.cls", b"cat"), ("1.cls", b"cat")], 0),
+        ([("1.png", b""), ("1.png", b"")], 1),
+    ],
+)
+def test_no_label_is_guessed_where_a_name_comes_twice(
+    tmp_path: Path, members: list[tuple[str, bytes]], refused: int
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, text in [*members, ("2.png", b"")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    spans = list(open_source(tmp_path / "a.tar").payloads())
+    faults = [span.fault for span in spans]  # type: ignore[union-attr]
+    assert sum("in the shard twice" in fault for fault in faults) == refused
+    assert faults[-1] == ""
+
+
+def test_shards_of_a_folder_are_known_by_the_same_names_however_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("test-00.tar", "sub/train-00.tar"):
+        write_tar(tmp_path / "in" / name, {f"{name[0]}.jpg": b""})
+    whole = content(open_source(tmp_path / "in"))
+    assert whole == [("sub/train-00.tar/s.jpg", None, "train"), ("test-00.tar/t.jpg", None, "test")]
+    monkeypatch.chdir(tmp_path / "in")
+    for spelled in (".", "./", "../in", "..//in/", f"{tmp_path}/in/."):
+        assert content(open_source(spelled)) == whole, spelled
+
+
+def test_linked_folders_of_shards_are_entered_once(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/a.tar", {"1.jpg": b""})
+    write_tar(tmp_path / "disk/b.tar", {"2.jpg": b""})
+    (tmp_path / "in/more").symlink_to("../disk")
+    (tmp_path / "in/loop").symlink_to(".")
+    assert open_source(tmp_path / "in").names == ("a.tar/1.jpg", "more/b.tar/2.jpg")
+
+
+def test_shards_beside_pictures_are_named_and_stay_named_under_a_table(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/data/a.tar", {"1.jpg": b""})
+    (tmp_path / "in/logo.png").write_bytes(png())
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\nin/logo.png,cat\n")
+    for labels_ in (None, table):
+        (note,) = open_source(tmp_path / "in", labels_).notes
+        assert note == "1 .tar or .parquet files beside pictures are passed over"
+
+
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_long_and_odd_names(tmp_path: Path, form: int) -> None:
     names = ["d/" * 80 + "1.jpg", os.fsdecode(b"\xff.jpg"), "é\n.jpg"]

@@ -77,6 +77,19 @@ def test_a_class_called_train_is_a_class_and_a_mixture_is_refused(tmp_path: Path
         open_source(tmp_path)
 
 
+def test_a_split_called_train_beside_other_folders_is_refused_too(tmp_path: Path) -> None:
+    for name in ("train/cat/a.png", "train/dog/b.png", "extra/c.png"):
+        picture(tmp_path / name)
+    with pytest.raises(DataError, match=r"splits train and beside them extra"):
+        open_source(tmp_path)
+    (tmp_path / "extra").rename(tmp_path / "unlabeled")
+    assert [label for _, label, _ in content(open_source(tmp_path))] == ["cat", "dog", None]
+    (tmp_path / "unlabeled").rename(tmp_path / "bus")
+    (tmp_path / "bus/c.png").unlink()
+    picture(tmp_path / "bus/2020/c.png")  # folders in all of them: train is a class, as bus is
+    assert [label for _, label, _ in content(open_source(tmp_path))] == ["bus", "train", "train"]
+
+
 @pytest.mark.parametrize("split", ["test", "Val"])
 def test_a_split_beside_classes_is_not_trained_on_as_a_class(split: str, tmp_path: Path) -> None:
     for name in (f"{split}/cat/a.png", "cat/b.png", "dog/c.png"):
@@ -224,6 +237,17 @@ def test_npz_with_labels_classes_and_test_images(tmp_path: Path, stack: np.ndarr
     assert source.labels == ("zebra", "ant", None, "ant", "zebra", "zebra", "ant", "ant", "zebra")
     assert source.splits == ("train",) * 7 + ("test",) * 2
     assert source.classes == ("zebra", "ant")
+
+
+def test_npz_with_names_as_bytes_and_arrays_that_are_not_known(tmp_path: Path, stack: np.ndarray) -> None:
+    labels = [0, 1, -1, 1, 0, 0, 1]
+    classes = np.array([b"zebra", "ünt".encode()])
+    np.savez(tmp_path / "a.npz", images=stack, labels=labels, classes=classes, val_images=stack, val_labels=labels)
+    source = open_source(tmp_path / "a.npz")
+    assert source.classes == ("zebra", "ünt")
+    assert len(source) == 7
+    (note,) = source.notes
+    assert note.endswith("val_images, val_labels")
 
 
 @pytest.mark.parametrize(

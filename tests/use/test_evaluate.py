@@ -332,6 +332,13 @@ def test_evaluate_run_says_that_these_are_the_training_images(tmp_path: Path, mo
     for place in (folder, str(folder), tmp_path / "run" / ".." / "images", str(tmp_path / "link")):
         found = evaluate.evaluate_run(inside, place)
         assert found["trained_on"]
+    table = tmp_path / "labels.csv"
+    inputs = {"images": str(tmp_path), "labels": str(table)}
+    checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": inputs})
+    for place in (table, tmp_path, folder, folder / "red disc"):
+        assert inside.trained_on(place), place
+    for place in (tmp_path / "test", tmp_path / "Val" / "cat", tmp_path.parent / "other", tmp_path.parent):
+        assert not inside.trained_on(place), place
     checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": {"images": "s3://bucket/{0..9}.tar"}})
     assert inside.trained_on("s3://bucket/{0..9}.tar")
     assert not inside.trained_on("s3://bucket/{0..8}.tar")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fewlabels.data.decode import picture_magic
@@ -26,8 +26,8 @@ CLUTTER_NAMES = ("readme", "license", "licence", "copying", "makefile", "manifes
 UNLABELED = ("unlabeled", "unlabelled")
 
 
-def scan(root: Path) -> list[str]:
-    """Every picture below root as a relative path, sorted by bytes.
+def scan(root: Path, wanted: Callable[[str], bool] | None = None) -> list[str]:
+    """Every picture below root as a relative path, sorted by bytes; or every file that is wanted, by its path.
 
     Linked folders are entered after the real ones and never twice (by device and inode): loops end, and a folder
     that is also here in its own right is counted there.
@@ -46,7 +46,7 @@ def scan(root: Path) -> list[str]:
                 if os.path.isdir(entry.path):  # noqa: PTH112 - False for a looping link, where entry.is_dir() raises
                     if not entry.name.startswith(".") and entry.name != "__MACOSX":
                         (linked if entry.is_symlink() else waiting).append(path)
-                elif is_picture(entry.path):
+                elif (wanted or is_picture)(entry.path):
                     found.append(path)
         linked.sort(key=os.fsencode)
     return sorted(found, key=os.fsencode)
@@ -94,13 +94,16 @@ def is_picture(path: str) -> bool:
 def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
     """(label or None, split) of each relative path.
 
-    Folders at the top are classes ("train" may be one), or splits if all of them (but unlabeled/) have a split's name.
-    Below that the first folder is the class; loose files and unlabeled/ have none.
+    Folders at the top are classes ("train" may be one, if pictures lie in it as in the others), or splits if all of
+    them (but unlabeled/) have a split's name. Below that the first folder is the class; loose files and unlabeled/ have
+    none.
     """
     tops = {path.split("/", 1)[0] for path in paths if "/" in path}
     tops = {top for top in tops if top.casefold() not in UNLABELED}
     splits = {top for top in tops if top.casefold() in SPLITS}
-    if splits != tops and (len(splits) > 1 or any(SPLITS[top.casefold()] != "train" for top in splits)):
+    loose = {path.split("/", 1)[0] for path in paths if path.count("/") == 1}  # with pictures of their own
+    a_class = all(SPLITS[top.casefold()] == "train" for top in splits) and (splits <= loose or not tops & loose)
+    if splits != tops and (len(splits) > 1 or not a_class):
         others = ", ".join(sorted(tops - splits)[:5])
         raise DataError(
             f"{root} holds the splits {', '.join(sorted(splits))} and beside them {others}",

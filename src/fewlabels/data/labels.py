@@ -31,6 +31,7 @@ SPLIT_WORDS = {number: word for word, number in SPLIT_NUMBERS.items()} | {LEAKED
 NAMED = 3  # examples in a note
 FLAT = 10.0  # standard deviation of a thumbnail below which all pictures look alike
 CLOSE = 3.0  # mean grey levels between the thumbnails of one photo saved twice
+MOST_ALIKE = 100  # held-out images of one hash that are looked at
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def assemble(
     if not taught:
         _check_learnable(labels, splits, classes, source, kept)
     counts = np.bincount(labels[train & (labels >= 0)], minlength=len(classes))
-    notes += [*_label_notes(counts, classes, source, kept), *source.notes]
+    notes += [*_count_notes(counts, classes), *_lost_notes(source, kept), *source.notes]
     notes += _near_duplicates(store.thumbs, splits, groups, names)
     understood = Understood(
         images=len(names),
@@ -180,13 +181,15 @@ def keep_labels(dataset: Dataset, amount: str | int, seed: int) -> Dataset:
     labels[np.setdiff1d(rows, chosen)] = -1
     counts = np.bincount(labels[chosen], minlength=len(classes))
     hidden = len(rows) - len(chosen)
-    note = f"{_count(hidden, 'label')} hidden on request" if hidden else ""
+    before = _count_notes(dataset.labels_a_class, classes)
+    notes = [*_count_notes(counts, classes), *(note for note in dataset.understood.notes if note not in before)]
+    notes += [f"{_count(hidden, 'label')} hidden on request"] if hidden else []
     understood = replace(
         dataset.understood,
         labeled=len(chosen),
         classes=dict(zip(classes, counts.tolist(), strict=True)),
         hidden=dataset.understood.hidden + hidden,
-        notes=(*dataset.understood.notes, note) if note else dataset.understood.notes,
+        notes=tuple(notes),
     )
     return replace(dataset, labels=labels, understood=understood)
 
@@ -307,13 +310,19 @@ def _check_learnable(
         )
 
 
-def _label_notes(counts: Ints, classes: Sequence[str], source: Source, kept: Ints) -> list[str]:
+def _count_notes(counts: Ints, classes: Sequence[str]) -> list[str]:
+    """On classes with none or one of the counted labels."""
     notes = []
     if counts.any():
         for number, words in ((0, "no labeled image"), (1, "a single labeled image")):
             few = [classes[k] for k in np.flatnonzero(counts == number).tolist()]
             names = ", ".join(few[:NAMED]) + (", ..." if len(few) > NAMED else "")
             notes += [f"{_count(len(few), 'class', 'classes')} with {words}: {names}"] if few else []
+    return notes
+
+
+def _lost_notes(source: Source, kept: Ints) -> list[str]:
+    notes = []
     lost = np.setdiff1d(np.arange(len(source.names)), kept)
     labeled = [i for i in lost.tolist() if source.labels[i] is not None]
     if labeled:
@@ -355,13 +364,15 @@ def _near_duplicates(
     if not len(train) or not len(held):
         return []
     held = held[np.argsort(keys[held], kind="stable")]
-    place = np.minimum(np.searchsorted(keys[held], keys[train]), len(held) - 1)
-    train, twin = train[keys[held][place] == keys[train]], held[place[keys[held][place] == keys[train]]]
-    apart = np.abs(thumbs[train].astype(np.float32) - thumbs[twin]).mean(axis=(1, 2))
-    close = (apart <= CLOSE) & (groups[train] != groups[twin])
-    if not close.any():
+    begins, ends = (np.searchsorted(keys[held], keys[train], side=side) for side in ("left", "right"))
+    pairs = []
+    for row in np.flatnonzero(ends > begins).tolist():
+        image, alike = train[row], held[begins[row] : min(ends[row], begins[row] + MOST_ALIKE)]
+        apart = np.abs(thumbs[alike].astype(np.float32) - thumbs[image]).mean(axis=(1, 2))
+        twins = alike[(apart <= CLOSE) & (groups[alike] != groups[image])]
+        pairs += [f"{names[image]} like {names[twins[0]]}"] if len(twins) else []
+    if not pairs:
         return []
-    pairs = [f"{names[i]} like {names[j]}" for i, j in zip(train[close], twin[close], strict=True)]
     shown = "; ".join(pairs[:NAMED]) + ("; ..." if len(pairs) > NAMED else "")
     return [f"{_count(len(pairs), 'training image')} nearly the same as a held-out one (kept): {shown}"]
 

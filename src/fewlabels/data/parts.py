@@ -192,8 +192,10 @@ def open_npy(path: Path) -> ArrayFile:
     return _array_file(path, None)
 
 
-def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[Any]]]:
-    """(image parts, small arrays) of an .npz file by name: images, test_images; labels, test_labels, classes."""
+def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[Any]], list[str]]:
+    """(image parts, small arrays) of an .npz file by name: images, test_images; labels, test_labels, classes; and the
+    names of arrays that are not known.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
@@ -207,7 +209,8 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
             fix="np.savez(path, images=..., labels=...)",
         )
     pixels, others = sorted(names & {"images", "test_images"}), names & {"labels", "test_labels", "classes"}
-    return {n: _array_file(path, f"{n}.npy") for n in pixels}, {n: _whole(path, f"{n}.npy") for n in others}
+    images, small = {n: _array_file(path, f"{n}.npy") for n in pixels}, {n: _whole(path, f"{n}.npy") for n in others}
+    return images, small, sorted(names - images.keys() - small.keys())
 
 
 def _array_file(path: Path, member: str | None) -> ArrayFile:

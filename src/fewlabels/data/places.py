@@ -142,12 +142,7 @@ def stamp(place: str | Path) -> bytes:
 
 
 def below(folder: str, endings: tuple[str, ...]) -> list[str]:
-    """The files with these endings in a folder and all below it, sorted; not the hidden ones."""
-    if not is_url(folder):
-        found = [str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in endings and path.is_file()]
-    else:
-        files, root = _file_system(folder.rstrip("/"))
-        listed = patiently(folder, lambda: files.find(root))
-        found = [folder.rstrip("/") + path[len(root.rstrip("/")) :] for path in listed]
-    named = (path for path in found if not path.rpartition("/")[2].startswith("."))
-    return sorted(path for path in named if path.lower().endswith(endings))
+    """The files with these endings below a folder's URL, as paths relative to it, sorted; not the hidden ones."""
+    files, root = _file_system(folder)
+    found = (path[len(root.rstrip("/")) :].lstrip("/") for path in patiently(folder, lambda: files.find(root)))
+    return sorted(n for n in found if n.lower().endswith(endings) and not n.rpartition("/")[2].startswith("."))

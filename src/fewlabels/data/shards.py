@@ -40,7 +40,7 @@ SPLIT = re.compile(r"(?:^|[-_./])(train|val|valid|validation|test)(?![a-z])")
 LABELS = (".cls", ".json", ".txt")  # the first that any shard has counts
 LARGEST_LABEL = 1 << 20
 CAPTION_WORDS = 5  # class names have fewer
-VERSION = 2  # of the kept index
+VERSION = 3  # of the kept index
 
 
 class Shards(NamedTuple):
@@ -62,9 +62,13 @@ def find(images: str) -> Shards:
     than train, a file is what it is given as. Raises MissingInput.
     """
     is_folder = not (BRACES.search(images) or images.lower().endswith(ENDINGS)) or Path(images).is_dir()
-    found = places.below(images, ENDINGS) if is_folder else _expanded(images)
-    root = images.rstrip("/") if is_folder else BRACES.split(images)[0].rpartition("/")[0]
-    names = [file[len(root) :].lstrip("/") if root else file for file in found]
+    if is_folder:
+        root = images.rstrip("/") or "/"
+        names = places.below(root, ENDINGS) if places.is_url(root) else folders.scan(Path(root), is_shard)
+        found = [f"{root}/{name}" for name in names]
+    else:
+        root, found = BRACES.split(images)[0].rpartition("/")[0], _expanded(images)
+        names = [file[len(root) :].lstrip("/") if root else file for file in found]
     with ThreadPoolExecutor(places.AT_ONCE) as pool:
         states = list(pool.map(places.stamp, found))
     missing = [file for file, state in zip(found, states, strict=True) if state == b"missing"]
@@ -76,6 +80,11 @@ def find(images: str) -> Shards:
             fix="correct the name",
         )
     return Shards(found, names, states, [_split_of(name) if is_folder else "train" for name in names])
+
+
+def is_shard(path: str) -> bool:
+    """Whether a file is one, by its ending."""
+    return path.lower().endswith(ENDINGS) and not os.path.basename(path).startswith(".") and os.path.isfile(path)  # noqa: PTH113, PTH119
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -138,20 +147,25 @@ def open_tars(shards: Shards, where: str) -> Source:
     labels = [label for n, index in zip(counts, found, strict=True) for label in index["labels"].get(kind, [None] * n)]
     splits = np.repeat(shards.splits, counts).tolist()
     captions = kind == ".txt" and _are_captions(labels)
+    inside = _below_shared(["" if i in faults else member for i, member in enumerate(members)])
     if not kind or captions:
-        labels, inner = _place(["" if i in faults else member for i, member in enumerate(members)], where)
-        splits = [own if own != "train" else outer for own, outer in zip(inner, splits, strict=True)]
+        labels, inner = folders.place(inside, Path(where))
+    else:  # only classes are told by the members
+        inner = [tables.SPLITS.get(member.partition("/")[0].casefold(), "train") for member in inside]
+    splits = [own if own != "train" else outer for own, outer in zip(inner, splits, strict=True)]
     texts = "; the .txt members are captions and no labels" if captions else ""
     source = unlabeled(f"tar {where} ({len(shards.places):,} files{texts})", tuple(map(printable, names)), part)
-    return with_sequence(replace(source, splits=tuple(splits)), labels)
+    passed = sum(index["passed"] for index in found)
+    words = f"{passed:,} pictures beside another of their sample (1.seg.png beside 1.png) are passed over"
+    return with_sequence(replace(source, splits=tuple(splits), notes=(words,) if passed else ()), labels)
 
 
-def _place(members: Sequence[str], where: str) -> tuple[list[str | None], list[str]]:
-    """(labels, splits) of packed class folders; a folder that holds all of them is no class."""
+def _below_shared(members: Sequence[str]) -> list[str]:
+    """members without the folders that hold all of them, which are no classes, up to one that is a split's."""
     inside = [member.rpartition("/")[0] for member in members if member]
     shared = PurePosixPath(os.path.commonpath(inside)).parts if inside else ()
     depth = next((i for i, folder in enumerate(shared) if folder.casefold() in tables.SPLITS), len(shared))
-    return folders.place(["/".join(member.split("/")[depth:]) for member in members], Path(where))
+    return ["/".join(member.split("/")[depth:]) for member in members]
 
 
 def _are_captions(texts: Sequence[str | None]) -> bool:
@@ -176,7 +190,9 @@ def _indices(shards: Shards) -> list[dict[str, Any]]:
 
 
 def _index(shard: str, state: bytes) -> dict[str, Any]:
-    """members (n), spans (n, 2), faults [(row, words)] and labels {ending: (n)} of a shard, kept or read."""
+    """members (n), spans (n, 2), faults [(row, words)], labels {ending: (n)} and how many pictures were passed over: of
+    a shard, kept or read.
+    """
     where = shard if places.is_url(shard) else str(Path(shard).absolute())
     key = hashlib.sha256(b"\0".join([str(VERSION).encode(), os.fsencode(where), state])).hexdigest()[:32]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewlabels" / "shards" / f"{key}.json"
@@ -206,7 +222,7 @@ def _read(shard: str) -> dict[str, Any]:
 def _scan(file: BinaryIO, shard: str) -> dict[str, Any]:
     pictures: dict[str, tuple[int, int, str]] = {}
     texts: dict[str, dict[str, Any]] = {ending: {} for ending in LABELS}
-    twice = 0
+    twice: list[str] = []  # the stems of members that come again
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
         for member in archive:
             if member.size < 0:  # tarfile would go back and round for ever (CVE-2025-8194)
@@ -219,21 +235,28 @@ def _scan(file: BinaryIO, shard: str) -> dict[str, Any]:
             if ending in PICTURES and not member.isdir():
                 fault = _fault(member)
                 if name in pictures:
-                    twice += 1
-                    name, fault = f"{name} (again, {twice})", "its name is in the shard twice"
+                    twice.append(stem)
+                    name, fault = f"{name} (again, {len(twice)})", "its name is in the shard twice"
                 pictures[name] = (member.offset_data, member.size, fault)
             elif ending in LABELS and member.isreg() and member.size <= LARGEST_LABEL:
-                texts[ending][stem] = _label(archive, member, ending, shard)
+                label = _label(archive, member, ending, shard)
+                twice += [stem] if texts[ending].setdefault(stem, label) != label else []
         _check_end(file, archive.offset)
     stems = {name: os.path.splitext(name)[0] for name in pictures}  # noqa: PTH122
     keys = set(stems.values())
     # 0001.seg.png beside 0001.jpg is another field of the same sample; alone it is a picture with a dot in its name
     kept = [name for name, stem in stems.items() if (key := _key(stem)) == stem or key not in keys]
-    labels = {ending: [said.get(stems[name]) for name in kept] for ending, said in texts.items()}
+    # 0001.img.png has its class from 0001.img.cls, else from 0001.cls
+    labels = {ending: [said.get(stems[n], said.get(_key(stems[n]))) for n in kept] for ending, said in texts.items()}
+    faults = {name: pictures[name][2] for name in kept}
+    for name, *said in zip(kept, *labels.values(), strict=True):
+        if {stems[name], _key(stems[name])} & set(twice) and any(label is not None for label in said):
+            faults[name] = faults[name] or "its name is in the shard twice, and which one a label is of is not said"
     return {
         "members": kept,
         "spans": [pictures[name][:2] for name in kept],
-        "faults": [(i, pictures[name][2]) for i, name in enumerate(kept) if pictures[name][2]],
+        "faults": [(i, faults[name]) for i, name in enumerate(kept) if faults[name]],
+        "passed": len(stems) - len(kept),
         "labels": {ending: said for ending, said in labels.items() if any(label is not None for label in said)},
     }
 

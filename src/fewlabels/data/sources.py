@@ -86,9 +86,11 @@ def _path(path: Path) -> Source:
 
 
 def _folder(root: Path) -> Source:
-    paths = folders.scan(root)
+    found = folders.scan(root, lambda path: shards.is_shard(path) or folders.is_picture(path))
+    paths = [path for path in found if not path.lower().endswith(shards.ENDINGS)]
+    passed = len(found) - len(paths)
     if not paths:
-        if shards.find(str(root)).places:
+        if passed:
             return _shards(root)
         raise DataError(
             f"{root} holds no pictures",
@@ -96,7 +98,6 @@ def _folder(root: Path) -> Source:
             fix="put pictures (JPEG, PNG, WebP, ...) into it, or into folders named after their classes",
         )
     labels, splits = folders.place(paths, root)
-    passed = sum(name.lower().endswith(shards.ENDINGS) for name in os.listdir(root))  # noqa: PTH208 - names, not paths
     return Source(
         description=f"folder {printable(str(root))}",
         names=tuple(map(printable, paths)),
@@ -189,8 +190,9 @@ def _shards(images: str | Path) -> Source:
 
 
 def _npz(path: Path) -> Source:
-    images, small = open_npz(path)
-    classes = tuple(str(name) for name in small["classes"].tolist()) if "classes" in small else None
+    images, small, passed = open_npz(path)
+    declared = small["classes"].tolist() if "classes" in small else None
+    classes = declared and tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in declared)
     sources = []
     for name, part in images.items():
         split = "test" if name == "test_images" else "train"
@@ -199,7 +201,9 @@ def _npz(path: Path) -> Source:
         source = replace(source, classes=classes, splits=(split,) * len(part))
         labels = small.get(name.replace("images", "labels"))
         sources.append(source if labels is None else with_sequence(source, labels))
-    return join(*sources)
+    known = "images, labels, test_images, test_labels and classes are known"
+    notes = (f"arrays of {printable(path.name)} that are passed over ({known}): {printable(', '.join(passed))}",)
+    return replace(join(*sources), notes=notes if passed else ())
 
 
 def _npy(path: Path) -> Source:

@@ -46,7 +46,11 @@ def with_labels(source: Source, labels: Any) -> Source:
         splits=tuple(row.split or split for row, split in zip(found, source.splits, strict=True)),
         classes=None,
         lines=np.array([row.line for row in found], dtype=np.int32),
-        notes=(*tables.overruled(found, source.names, source.labels, source.splits), *([note] if lost else [])),
+        notes=(
+            *source.notes,
+            *tables.overruled(found, source.names, source.labels, source.splits),
+            *([note] if lost else []),
+        ),
     )
 
 

@@ -145,11 +145,12 @@ def _enough_memory(job: Job, at: Workplace) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
         fits = memory.largest_batch(job, at) if runtime.world_size() == 1 else None
         chunks = " or --pretrain.chunk" if job.name == "pretrain" else ""
+        section = {"supervised": "finetune", "distill_self": "distill"}.get(job.name, job.name)
         raise UsageError(
             f"the GPU has too little memory for {job.name} with batches of {job.derived.batch}",
             why="" if fits is None else f"the largest batch that fits: about {fits:,}",
             fix="repeat the command with --recompute; or, and with a new --out, with a smaller "
-            f"--{job.name.partition('_')[0]}.batch or --size{chunks}",
+            f"--{section}.batch or --size{chunks}",
         ) from error
 
 

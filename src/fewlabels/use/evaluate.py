@@ -350,6 +350,7 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
     (the source), "split", "unlabeled", "unreadable" (name and reason) and "trained_on": whether these are the images
     that the run of the model was trained on.
     """
+    model.check_classifies()
     source = open_source(images, labels)
     numbers = _class_numbers(source, model.classes)
     labeled = {split for split, number in zip(source.splits, numbers, strict=True) if number >= 0}

@@ -30,7 +30,7 @@ from fewlabels.data.parts import Part
 from fewlabels.data.places import real
 from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.sources import open_source
-from fewlabels.data.tables import cell
+from fewlabels.data.tables import SPLITS, cell
 from fewlabels.errors import DataError, MissingInput, UsageError, printable
 from fewlabels.model.heads import Classifier
 from fewlabels.runfolder import read_json
@@ -81,9 +81,16 @@ class Model:
         return self.card.size
 
     def trained_on(self, images: str | Path) -> bool:
-        """Whether `images` is the path or URL that was given to the run this model lies in."""
+        """Whether `images` is the path or URL of the images or labels that the run this model lies in was given, or a
+        folder in it that is no split of held-out images.
+        """
         inputs = (read_json(self.path.parent / "resolved.json") or {}).get("inputs") if self.path else None
-        return isinstance(inputs, dict) and "images" in inputs and real(str(inputs["images"])) == real(str(images))
+        given = inputs if isinstance(inputs, dict) else {}
+        trained = [real(str(given[name])) for name in ("images", "labels") if name in given]
+        here = real(str(images))
+        top = here.removeprefix(f"{trained[0]}/").partition("/")[0] if trained else ""
+        inside = top != here.partition("/")[0] and SPLITS.get(top.casefold(), "train") == "train"
+        return here in trained or inside
 
     @property
     def metrics(self) -> dict[str, Any] | None:
