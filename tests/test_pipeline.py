@@ -496,13 +496,14 @@ def test_fine_tuning_before_self_training_is_another_where_drawings_are_learned(
 def test_drawings_do_not_teach_themselves_from_propagated_labels(
     kind: str, self_training: float, spreads: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    asked, told = [], []
     monkeypatch.setattr(propagate, "propagate", lambda features, known, classes: (asked.append(len(known)), known)[1])
+    monkeypatch.setattr(propagate, "left_out", lambda *_: (told.append(1), (3, 4))[1])
     finetune = {**SMALL["finetune"], "start": "probe"}
     wishes = {**SMALL, "kind": kind, "finetune": finetune}
     wishes["distill"] = {**SMALL["distill"], "self_training": self_training}
     fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **wishes)
-    assert bool(asked) == spreads
+    assert bool(asked) == bool(told) == spreads
 
 
 def test_a_network_that_teaches_itself(photos: Path, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
     layout = prepared.precision.channels_last
     setting = replace(prepared.setting, precision=runtime.Precision(None, layout))  # that of `predict`, not of training
     results, arrays = compare.compare(
-        prepared.dataset, worker.pretrain(), worker.classifiers, final, setting, worker.names()
+        prepared.dataset, worker.pretrain(), worker.classifiers, final, setting, worker.names(), spread=prepared.spreads
     )
     compare.write(path, results, arrays)
     classifier, head = worker.classifiers.get(final), None

@@ -11,7 +11,8 @@ import pytest
 
 import fewlabels as fl
 from conftest import shapes_images
-from fewlabels.use import compare, evaluate
+from fewlabels.use import compare, evaluate, propagate
+from use.test_propagate import rings
 
 
 @pytest.mark.parametrize(("spread", "points"), [(0.0, 0), (1e-9, 0), (1.0, 12)])
@@ -44,10 +45,38 @@ def test_a_self_trained_network_is_right_as_often_as_it_is_sure(
     setting: Any = None
     comparison = compare.Comparison(dataset, setting, compare.NAMES | {"distill": name})
     network: Any = SimpleNamespace(eval=lambda: None)
-    _, _, temperature = comparison.network("distill", network, expected)
-    softened = np.exp(logits / temperature)
-    assert (softened.max(axis=1) / softened.sum(axis=1)).mean() == pytest.approx(confidence, abs=0.01)
-    assert comparison.rows[0]["name"] == name
+    comparison.expected = expected
+    for told in (name, "distilled student"):  # and so is the student that it teaches
+        _, _, temperature = comparison.network("distill", network)
+        softened = np.exp(logits / temperature)
+        assert (softened.max(axis=1) / softened.sum(axis=1)).mean() == pytest.approx(confidence, abs=0.01)
+        assert comparison.rows[-1]["name"] == told
+        comparison.names = compare.NAMES
+
+
+def test_where_labels_were_spread_they_say_how_good_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is left out once and given by the others; images 20 and 70 are one picture, which takes no part."""
+    features, ring = rings(50)
+    monkeypatch.setattr(propagate, "NEIGHBOURS", 6)
+    monkeypatch.setattr(compare, "_projected", lambda *_: (ids, features[ids]))
+    labeled = np.array([0, 10, 20, 30, 60, 70, 80])
+    ids = np.concatenate([labeled, np.setdiff1d(np.arange(100), labeled)])
+    labels = np.full(100, -1)
+    labels[labeled] = ring[labeled]
+    dataset: Any = SimpleNamespace(
+        labeled=labeled, held_out=labeled[:0], labels=labels, train=np.arange(100), num_classes=2,
+        once=lambda rows: np.setdiff1d(rows, [20, 70]),
+    )  # fmt: skip
+    setting: Any = None
+    comparison = compare.Comparison(dataset, setting)
+    network: Any = None
+    comparison.expect_of_spread(network, None)
+    assert comparison.expected == (5 + 1) / (5 + 2)
+    labels[30] = 1  # a wrong one: itself, and no other, is told wrongly
+    comparison = compare.Comparison(dataset, setting)
+    comparison.expect_of_spread(network, None)
+    assert comparison.expected is not None
+    assert comparison.expected < 0.8
 
 
 def test_of_very_many_labels_a_regression_sees_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,8 @@ def test_cross_validation_leaves_images_out() -> None:
     """Random features of many columns fit any labels; only left-out images show that they say nothing."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 200)), np.arange(60) % 3
+    assert sorted(np.concatenate(evaluate.folds(y)).tolist()) == list(range(len(y)))
+    assert evaluate.folds(np.arange(5)) == evaluate.folds(np.zeros(0, dtype=np.int64)) == []
     found = evaluate.cross_validated(x, y)
     assert (found["folds"], found["n"], found["reason"]) == (10, 60, "")
     assert found["accuracy"] < 0.6

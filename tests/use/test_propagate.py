@@ -51,6 +51,19 @@ def test_one_label_a_ring_labels_the_whole_ring(monkeypatch: pytest.MonkeyPatch)
     assert (propagate.propagate(features, labels, 2) == ring).all()
 
 
+def test_labels_that_are_left_out_are_given_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, ring = rings(100)
+    labels = np.full(200, -1)
+    labels[[0, 50, 100, 150]] = ring[[0, 50, 100, 150]]
+    monkeypatch.setattr(propagate, "NEIGHBOURS", 6)
+    monkeypatch.setattr(propagate, "STEPS", 200)
+    each = [np.array([row]) for row in (0, 50, 100, 150)]
+    before = labels.copy()
+    assert propagate.left_out(features, labels, 2, each) == (4, 4)
+    assert propagate.left_out(features, labels, 2, [np.array([0, 50])]) == (0, 2), "no label of this ring is left"
+    assert (labels == before).all()
+
+
 def test_labels_stay_and_classes_without_one_are_never_given() -> None:
     rng = np.random.default_rng(1)
     labels = np.full(50, -1)

@@ -44,6 +44,7 @@ NAMES = {
     "supervised": "same network, labels alone",
 }
 SELF_TRAINED = "self-trained"  # in place of distilled
+FLOWING_CLASSES = 100  # times folds that labels flow for: a thousand classes take 100 times as long as ten
 SURE = 0.95  # the probability from which its answers are taken for sure
 
 
@@ -101,10 +102,7 @@ def known_features(dataset: Dataset, encoder: nn.Module, setting: Setting) -> tu
 
 def propagated(dataset: Dataset, encoder: nn.Module, head: ProjectionHead | None, setting: Setting) -> Dataset:
     """The images, some of whose training images have the class that labels give them over the projections' graph."""
-    labeled = dataset.labeled
-    others = evaluate.spread(np.setdiff1d(dataset.train, labeled), propagate.MOST_IMAGES)
-    ids, see = np.concatenate([labeled, others]), tapped(encoder, head)
-    (projections,) = outputs(dataset, ids, setting, lambda view: see(view)[-1:])
+    labeled, (ids, projections) = dataset.labeled, _projected(dataset, encoder, head, setting)
     known = dataset.labels[ids]
     given = propagate.propagate(projections, known, dataset.num_classes) if runtime.is_main() else known
     given = runtime.from_main(given)
@@ -112,6 +110,16 @@ def propagated(dataset: Dataset, encoder: nn.Module, head: ProjectionHead | None
     labels = dataset.labels.copy()
     labels[ids[told]] = given[told]
     return replace(dataset, labels=labels)
+
+
+def _projected(
+    dataset: Dataset, encoder: nn.Module, head: ProjectionHead | None, setting: Setting
+) -> tuple[np.ndarray, Floats]:
+    """The images of the neighbour graph, labeled ones first, and the head's output (N, D) for each."""
+    others = evaluate.spread(np.setdiff1d(dataset.train, dataset.labeled), propagate.MOST_IMAGES)
+    ids, see = np.concatenate([dataset.labeled, others]), tapped(encoder, head)
+    (projections,) = outputs(dataset, ids, setting, lambda view: see(view)[-1:])
+    return ids, projections
 
 
 def feature_scores(dataset: Dataset, encoder: nn.Module, setting: Setting) -> dict[str, float]:
@@ -165,18 +173,31 @@ class Comparison:
         self.fitted_on = f"fitted on {len(self.labeled):,} of the labels" if fewer else ""
         self.known, self.truth = dataset.labels[self.labeled], dataset.labels[self.held]
         self.once = np.flatnonzero(np.isin(self.labeled, dataset.once(self.labeled)))  # of known, to cross-validate
+        self.expected: float | None = None  # accuracy of the next network
         self.rows: list[dict[str, Any]] = []
 
     def measure(self, probabilities: Floats) -> dict[str, Any]:
         """Predictions of the held-out images against their labels."""
         return evaluate.measure(probabilities, self.truth, self.dataset.classes)
 
-    def expected_accuracy(self, known: list[Floats]) -> float | None:
-        """Cross-validated accuracy of logistic regression inside the labels, the mean over several features of them."""
+    def expect(self, known: list[Floats]) -> None:
+        """Expect the cross-validated accuracy of logistic regression inside the labels, the mean over several features
+        of them.
+        """
         some = evaluate.spread(self.once, evaluate.PROBED_IMAGES)
         told = [evaluate.cross_validated(features[some], self.known[some])["accuracy"] for features in known]
-        # (correct + 1) / (n + 2), Laplace's rule: 20 labels all right do not make a network certain
-        return (float(np.mean(told)) * len(some) + 1) / (len(some) + 2) if None not in told else None
+        self.expected = _careful(float(np.mean(told)) * len(some), len(some)) if None not in told else None
+
+    def expect_of_spread(self, encoder: nn.Module, head: ProjectionHead | None) -> None:
+        """Expect what labels give each other over the neighbour graph, where they were spread over it."""
+        classes = self.dataset.num_classes
+        ids, projections = _projected(self.dataset, encoder, head, self.setting)
+        places = np.searchsorted(self.dataset.labeled, self.labeled[self.once])
+        folds = [places[rows] for rows in evaluate.folds(self.known[self.once])]
+        folds = folds[: max(1, FLOWING_CLASSES // classes)]  # with many classes one fold holds many labels
+        if folds:
+            known = self.dataset.labels[ids]
+            self.expected = _careful(*propagate.left_out(projections, known, classes, folds))
 
     def most_frequent(self) -> None:
         """Always the class with the most labels."""
@@ -200,22 +221,22 @@ class Comparison:
             self.rows.append(row(key.format(index=index), name.format(index=index), measured, note=self.fitted_on))
         return known
 
-    def network(self, key: str, network: Classifier, expected: float | None) -> tuple[Any, Floats, float]:
+    def network(self, key: str, network: Classifier) -> tuple[Any, Floats, float]:
         """A trained classifier: its measurement, its probabilities (N, K) of the held-out images, its temperature.
 
         Trained on soft targets or for a few steps, a network says nothing of how sure to be (54 % calibration error
         on digits). With labels too few to hold out, its temperature is the one at which its mean confidence on
-        training images equals `expected`, the cross-validated accuracy of the frozen features. A self-trained network
-        may be far better than those: it is expected to be right as often as it is sure, if that is more (digits, 20
-        labels: sure 94 to 97 %, right 97 to 99; Fashion-MNIST, 40 labels: sure 78 to 85 %, right 67 to 74).
+        training images equals the accuracy that is expected of it. A self-trained network may be far better than frozen
+        features: it is expected to be right as often as it is sure, if that is more (digits, 20 labels: sure 94 to
+        97 %, right 97 to 99; Fashion-MNIST, 40 labels: sure 78 to 85 %, right 67 to 74), and so is its student.
         """
         network.eval()
         some = evaluate.spread(self.dataset.train, evaluate.CALIBRATION_IMAGES)
         (logits,) = outputs(self.dataset, some, self.setting, lambda view: [network(view)])
         if self.names[key] == SELF_TRAINED:
             sure = torch.from_numpy(logits).softmax(dim=1).amax(dim=1) >= SURE
-            expected = max(expected or 0.0, float(sure.float().mean())) or None
-        temperature = evaluate.temperature_for_confidence(logits, expected)
+            self.expected = max(self.expected or 0.0, float(sure.float().mean())) or None
+        temperature = evaluate.temperature_for_confidence(logits, self.expected)
         measured, probabilities = None, np.zeros((0, self.dataset.num_classes), dtype=np.float32)
         if len(self.held):
             softened = lambda view: [(network(view).float() / temperature).softmax(dim=1)]  # noqa: E731
@@ -224,6 +245,11 @@ class Comparison:
         name = self.names[key] if key != "finetune" or len(self.labeled) else "the given model"
         self.rows.append(row(key, name, measured, **costs(network, self.setting)))
         return measured, probabilities, temperature
+
+
+def _careful(right: float, of: int) -> float:
+    """(right + 1) / (of + 2), Laplace's rule: 20 labels all right do not make a network certain."""
+    return (right + 1) / (of + 2)
 
 
 def pixels_as_features(view: Tensor) -> list[Tensor]:
@@ -239,21 +265,26 @@ def compare(
     final: str,
     setting: Setting,
     names: Mapping[str, str] = NAMES,
+    *,
+    spread: bool = False,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Every row of the table, and the arrays that the report draws. `final` is the key of the deployed network."""
+    """Every row of the table, and the arrays that the report draws. `final` is the key of the deployed network; spread:
+    whether labels were spread over the neighbour graph before fine-tuning.
+    """
     comparison = Comparison(dataset, setting, names)
     measured, probabilities, temperature = None, np.zeros((0, dataset.num_classes), dtype=np.float32), 1.0
-    expected = None
     if len(comparison.labeled):
         comparison.most_frequent()
         comparison.logistic("pixels_logistic", "logistic regression on pixels", pixels_as_features)
         if "supervised" in networks:
-            comparison.network("supervised", networks["supervised"], None)
+            comparison.network("supervised", networks["supervised"])
         taps = "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
-        expected = comparison.expected_accuracy(comparison.logistic(*taps))
+        comparison.expect(comparison.logistic(*taps))
+        if spread:
+            comparison.expect_of_spread(*pretrained)
     for key in ("finetune", "distill_self", "distill"):
         if key in networks:
-            found = comparison.network(key, networks[key], expected)
+            found = comparison.network(key, networks[key])
             if key == final:
                 measured, probabilities, temperature = found
     held = comparison.held

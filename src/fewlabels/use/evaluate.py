@@ -253,23 +253,32 @@ def cross_validated(features: Floats, labels: Integers) -> dict[str, Any]:
         return nothing | {"reason": "the labels name fewer than two classes"}
     if counts.max() < 2:
         return nothing | {"reason": "every class has one label only, so none can be left out"}
-    smallest = int(counts.min())
-    folds = min(smallest if smallest >= 2 else int(counts.max()), MAX_FOLDS)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")
-        splits = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(features, labels))
+    left_out = folds(labels)
     num_classes = int(classes.max()) + 1
     correct = 0
-    for train, test in splits:
+    for test in left_out:
+        train = np.setdiff1d(np.arange(n), test)
         fitted = logistic_regression(features[train], labels[train], num_classes=num_classes)
         correct += int((fitted.predict_proba(features[test]).argmax(axis=1) == labels[test]).sum())
     return {
         "accuracy": correct / n,
         "interval": wilson_interval(correct, n),
-        "folds": folds,
+        "folds": len(left_out),
         "n": n,
         "reason": "",
     }
+
+
+def folds(labels: Integers) -> list[Integers]:
+    """The positions of labels (n,) in stratified folds, each to be left out in its turn; none if no class has two."""
+    counts = np.unique(labels, return_counts=True)[1]
+    smallest, largest = int(counts.min(initial=len(labels))), int(counts.max(initial=0))
+    if largest < 2:
+        return []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        count = min(smallest if smallest >= 2 else largest, MAX_FOLDS)
+        return [test for _, test in StratifiedKFold(count, shuffle=True, random_state=0).split(labels, labels)]
 
 
 def too_weak(features: Floats, labels: Integers) -> str:

@@ -6,6 +6,8 @@ labels flow along these ties, (I - alpha S) Z = Y. Shapes: N images, D features,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
@@ -30,12 +32,29 @@ def propagate(features: Floats, labels: Ints, num_classes: int) -> Ints:
     Labeled rows keep theirs.
     Every class that has a label flows out equally much, so that what is typical of one does not drown the others.
     """
+    return np.where(labels >= 0, labels, _flowed(graph(features), labels, num_classes))
+
+
+def left_out(features: Floats, labels: Ints, num_classes: int, folds: Sequence[Ints]) -> tuple[int, int]:
+    """(how many, of how many) labels the other ones give over the graph. features, labels: as for `propagate`; folds:
+    rows whose labels are left out together.
+    """
+    ties, right = graph(features), 0
+    for rows in folds:
+        hidden = labels.copy()
+        hidden[rows] = -1
+        right += int((_flowed(ties, hidden, num_classes)[rows] == labels[rows]).sum())
+    return right, sum(map(len, folds))
+
+
+def _flowed(ties: sparse.csr_matrix, labels: Ints, num_classes: int) -> Ints:
+    """(N,) the class whose labels flow most into each row; -1 where none reaches."""
     source = np.zeros((len(labels), num_classes), dtype=np.float32)  # Y
     known = np.flatnonzero(labels >= 0)
     source[known, labels[known]] = 1 / np.bincount(labels[known], minlength=num_classes)[labels[known]]
-    flow = solve(graph(features), source)
+    flow = solve(ties, source)
     classes = (flow / np.maximum(flow.sum(axis=0), 1e-20)).argmax(axis=1)
-    return np.where(labels >= 0, labels, np.where(flow.max(axis=1) > 0, classes, -1))
+    return np.where(flow.max(axis=1) > 0, classes, -1)
 
 
 def graph(features: Floats) -> sparse.csr_matrix:
