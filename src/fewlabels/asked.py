@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fewlabels import config, plan, recipes
+from fewlabels import config, plan, recipes, runtime
 from fewlabels.config import Recipe
 from fewlabels.data.places import is_url, real
 from fewlabels.errors import CannotCreate, UsageError
@@ -90,10 +90,9 @@ def _absolute(word: str) -> str:
 
 def of_run(asked: Asked, folder: RunFolder) -> Asked:
     """asked, with the recipe of the run where `auto` leaves it open; another one is refused once a stage has begun."""
-    stored, recipe = folder.resolved(), asked.recipe
+    (stored, begun), recipe = runtime.from_main((folder.resolved(), begun_stages(folder))), asked.recipe
     if recipe.endswith(".toml"):
         recipe = str(Path(recipe).absolute())  # a later command may come from another folder
-    begun = begun_stages(folder)
     before = stored["asked"]["recipe"] if stored and begun else recipe
     if recipe not in ("auto", before) and real(recipe) != real(before):
         raise CannotCreate(

@@ -334,25 +334,28 @@ class Worker:
         assert isinstance(stage, Pretrain)
         return compare.feature_scores(self.dataset, stage.encoder, self.prepared.setting)
 
-    def _throwaways(self) -> list[Job]:
-        """Every stage that will run, on networks that may be spoiled."""
-        found: dict[str, Stage] = {} if self.recipe.pretrained else {"pretrain": self._pretrain_stage()}
+    def _throwaways(self) -> Iterator[Job]:
+        """Every stage that will run, one after the other, on networks that may be spoiled."""
+        if not self.recipe.pretrained:
+            yield self._job("pretrain", self._pretrain_stage())
         if self.dataset.num_classes:
             outline = self._outline()
-            teacher = self._teacher("finetune", outline)
-            enough = len(self.dataset.labeled) >= 2 * runtime.world_size()  # else plan.derive tells it
-            for name in ("finetune", "supervised") if enough else ():
-                network = self._teacher(name, outline)
-                network.encoder.freeze(self.recipe.finetune.freeze_below if name == "finetune" else -1)
-                found[name] = Finetune(network, view=self._view(name))
+            if len(self.dataset.labeled) >= 2 * runtime.world_size():  # else plan.derive tells it
+                for name in ("finetune", "supervised"):
+                    yield self._job(name, self._fresh_finetune(name, outline))
             for name, student in self._students():
-                if student is None and self.prepared.self_trains:
-                    if enough:
-                        found[name] = self._self_train(name, self._teacher("finetune", outline))
-                else:
-                    network = self._student(name, student, outline)
-                    found[name] = Distill(teacher, network, view=self._view(name), temperature=1.0)
-        return [self._job(name, stage) for name, stage in found.items()]
+                if student is not None or not self.prepared.self_trains:
+                    networks = self._teacher("finetune", outline), self._student(name, student, outline)
+                    yield self._job(name, Distill(*networks, view=self._view(name), temperature=1.0))
+                    del networks
+                elif len(self.dataset.labeled) >= 2 * runtime.world_size():
+                    yield self._job(name, self._self_train(name, self._teacher("finetune", outline)))
+
+    def _fresh_finetune(self, name: str, pretrained: Pretrained) -> Finetune:
+        """Stage 2 before anything is learned, or the baseline as if it began there."""
+        network = self._teacher(name, pretrained)
+        network.encoder.freeze(self.recipe.finetune.freeze_below if name == "finetune" else -1)
+        return Finetune(network, view=self._view(name))
 
     def seconds_per_step(self) -> dict[str, float]:
         """Measured seconds a step of every stage; rank 0's word counts."""

@@ -286,6 +286,15 @@ def test_pictures_passed_over_are_counted(tmp_path: Path) -> None:
 def test_a_field_of_a_sample_has_the_label_of_the_sample(tmp_path: Path) -> None:
     members = {"7.img.png": b"", "7.cls": b"cat", "8.img.png": b"", "8.img.cls": b"dog", "8.cls": b"ant"}
     assert open_source(write_tar(tmp_path / "a.tar", members)).labels == ("cat", "dog")
+    members = {"7.img.png": b"", "7.seg.png": b"", "7.cls": b"cat"}  # which of them it is of is not said
+    assert open_source(write_tar(tmp_path / "a.tar", members)).labels == (None, None)
+
+
+def test_no_number_in_json_is_no_label(tmp_path: Path) -> None:
+    members = {"1.png": b"", "1.json": b'{"label": NaN}', "2.png": b"", "2.json": b'{"label": 3}'}
+    source = open_source(write_tar(tmp_path / "a.tar", members))
+    assert source.labels == (None, "3")
+    assert [span.fault for span in source.payloads()] == ["", ""]  # type: ignore[union-attr]
 
 
 def test_splits_in_a_tar_count_beside_labels(tmp_path: Path) -> None:

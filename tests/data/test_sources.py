@@ -85,9 +85,14 @@ def test_a_split_called_train_beside_other_folders_is_refused_too(tmp_path: Path
     (tmp_path / "extra").rename(tmp_path / "unlabeled")
     assert [label for _, label, _ in content(open_source(tmp_path))] == ["cat", "dog", None]
     (tmp_path / "unlabeled").rename(tmp_path / "bus")
-    (tmp_path / "bus/c.png").unlink()
-    picture(tmp_path / "bus/2020/c.png")  # folders in all of them: train is a class, as bus is
-    assert [label for _, label, _ in content(open_source(tmp_path))] == ["bus", "train", "train"]
+    picture(tmp_path / "train/logo.png")
+    with pytest.raises(DataError, match=r"splits train and beside them bus"):
+        open_source(tmp_path)
+    picture(tmp_path / "bus/2020/c.png")  # folders in all of them, and not the same: train is a class, as bus is
+    assert {label for _, label, _ in content(open_source(tmp_path))} == {"bus", "train"}
+    picture(tmp_path / "bus/cat/d.png")
+    with pytest.raises(DataError, match=r"splits train and beside them bus"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize("split", ["test", "Val"])

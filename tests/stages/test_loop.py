@@ -362,7 +362,11 @@ def test_buffers_come_back_in_the_layout_of_their_parameters(name: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda t: t.pop("stage.network.linear.bias"), lambda t: t.update({"optimizer.99.momentum": torch.ones(1)})],
+    [
+        lambda t: t.pop("stage.network.linear.bias"),
+        lambda t: t.update({"optimizer.99.momentum": torch.ones(1)}),
+        lambda t: t.update({"optimizer.0.momentum": torch.ones(7)}),
+    ],
 )
 def test_tensors_of_another_network_are_refused(
     dataset: labels.Dataset, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], Any]

@@ -335,12 +335,24 @@ def test_evaluate_run_says_that_these_are_the_training_images(tmp_path: Path, mo
         found = evaluate.evaluate_run(inside, place)
         assert found["trained_on"]
     table = tmp_path / "labels.csv"
-    inputs = {"images": str(tmp_path), "labels": str(table)}
+    inputs = {"images": str(folder), "labels": str(table)}
     checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": inputs})
-    for place in (table, tmp_path, folder, folder / "red disc"):
+    for name in ("test/cat", "deep/Val"):
+        (folder / name).mkdir(parents=True)
+    (folder / "test.tar").touch()
+    for place in (table, folder, folder / "red disc", folder / "deep"):
         assert inside.trained_on(place), place
-    for place in (tmp_path / "test", tmp_path / "Val" / "cat", tmp_path.parent / "other", tmp_path.parent):
+    for place in (
+        folder / "test",
+        folder / "test/cat",
+        folder / "deep/Val",
+        folder / "test.tar",
+        tmp_path / "run",
+        tmp_path,
+    ):
         assert not inside.trained_on(place), place
+    shutil.rmtree(folder / "deep")
+    shutil.rmtree(folder / "test")
     checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": {"images": "s3://bucket/{0..9}.tar"}})
     assert inside.trained_on("s3://bucket/{0..9}.tar")
     assert not inside.trained_on("s3://bucket/{0..8}.tar")

@@ -94,16 +94,19 @@ def is_picture(path: str) -> bool:
 def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
     """(label or None, split) of each relative path.
 
-    Folders at the top are classes ("train" may be one, if pictures lie in it as in the others), or splits if all of
-    them (but unlabeled/) have a split's name. Below that the first folder is the class; loose files and unlabeled/ have
-    none.
+    Folders at the top are classes, or splits if all of them (but unlabeled/) have a split's name. Below that the first
+    folder is the class; loose files and unlabeled/ have none. "train" may be a class, unless folders in it look like
+    classes: where no other top has folders in it, or has the same.
     """
     tops = {path.split("/", 1)[0] for path in paths if "/" in path}
     tops = {top for top in tops if top.casefold() not in UNLABELED}
     splits = {top for top in tops if top.casefold() in SPLITS}
-    loose = {path.split("/", 1)[0] for path in paths if path.count("/") == 1}  # with pictures of their own
-    a_class = all(SPLITS[top.casefold()] == "train" for top in splits) and (splits <= loose or not tops & loose)
-    if splits != tops and (len(splits) > 1 or not a_class):
+    second = {(top, inner) for top, inner, *more in (path.split("/") for path in paths if "/" in path) if more}
+    own = {inner for top, inner in second if top in splits}
+    beside = {inner for top, inner in second if top not in splits}
+    apart = not own or (bool(beside) and not own & beside)
+    train_is_class = apart and all(SPLITS[top.casefold()] == "train" for top in splits)
+    if splits != tops and (len(splits) > 1 or not train_is_class):
         others = ", ".join(sorted(tops - splits)[:5])
         raise DataError(
             f"{root} holds the splits {', '.join(sorted(splits))} and beside them {others}",

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -163,7 +164,7 @@ def open_tars(shards: Shards, where: str) -> Source:
 def _below_shared(members: Sequence[str]) -> list[str]:
     """members without the folders that hold all of them, which are no classes, up to one that is a split's."""
     inside = [member.rpartition("/")[0] for member in members if member]
-    shared = PurePosixPath(os.path.commonpath(inside)).parts if inside else ()
+    shared = PurePosixPath(os.path.commonpath(set(inside))).parts if inside else ()
     depth = next((i for i, folder in enumerate(shared) if folder.casefold() in tables.SPLITS), len(shared))
     return ["/".join(member.split("/")[depth:]) for member in members]
 
@@ -246,11 +247,13 @@ def _scan(file: BinaryIO, shard: str) -> dict[str, Any]:
     keys = set(stems.values())
     # 0001.seg.png beside 0001.jpg is another field of the same sample; alone it is a picture with a dot in its name
     kept = [name for name, stem in stems.items() if (key := _key(stem)) == stem or key not in keys]
-    # 0001.img.png has its class from 0001.img.cls, else from 0001.cls
-    labels = {ending: [said.get(stems[n], said.get(_key(stems[n]))) for n in kept] for ending, said in texts.items()}
+    # 0001.img.png has its class from 0001.img.cls, else, where it is the one picture of its sample, from 0001.cls
+    samples, again = Counter(_key(stems[name]) for name in kept), set(twice)
+    alone = {name: key if samples[key := _key(stems[name])] == 1 else stems[name] for name in kept}
+    labels = {ending: [said.get(stems[n], said.get(alone[n])) for n in kept] for ending, said in texts.items()}
     faults = {name: pictures[name][2] for name in kept}
     for name, *said in zip(kept, *labels.values(), strict=True):
-        if {stems[name], _key(stems[name])} & set(twice) and any(label is not None for label in said):
+        if {stems[name], alone[name]} & again and any(label is not None for label in said):
             faults[name] = faults[name] or "its name is in the shard twice, and which one a label is of is not said"
     return {
         "members": kept,
@@ -292,7 +295,8 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard
             fix="write it anew, as UTF-8",
         ) from error
     if ending == ".json":
-        return said.get("label") if isinstance(said, dict) else None
+        label = said.get("label") if isinstance(said, dict) else None
+        return label if label == label else None  # NaN, as pandas writes it
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text or None
 
 

@@ -109,6 +109,8 @@ class TrainState:
                     laid_out = torch.empty_like(parameter, dtype=tensor.dtype)
                     runtime.fill(laid_out, tensor)
                     tensor = laid_out
+                elif tensor.dim():
+                    raise ValueError(f"{name} is of a parameter of another shape")
                 slots.setdefault(int(index), {})[slot] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.step = step

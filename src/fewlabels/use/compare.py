@@ -190,13 +190,14 @@ class Comparison:
 
     def expect_of_spread(self, encoder: nn.Module, head: ProjectionHead | None) -> None:
         """Expect what labels give each other over the neighbour graph, where they were spread over it."""
-        classes = self.dataset.num_classes
+        classes, labeled = self.dataset.num_classes, self.dataset.labeled
         ids, projections = _projected(self.dataset, encoder, head, self.setting)
-        places = np.searchsorted(self.dataset.labeled, self.labeled[self.once])
-        folds = [places[rows] for rows in evaluate.folds(self.known[self.once])]
+        places = np.flatnonzero(np.isin(labeled, self.dataset.once(labeled)))
+        known = np.full(len(ids), -1)
+        known[places] = self.dataset.labels[labeled[places]]  # a copy of a labeled image would tell it
+        folds = [places[rows] for rows in evaluate.folds(known[places])]
         folds = folds[: max(1, FLOWING_CLASSES // classes)]  # with many classes one fold holds many labels
         if folds:
-            known = self.dataset.labels[ids]
             self.expected = _careful(*propagate.left_out(projections, known, classes, folds))
 
     def most_frequent(self) -> None:
@@ -280,7 +281,7 @@ def compare(
             comparison.network("supervised", networks["supervised"])
         taps = "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
         comparison.expect(comparison.logistic(*taps))
-        if spread:
+        if spread and "finetune" in networks:
             comparison.expect_of_spread(*pretrained)
     for key in ("finetune", "distill_self", "distill"):
         if key in networks:

@@ -82,15 +82,14 @@ class Model:
 
     def trained_on(self, images: str | Path) -> bool:
         """Whether `images` is the path or URL of the images or labels that the run this model lies in was given, or a
-        folder in it that is no split of held-out images.
+        folder in those images that lies in no split of held-out ones.
         """
         inputs = (read_json(self.path.parent / "resolved.json") or {}).get("inputs") if self.path else None
         given = inputs if isinstance(inputs, dict) else {}
-        trained = [real(str(given[name])) for name in ("images", "labels") if name in given]
-        here = real(str(images))
-        top = here.removeprefix(f"{trained[0]}/").partition("/")[0] if trained else ""
-        inside = top != here.partition("/")[0] and SPLITS.get(top.casefold(), "train") == "train"
-        return here in trained or inside
+        trained, here = [real(str(given[name])) for name in ("images", "labels") if name in given], real(str(images))
+        inner = here.removeprefix(f"{trained[0]}/") if trained and os.path.isdir(here) else here  # noqa: PTH112
+        held = any(SPLITS.get(folder.casefold(), "train") != "train" for folder in inner.split("/"))
+        return here in trained or (inner != here and not held)
 
     @property
     def metrics(self) -> dict[str, Any] | None:
