@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,6 +234,85 @@ def test_stdout_is_the_result_and_stderr_the_progress(photos: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["final"] == "distill"
     assert "pretrain: done" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["report"]])
+def test_output_that_nobody_reads(run: Path, words: list[str]) -> None:
+    """`| head` is no error, and a full disk under stdout is told, whether Python writes at once or at the end."""
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "fewlabels", *words, *([str(run)] if words == ["report"] else [])]
+
+    def ended(stdout: Any, **more: str) -> tuple[int, str]:
+        env = plain | more
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, check=False)
+        return done.returncode, done.stderr
+
+    for more in ({}, {"PYTHONUNBUFFERED": "1"}):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "w") as gone:
+            assert ended(gone, **more) == (0, "")
+    with Path("/dev/full").open("w") as full:
+        code, told = ended(full)
+    assert code == 74, told
+    assert "Traceback" not in told
+
+
+def test_progress_that_nobody_reads_ends_no_training(photos: Path, tmp_path: Path) -> None:
+    for name, words, code in (("good", [], 0), ("bad", ["--recipe", "smoek"], 2)):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "fewlabels", "pretrain", str(photos), "--out", str(tmp_path / name)]
+        command += [*TINY, *words]
+        with os.fdopen(write, "w") as gone:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=gone, text=True, check=False)
+        assert done.returncode == code
+    assert json.loads((tmp_path / "good" / "status.json").read_text())["state"] == "finished"
+
+
+def test_letters_that_the_terminal_has_not(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(photos / "train" / "class0", tmp_path / "images" / "猫")
+    shutil.copytree(photos / "train" / "class1", tmp_path / "images" / "dog")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert cli.main(["check", str(tmp_path / "images"), "--out", str(tmp_path / "run"), *TINY]) == 0
+    assert rb"\u732b 8" in shown.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_table_on_stdout_is_the_table_alone(run: Path, photos: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fewlabels", "predict", str(run), str(photos / "test"), "--out", "/dev/stdout"]
+    with (tmp_path / "p.csv").open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert len(lines) == 17
+    assert lines[0].startswith("image,label,confidence")
+    assert "16 images predicted" in done.stderr
+
+
+def test_predictions_of_what_are_no_pictures(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, table = str(tmp_path / "p.csv"), write(tmp_path, "image,label\na.png,cat\n")
+    picture = str(next((photos / "test").rglob("*.png")))
+    for words in ([str(photos / "test"), picture], [picture, table]):
+        code, _, told = answer(capsys, "predict", str(run), *words, "--out", out)
+        assert (code, "several images must be pictures" in told) == (2, True)
+    code, _, told = answer(capsys, "predict", str(run), table, "--out", table)
+    assert (code, "are the images themselves" in told) == (2, True)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
+    code, _, told = answer(capsys, "predict", str(run), str(tmp_path / "a.png"), "--out", out)
+    assert (code, "none of the 1 images could be read" in told) == (65, True)
+    assert "damaged" in Path(out).read_text()
+
+
+def test_a_folder_called_digits_is_not_what_a_later_command_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Asked(images="digits", out=tmp_path / "run").inputs() == {"images": "digits"}
+    assert Asked(images="./digits", out=tmp_path / "run").inputs() == {"images": str(tmp_path / "digits")}
 
 
 def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.ndarray, np.ndarray]) -> None:

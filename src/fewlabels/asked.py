@@ -85,7 +85,7 @@ def _plain(value: Any) -> Any:
 def _absolute(word: str) -> str:
     """A path, or pattern of paths, from the root; a URL or a source's name as it is."""
     local = Path(word).exists() or ("{" in word and not is_url(word))
-    return str(Path(word).absolute()) if local else word
+    return str(Path(word).absolute()) if local and word != "digits" else word
 
 
 def of_run(asked: Asked, folder: RunFolder) -> Asked:

@@ -22,7 +22,17 @@ import tyro
 import fewlabels
 from fewlabels import config, errors
 from fewlabels.commands import Demo, Evaluate, Export, Fit, Import, Predict, Report, Suggest
-from fewlabels.errors import CannotCreate, FewlabelsError, RankFailed, StorageError, UsageError, nearest, printable
+from fewlabels.errors import (
+    CannotCreate,
+    DataError,
+    FewlabelsError,
+    RankFailed,
+    StorageError,
+    UsageError,
+    nearest,
+    printable,
+    tell,
+)
 
 FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO), "free some space, run the same command again")
 FIXES |= dict.fromkeys(errors.CLOSED, "give another path, or give yourself the right to use it")
@@ -121,7 +131,21 @@ def _predict(command: Predict) -> None:
     if command.json:
         print(json.dumps(summary))
     else:
-        _say(f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {command.out}")
+        words = f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {command.out}"
+        (tell if _is_stdout(command.out) else _say)(words)
+    if not summary["predicted"]:
+        raise DataError(
+            f"none of the {summary['images']:,} images could be read",
+            why=f"the last column of {command.out} says why of each",
+            fix="give pictures",
+        )
+
+
+def _is_stdout(out: str) -> bool:
+    """Whether a file is where our output goes, so that nothing else may be written there."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.samestat(os.stat(out), os.fstat(sys.stdout.fileno()))  # noqa: PTH116
+    return False
 
 
 def _export(command: Export) -> None:
@@ -204,14 +228,9 @@ def _overview() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (docs/reference.md)."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(_overview())
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(f"fewlabels {fewlabels.__version__}")
-        return 0
-    code = _code(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a class may be called what the terminal has no letters for
+    code = _code(list(sys.argv[1:] if arguments is None else arguments))
     if code and (runtime := sys.modules.get("fewlabels.runtime")):
         runtime.leave(code)
     return code
@@ -220,16 +239,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _code(words: list[str]) -> int:
     """The exit code of a command, whose errors are told."""
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
     except FewlabelsError as error:
         return _complain(error)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        tell("stopped")
         return 130
     except BrokenPipeError:  # `fewlabels ... | head` closed our output: that is all right
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritten()
         return 0
     except OSError as error:
+        _drop_unwritten()
         if error.errno in FIXES:
             return _complain(StorageError(f"{error.filename or 'the disk'}: {error.strerror}", fix=FIXES[error.errno]))
         return _bug()
@@ -237,7 +259,21 @@ def _code(words: list[str]) -> int:
         return _bug()
 
 
+def _drop_unwritten() -> None:
+    """What stdout did not take Python would try to write again at the end, and end with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"fewlabels {fewlabels.__version__}")
+        return 0
     if words[0] not in COMMANDS:
         raise UsageError(
             f'there is no command "{words[0]}"{nearest(words[0], COMMANDS)}', fix=f"use one of {', '.join(COMMANDS)}"
@@ -251,7 +287,7 @@ def _dispatch(words: list[str]) -> int:
                 kind, args=_spelled_out(words[1:]), prog=f"fewlabels {words[0]}", description=about.capitalize() + "."
             )
     except SystemExit as stop:  # tyro has spoken: help (0) or a usage error (2)
-        print("\n".join(map(printable, spoken.getvalue().split("\n"))), end="", file=sys.stderr)
+        tell(*map(printable, spoken.getvalue().split("\n")), end="")
         return int(stop.code or 0)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when it is imported
     function(command)
@@ -287,15 +323,14 @@ def _complain(error: FewlabelsError) -> int:
     """Tell the error once: by the rank that met it first, or by rank 0 where the ranks had not met yet."""
     notes = getattr(error, "__notes__", [])
     if notes or (os.environ.get("RANK", "0") == "0" and not isinstance(error, RankFailed)):
-        print("\n".join([f"\nerror: {error.text()}", *notes]), file=sys.stderr)
+        tell(f"\nerror: {error.text()}", *notes)
     return error.exit_code
 
 
 def _bug() -> int:
-    print("\n".join(map(printable, traceback.format_exc().split("\n"))), file=sys.stderr)
-    print(
-        f"\nerror: this is a bug in fewlabels {fewlabels.__version__}, not your mistake\n"
+    tell(
+        *map(printable, traceback.format_exc().split("\n")),
+        f"\nerror: this is a bug in fewlabels {fewlabels.__version__}, not your mistake",
         "fix: report it with the lines above; what was saved is unharmed, the same command goes on from there",
-        file=sys.stderr,
     )
     return 1

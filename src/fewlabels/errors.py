@@ -6,15 +6,23 @@ Anything that is not a FewlabelsError is our bug and ends with exit code 1.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 
 # Of paths: no rights, a disk that is read only, a file in the place of a folder, too long a name
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 SHOWN_DETAILS = 12  # a file with 5,000 faults still fits on a screen; the count is always given
+
+
+def tell(*lines: str, end: str = "\n") -> None:
+    """Write to stderr. Where nobody reads it any more (`2>&1 | head`) or its disk is full, work goes on in silence."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", end=end, file=sys.stderr, flush=True)
 
 
 class FewlabelsError(Exception):

@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from fewlabels.data.told import class_of
-from fewlabels.errors import DataError
+from fewlabels.errors import DataError, UsageError
 from fewlabels.pipeline import fit
 from fewlabels.use.predict import Model
 
@@ -64,16 +64,19 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
 
     def predict_proba(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(N, K) probabilities, columns as in classes_."""
-        check_is_fitted(self, "model_")
-        model: Model = self.model_
-        probabilities: npt.NDArray[np.float32] = model.predict_proba(X)[:, self._columns]
+        probabilities: npt.NDArray[np.float32] = self._model(X).predict_proba(X)[:, self._columns]
         return probabilities
 
     def transform(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(N, D) features of the deployed network."""
+        return self._model(X).features(X)
+
+    def _model(self, X: npt.NDArray[np.uint8]) -> Model:
         check_is_fitted(self, "model_")
+        if isinstance(X, np.ndarray) and X.ndim < 3:
+            raise UsageError(f"{X.shape} are rows, and no images", fix="give an array (N, H, W) or (N, H, W, 3)")
         model: Model = self.model_
-        return model.features(X)
+        return model
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "model_")

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from fewlabels import checkpoint, runtime
-from fewlabels.errors import CannotCreate, DataError, FewlabelsError, Stopped, printable
+from fewlabels.errors import CannotCreate, DataError, FewlabelsError, Stopped, printable, tell
 
 LOG_SECONDS = 30.0  # one plain line this often where stderr is not a terminal
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -215,7 +215,7 @@ class Interrupts:
 def say(text: str = "") -> None:
     """One line for the person, on stderr (stdout carries results), from rank 0."""
     if runtime.is_main():
-        print(printable(text), file=sys.stderr, flush=True)
+        tell(printable(text))
 
 
 class Progress:
@@ -240,8 +240,7 @@ class Progress:
             f"{speed * self.batch:,.0f} images/s  {clock(self.total, step, speed)}"
         )
         if self.live:
-            sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if done else ""))
-            sys.stderr.flush()
+            tell(f"\r\x1b[2K{line}", end="\n" * done)
         else:
             say(line)
 

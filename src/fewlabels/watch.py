@@ -13,14 +13,13 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from fewlabels import runtime
-from fewlabels.errors import FewlabelsError, RankFailed, RunAgain, Stopped
+from fewlabels.errors import FewlabelsError, RankFailed, RunAgain, Stopped, tell
 
 BEAT = 1.0  # seconds between two beats, and between two looks at the board
 SILENCE = 60.0  # seconds without a beat: the process is stopped, or its machine is gone
@@ -137,7 +136,7 @@ class Ranks:
         """What an end says that does not come out of the main thread."""
         self.record(error)
         if not isinstance(error, RankFailed):
-            print("\n".join([f"\nerror: {error.text()}", *error.__notes__]), file=sys.stderr, flush=True)
+            tell(f"\nerror: {error.text()}", *error.__notes__)
 
     def _end(self, error: BaseException) -> None:
         """Leave, if the main thread does not: it may wait in a collective for ranks that will never come."""

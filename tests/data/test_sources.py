@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import socket
+import unicodedata
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,35 @@ def test_a_class_is_told_as_a_label_in_a_table_is_read(tmp_path: Path) -> None:
     for k, name in enumerate((" cat", "dog ", " ")):
         picture(tmp_path / name / f"{k}.png")
     assert set(open_source(tmp_path).labels) == {"cat", "dog", None}
+
+
+def test_a_csv_reaches_images_through_links_and_in_other_spellings(tmp_path: Path) -> None:
+    decomposed = unicodedata.normalize("NFD", "é.png")  # as macOS writes it
+    for name in ("a.png", decomposed, " b.png"):
+        picture(tmp_path / "disk" / "real" / name)
+    (tmp_path / "lnk").symlink_to("disk/real")
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\nlnk/a.png,x\nlnk/é.png,y\n./lnk/ b.png,z\n")
+    for images in ("lnk", "disk/real"):
+        found = dict(
+            zip(open_source(tmp_path / images).names, open_source(tmp_path / images, table).labels, strict=True)
+        )
+        assert found == {"a.png": "x", decomposed: "y", " b.png": "z"}, images
+    (tmp_path / "elsewhere").mkdir()
+    far = tmp_path / "elsewhere" / "labels.csv"
+    far.write_text(f"image,label\n{tmp_path / 'lnk'}/a.png,x\n")
+    assert open_source(tmp_path / "lnk", far).labels[1] == "x"
+
+
+def test_a_class_may_be_called_none_where_its_folder_is(tmp_path: Path) -> None:
+    for name in ("none/a.png", "crack/b.png", "c.png"):
+        picture(tmp_path / name)
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\nnone/a.png,none\ncrack/b.png,crack\nc.png,none\n")
+    assert sorted(map(str, open_source(tmp_path, table).labels)) == ["crack", "none", "none"]
+    table.write_text("image,label\nnone/a.png,None\n")
+    with pytest.raises(DataError, match='"None" is not a class'):
+        open_source(tmp_path, table)
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +18,39 @@ from fewlabels.model import contrast
 from fewlabels.model.losses import nt_xent, nt_xent_with_queue
 
 pytest.importorskip("triton")  # there is none for Windows and macOS
+from triton.runtime.errors import OutOfResources
+
 from fewlabels.model import contrast_triton
 
 # Pairs, projections, temperature: one block and several, whole and not, log-sums that would overflow without a peak
 CASES = [(1, 3, 0.5), (5, 16, 0.1), (70, 20, 0.1), (129, 130, 0.02), (40, 300, 1.0)]
 EXACT, HALF = 2e-5, 2e-2  # relative errors of float32 and of bf16 operands
+
+
+@pytest.mark.parametrize(("error", "found"), [
+    (None, True), (OutOfResources(81_920, 65_536, "shared memory"), False), (OSError("no compiler"), False),
+])  # fmt: skip
+def test_where_tiles_do_not_fit_the_plain_ones_are_used(
+    error: Exception | None, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a T4 only the gradient's do not, and only in float32: what a step asks for is tried before."""
+    zeros, asked = torch.zeros, []
+
+    def gradient(rows: torch.Tensor, *_: Any) -> None:
+        asked.append((rows.shape[1], rows.dtype))
+        if error is not None:
+            raise error
+
+    kernels = SimpleNamespace(row_sums=lambda rows, *_: rows[:, 0], row_gradient=gradient)
+    monkeypatch.setattr(importlib, "import_module", lambda _: kernels)
+    monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
+    contrast.compiled.cache_clear()
+    try:
+        assert (contrast.compiled("cuda", 128, torch.float32) is kernels) == found
+        assert asked == [(128, torch.float32)]
+        assert contrast.compiled("cpu", 128, torch.float32) is None
+    finally:
+        contrast.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -113,7 +143,7 @@ def main(found: Path) -> None:
     """Compare, and write down the errors."""
     torch.manual_seed(0)
     torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-    contrast.compiled = lambda device: contrast_triton  # type: ignore[assignment]
+    contrast.compiled = lambda *_: contrast_triton  # type: ignore[assignment]
     errors: dict[str, list[float]] = {}
     for count, width, temperature in CASES:
         views = torch.randn(count, width), torch.randn(count, width)

@@ -133,6 +133,14 @@ def _with_broken(folder: Path) -> Path:
     return folder
 
 
+def test_an_alpha_channel_is_no_stack_of_gray_images(model: Model) -> None:
+    picture = np.zeros((33, 21, 4), dtype=np.uint8)
+    with pytest.raises(UsageError, match=r"\(33, 21, 4\) is a picture with an alpha channel"):
+        model.predict(picture)
+    assert model.predict(picture[..., :3]).shape == (1,)
+    assert model.predict(picture[..., None]).shape == (33,)
+
+
 def test_unreadable_images_are_all_named(model: Model, tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         model.predict_proba(_with_broken(tmp_path / "images"))

@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class Table:
     """A labels CSV and what is wrong with it, as (line, words)."""
 
     path: Path
+    odd: Collection[str] = ()  # classes that are called as a missing label would be
     rows: list[Row] = field(default_factory=list)
     faults: list[tuple[int, str]] = field(default_factory=list)
 
@@ -67,9 +68,12 @@ class Table:
         )
 
 
-def read_table(path: Path) -> Table:
-    """The rows of a labels CSV. Faults that leave nothing to read are raised, the others are in the table."""
-    table = Table(path)
+def read_table(path: Path, classes: Collection[str | None] = ()) -> Table:
+    """The rows of a labels CSV. Faults that leave nothing to read are raised, the others are in the table.
+
+    classes: those that the images' places tell, of which one may be called "none".
+    """
+    table = Table(path, {name for name in classes if name and name.casefold() in MISSING_WORDS})
     text = read_text(path)
     lines = list(io.StringIO(text, newline=""))
     first = next((line for line in lines if line.strip()), "")
@@ -262,7 +266,7 @@ def _read_row(table: Table, line: int, cells: Mapping[str, str], surplus: int) -
     problems = [
         "no image name" if not image.strip() else "",
         "a NUL in the image's name" if "\0" in image else "",
-        label_fault(label) if label else "",
+        label_fault(label) if label and label not in table.odd else "",
         "" if split in ("", *SPLITS) else f'unknown split "{split}"{nearest(split, SPLITS)}; use train, val or test',
     ]
     for problem in filter(None, problems):
@@ -286,6 +290,8 @@ class Finder:
             path = os.path.normpath(file)
             self.number[path] = -1 if path in self.number else index  # as arrays and shards may have it
             self.by_name.setdefault(os.path.basename(file), []).append(index)  # noqa: PTH119 - 1 us, not 5
+            if not path.isascii():  # macOS writes a letter and its accent apart
+                self.number.setdefault(unicodedata.normalize("NFC", path), index)
             if not file.isprintable():  # as our own tables call it
                 for folder in self.folders:
                     inside = file.removeprefix(folder + os.sep)
@@ -293,12 +299,11 @@ class Finder:
 
     def __call__(self, image: str) -> int | str:
         """The image's number, or why there is none ("" = unknown)."""
-        inside = False
-        for spelled in dict.fromkeys((image, image.strip(), image.strip().replace("\\", "/"))):
+        inside, plain = False, image.strip()
+        for spelled in dict.fromkeys((image, plain, plain.replace("\\", "/"), unicodedata.normalize("NFC", plain))):
             paths = [os.path.normpath(os.path.join(folder, spelled)) for folder in self.folders]  # noqa: PTH118
-            paths = [path for path in paths if any(path.startswith(f"{f.rstrip('/')}/") for f in self.folders)]
-            inside = inside or bool(paths)
-            for path in paths:
+            for path in itertools.chain(paths, map(_through_links, paths)):
+                inside = inside or any(path.startswith(f"{folder.rstrip('/')}/") for folder in self.folders)
                 if path in self.number:
                     number = self.number[path]
                     return number if number >= 0 else f'several images are called "{spelled}"'
@@ -308,6 +313,16 @@ class Finder:
             if same_name:
                 return f'{len(same_name)} images are called "{spelled}"; write the folder too'
         return "" if inside else f'"{image}" leads out of {" and ".join(dict.fromkeys(self.folders))}'
+
+
+def _through_links(path: str) -> str:
+    """path as it is called in the real folder, for a table that names images through a linked one."""
+    return os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))  # noqa: PTH118, PTH119, PTH120
+
+
+@functools.lru_cache(1024)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 # --- written tables -----------------------------------------------------------------------------------------------

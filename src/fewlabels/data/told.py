@@ -25,7 +25,7 @@ def with_labels(source: Source, labels: Any) -> Source:
     path = Path(labels)
     if path.suffix == ".txt" and not re.search("[,;\t]", tables.read_text(path)):
         return _with_list(source, path)
-    rows = tables.match(tables.read_table(path), _finder(source, path), lambda: source.names)
+    rows = tables.match(tables.read_table(path, set(source.labels)), _finder(source, path), lambda: source.names)
     told = {row.label for row in rows.values()}
     nothing = tables.Row(0, "", None, None, sound=True)
     found, lost = [], set()

@@ -63,7 +63,7 @@ class _Contrast(torch.autograd.Function):
         operands = _operands(anchors, temperature, unit=unit)
         # Bounded similarities need no maximum before exp, and then a tile's sums hold for its columns as well
         fast = unit and symmetric and _tile(anchors) < rows == len(candidates) and 1 / temperature <= SHIFTABLE
-        kernels = compiled(anchors.device.type) if anchors.dtype == torch.float32 else None
+        kernels = compiled(anchors.device.type, anchors.shape[1], operands) if anchors.dtype == torch.float32 else None
         with full_precision(anchors):
             if kernels:
                 negatives = kernels.row_sums(anchors.to(operands), candidates.to(operands), temperature, own)
@@ -100,15 +100,23 @@ class _Contrast(torch.autograd.Function):
 
 
 @functools.cache
-def compiled(device: str) -> types.ModuleType | None:
-    """contrast_triton.py on "cuda"; None elsewhere, and where Triton, or the C compiler that it needs, is missing."""
+def compiled(device: str, width: int, dtype: torch.dtype) -> types.ModuleType | None:
+    """contrast_triton.py on "cuda"; None elsewhere, where Triton or the C compiler that it needs is missing, and where
+    its tiles of projections (N, width) do not fit into a multiprocessor, as float32 ones of 128 do not on a T4.
+    """
     if device != "cuda":
         return None
     try:
         found = importlib.import_module("fewlabels.model.contrast_triton")
-        found.row_sums(torch.zeros(2, 1, device=device), torch.zeros(2, 1, device=device), 1.0, 0)
+        rows = torch.zeros(2, width, dtype=dtype, device=device)
+        sums = found.row_sums(rows, rows, 1.0, 0)
+        found.row_gradient(rows, rows, sums, sums, 1.0, 0)
         return found
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError):
+        return None
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":  # triton's, of an own kind
+            raise
         return None
 
 

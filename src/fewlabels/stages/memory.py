@@ -17,7 +17,8 @@ import torch
 
 from fewlabels import runtime
 from fewlabels.config import PretrainRecipe
-from fewlabels.data.loader import Order, training_batches
+from fewlabels.data.loader import Order, fits, training_batches
+from fewlabels.errors import UsageError
 from fewlabels.model.encoder import Encoder
 from fewlabels.model.heads import ProjectionHead
 from fewlabels.stages.loop import Stage, TrainState, step
@@ -101,10 +102,16 @@ def largest_batch(job: Job, at: Workplace) -> int | None:
     room = runtime.from_main(_room(at.device) if _can_measure(at.device) else 0.0)
     try:
         needed = need(job, at)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        if runtime.world_size() > 1:  # the others wait in a collective
+            raise UsageError(
+                f"the GPU of a process has too little memory to try {job.name}", fix="free some"
+            ) from error
         return 0
     if needed is None:
         return None
+    if at.device.type == "cuda" and fits(at.dataset, job.ids, job.schedule.epochs, int(room)):
+        room -= len(job.ids) * 3 * at.dataset.store.canvas**2  # training keeps the images there
     images = (SPARE * room - needed.fixed) / max(needed.image, 1.0)
     return min(len(job.ids), max(0, int(images)) * runtime.world_size())
 

@@ -28,6 +28,7 @@ from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
 from fewlabels.data.parts import Part
 from fewlabels.data.places import real
+from fewlabels.data.shards import ENDINGS as SHARDS
 from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.sources import open_source
 from fewlabels.data.tables import SPLITS, cell
@@ -236,6 +237,11 @@ def as_source(images: Any) -> Source:
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, np.ndarray):
+        if images.ndim == 3 and images.shape[-1] == 4:
+            raise UsageError(
+                f"an array of shape {images.shape} is a picture with an alpha channel, or gray ones of four pixels",
+                fix="give images[..., :3]; or the gray ones as (N, H, W, 1)",
+            )
         return open_source(images[None] if _is_one_image(images) else images)
     if isinstance(images, list | tuple) and any(isinstance(image, Image.Image | np.ndarray) for image in images):
         return _in_memory(images)
@@ -292,10 +298,15 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
     run as a formula get a leading apostrophe. Returns {"out", "images", "predicted",
     "unreadable", "counts": {class: n}}.
     """
-    source, out = as_source(images), Path(out_csv)
+    out = Path(out_csv)
+    if isinstance(images, str | os.PathLike) and real(str(images)) == real(str(out)):
+        raise UsageError(f"{out} are the images themselves", fix="give another file for the predictions")
+    source = as_source(images)
     listed = [image for image in images if isinstance(image, str)] if isinstance(images, list) else []
     if missing := [path for path in listed if not os.path.lexists(path)]:
         raise MissingInput(f"{len(missing):,} of the pictures are not there", details=missing, fix="correct the paths")
+    if other := [path for path in listed if os.path.isdir(path) or path.lower().endswith((".csv", *SHARDS))]:  # noqa: PTH112
+        raise UsageError("several images must be pictures", details=other, fix="give a folder or a table alone")
     if out.is_dir():
         raise UsageError(f"{out} is a folder", fix=f"give a file name, such as {out / 'predictions.csv'}")
     counts = dict.fromkeys(model.classes, 0)

@@ -64,7 +64,8 @@ class Suggestions:
         """A labels CSV to fill in: the suggestions without a label, then all that the run knows of its images.
 
         `fit --labels` takes such a file for all there is to know: a label that is not in it would be forgotten. A name
-        that a spreadsheet would run gets "./" before it, which leads to the same image; labels stay as they are.
+        that a spreadsheet would run, or whose first space would be lost, gets "./" before it, which leads to the same
+        image; labels stay as they are.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -73,7 +74,7 @@ class Suggestions:
         told = known & np.isin(splits, (TRAIN, LEAKED)) | np.isin(splits, (VAL,) if self.tested_apart else (VAL, TEST))
         for row in [*self.rows, *np.flatnonzero(told).tolist()]:
             name, label = self.dataset.names[row], self.dataset.labels[row]
-            name = f"./{name}" if name.startswith(FORMULA_STARTS) else name
+            name = f"./{name}" if name.startswith(FORMULA_STARTS) or name[:1].isspace() else name
             word = SPLIT_WORDS[TRAIN if splits[row] == LEAKED else int(splits[row])]
             writer.writerow([name, self.dataset.classes[label] if label >= 0 else "", word])
         return text.getvalue()
