@@ -216,6 +216,15 @@ def test_check_changes_nothing(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert re.search(r"supervised: largest batch that fits: about \d+ \(asked 16\)", out)
     assert sorted(photos.rglob("*")) == before
     assert not (tmp_path / "out").exists()
+    assert "has begun" not in out
+
+
+def test_check_says_that_a_run_keeps_to_its_own_plan(
+    photos: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = answer(capsys, "check", str(photos), "--out", str(run), *TINY)
+    assert code == 0
+    assert f"{run} has begun (distill, finetune, pretrain) and keeps to its own plan" in out
 
 
 def test_a_later_command_finds_the_images_in_the_run(

@@ -176,6 +176,8 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
         f"{name}: {sum(parts.values()) / 1e6:,.0f} MB a process whatever the batch" for name, parts in held.items()
     ]
     lines += [f"{name}: about {duration(value)} at the measured speed" for name, value in seconds.items()]
+    if begun := sorted(begun_stages(RunFolder(asked.out))):
+        lines.append(f"{asked.out} has begun ({', '.join(begun)}) and keeps to its own plan; this is that of a new run")
     lines += [f"about {duration(sum(seconds.values()))} in all, {memory:,.0f} MB of memory, {disk:,.0f} MB of disk"]
     return {
         "lines": lines, "understood": asdict(prepared.dataset.understood), "seconds": seconds, "disk_mb": disk,
