@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -267,16 +268,28 @@ def test_output_that_nobody_reads(run: Path, words: list[str]) -> None:
     assert "Traceback" not in told
 
 
-def test_progress_that_nobody_reads_ends_no_training(photos: Path, tmp_path: Path) -> None:
-    for name, words, code in (("good", [], 0), ("bad", ["--recipe", "smoek"], 2)):
-        read, write = os.pipe()
-        os.close(read)
-        command = [sys.executable, "-m", "fewlabels", "pretrain", str(photos), "--out", str(tmp_path / name)]
-        command += [*TINY, *words]
-        with os.fdopen(write, "w") as gone:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=gone, text=True, check=False)
-        assert done.returncode == code
-    assert json.loads((tmp_path / "good" / "status.json").read_text())["state"] == "finished"
+@pytest.mark.parametrize(("words", "code"), [([], 0), (["--recipe", "smoek"], 2), (["--bogus"], 2)])
+def test_progress_that_nobody_reads_ends_no_training(
+    words: list[str], code: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fewlabels", "pretrain", str(photos), "--out", str(tmp_path / "run"), *TINY]
+    with os.fdopen(write, "w") as gone:
+        done = subprocess.run([*command, *words], stdout=subprocess.PIPE, stderr=gone, text=True, check=False)
+    assert done.returncode == code
+    if not code:
+        assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_streams_that_are_closed(tmp_path: Path) -> None:
+    program = f"{shlex.quote(sys.executable)} -m fewlabels"
+    for words, code in (("--version >&-", 0), ("suggest nowhere 2>&-", 66), ("suggest nowhere >&-", 66)):
+        command = ["bash", "-c", f"{program} {words}"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert "Traceback" not in done.stderr
 
 
 def test_letters_that_the_terminal_has_not(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +322,8 @@ def test_predictions_of_what_are_no_pictures(
         assert (code, "several images must be pictures" in told) == (2, True)
     code, _, told = answer(capsys, "predict", str(run), table, "--out", table)
     assert (code, "are the images themselves" in told) == (2, True)
+    code, _, told = answer(capsys, "predict", str(run), picture, picture, "--out", picture)
+    assert (code, "is a picture" in told) == (2, True)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
     code, _, told = answer(capsys, "predict", str(run), str(tmp_path / "a.png"), "--out", out)
     assert (code, "none of the 1 images could be read" in told) == (65, True)

@@ -92,6 +92,8 @@ def storage_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, FewlabelsError):  # some are OSErrors too
             raise
+        if isinstance(error, BrokenPipeError):  # nobody reads /dev/stdout any more
+            raise
         if getattr(error, "errno", None) in CLOSED:
             fix = "give another path, or give yourself the right to use it"
             raise StorageError(f"{path} cannot be written: {error.strerror}", fix=fix) from error  # type: ignore[union-attr]

@@ -185,6 +185,8 @@ def _suggest(command: Suggest) -> None:
     elif out:
         _say(f"{len(found.rows):,} images to label: fill in the empty labels of {out}, then give it to fit --labels")
     else:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # it is read as such when it comes back
         print(found.table(), end="")
 
 
@@ -228,9 +230,13 @@ def _overview() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (docs/reference.md)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class may be called what the terminal has no letters for
     code = _code(list(sys.argv[1:] if arguments is None else arguments))
+    _drop_unwritten()
     if code and (runtime := sys.modules.get("fewlabels.runtime")):
         runtime.leave(code)
     return code
@@ -248,10 +254,8 @@ def _code(words: list[str]) -> int:
         tell("stopped")
         return 130
     except BrokenPipeError:  # `fewlabels ... | head` closed our output: that is all right
-        _drop_unwritten()
         return 0
     except OSError as error:
-        _drop_unwritten()
         if error.errno in FIXES:
             return _complain(StorageError(f"{error.filename or 'the disk'}: {error.strerror}", fix=FIXES[error.errno]))
         return _bug()
@@ -260,11 +264,12 @@ def _code(words: list[str]) -> int:
 
 
 def _drop_unwritten() -> None:
-    """What stdout did not take Python would try to write again at the end, and end with 120."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """What a stream did not take Python would try to write again at the end, and end with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _dispatch(words: list[str]) -> int:
@@ -279,10 +284,9 @@ def _dispatch(words: list[str]) -> int:
             f'there is no command "{words[0]}"{nearest(words[0], COMMANDS)}', fix=f"use one of {', '.join(COMMANDS)}"
         )
     kind, function, about = COMMANDS[words[0]]
-    spoken = io.StringIO()
-    plain = all(map(str.isprintable, words))  # else the words of tyro, which repeats them, are made so
+    spoken = io.StringIO()  # tyro repeats our words, which may not be printable
     try:
-        with contextlib.nullcontext() if plain else contextlib.redirect_stderr(spoken):
+        with contextlib.redirect_stderr(spoken):
             command: Any = tyro.cli(
                 kind, args=_spelled_out(words[1:]), prog=f"fewlabels {words[0]}", description=about.capitalize() + "."
             )

@@ -189,11 +189,15 @@ def _largest_batches(prepared: Prepared, worker: Worker, interrupts: Interrupts)
     """For each stage the batch asked for, the largest that fits, and the largest with recompute where that may be."""
     fits = worker.largest_batches()
     found = {name: {"asked": prepared.derived(name).batch, "fits": n} for name, n in fits.items()}
-    if not prepared.recipe.recompute:
-        with contextlib.suppress(UsageError):  # a timm model that cannot
-            again = replace(prepared, recipe=replace(prepared.recipe, recompute=True))
-            for name, images in Worker(again, interrupts).largest_batches().items():
-                found[name]["with_recompute"] = images
+    if prepared.recipe.recompute:
+        return found
+    again = Worker(replace(prepared, recipe=replace(prepared.recipe, recompute=True)), interrupts)
+    try:
+        again.held()
+    except UsageError:  # a timm model that cannot
+        return found
+    for name, images in again.largest_batches().items():
+        found[name]["with_recompute"] = images
     return found
 
 

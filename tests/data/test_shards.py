@@ -295,6 +295,9 @@ def test_no_number_in_json_is_no_label(tmp_path: Path) -> None:
     source = open_source(write_tar(tmp_path / "a.tar", members))
     assert source.labels == (None, "3")
     assert [span.fault for span in source.payloads()] == ["", ""]  # type: ignore[union-attr]
+    for label in ("Infinity", "[NaN]"):
+        with pytest.raises(DataError, match="label"):
+            open_source(write_tar(tmp_path / "a.tar", members | {"1.json": f'{{"label": {label}}}'.encode()}))
 
 
 def test_splits_in_a_tar_count_beside_labels(tmp_path: Path) -> None:

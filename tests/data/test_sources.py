@@ -86,11 +86,12 @@ def test_a_split_called_train_beside_other_folders_is_refused_too(tmp_path: Path
     (tmp_path / "extra").rename(tmp_path / "unlabeled")
     assert [label for _, label, _ in content(open_source(tmp_path))] == ["cat", "dog", None]
     (tmp_path / "unlabeled").rename(tmp_path / "bus")
+    picture(tmp_path / "unlabeled/2020/e.png")  # folders in there are no classes
     picture(tmp_path / "train/logo.png")
     with pytest.raises(DataError, match=r"splits train and beside them bus"):
         open_source(tmp_path)
     picture(tmp_path / "bus/2020/c.png")  # folders in all of them, and not the same: train is a class, as bus is
-    assert {label for _, label, _ in content(open_source(tmp_path))} == {"bus", "train"}
+    assert {label for _, label, _ in content(open_source(tmp_path))} == {"bus", "train", None}
     picture(tmp_path / "bus/cat/d.png")
     with pytest.raises(DataError, match=r"splits train and beside them bus"):
         open_source(tmp_path)
@@ -180,12 +181,18 @@ def test_a_csv_reaches_images_through_links_and_in_other_spellings(tmp_path: Pat
         picture(tmp_path / "disk" / "real" / name)
     (tmp_path / "lnk").symlink_to("disk/real")
     table = tmp_path / "labels.csv"
-    table.write_text("image,label\nlnk/a.png,x\nlnk/é.png,y\n./lnk/ b.png,z\n")
+
+    def told(images: str, *rows: str) -> dict[str, str | None]:
+        table.write_text("\n".join(["image,label", *rows]), encoding="utf-8")
+        source = open_source(tmp_path / images, table)
+        return {name: label for name, label in zip(source.names, source.labels, strict=True) if label}
+
     for images in ("lnk", "disk/real"):
-        found = dict(
-            zip(open_source(tmp_path / images).names, open_source(tmp_path / images, table).labels, strict=True)
-        )
+        found = told(images, "lnk/a.png,x", "lnk/é.png,y", "./lnk/ b.png,z")
         assert found == {"a.png": "x", decomposed: "y", " b.png": "z"}, images
+    assert told("lnk", "é.png,y") == {decomposed: "y"}
+    picture(tmp_path / "disk" / "real" / "é.png")  # both spellings: each is itself
+    assert told("lnk", "lnk/é.png,y", f"lnk/{decomposed},x") == {"é.png": "y", decomposed: "x"}
     (tmp_path / "elsewhere").mkdir()
     far = tmp_path / "elsewhere" / "labels.csv"
     far.write_text(f"image,label\n{tmp_path / 'lnk'}/a.png,x\n")

@@ -103,7 +103,7 @@ def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
     splits = {top for top in tops if top.casefold() in SPLITS}
     second = {(top, inner) for top, inner, *more in (path.split("/") for path in paths if "/" in path) if more}
     own = {inner for top, inner in second if top in splits}
-    beside = {inner for top, inner in second if top not in splits}
+    beside = {inner for top, inner in second if top in tops - splits}
     apart = not own or (bool(beside) and not own & beside)
     train_is_class = apart and all(SPLITS[top.casefold()] == "train" for top in splits)
     if splits != tops and (len(splits) > 1 or not train_is_class):

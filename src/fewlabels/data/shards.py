@@ -41,7 +41,7 @@ SPLIT = re.compile(r"(?:^|[-_./])(train|val|valid|validation|test)(?![a-z])")
 LABELS = (".cls", ".json", ".txt")  # the first that any shard has counts
 LARGEST_LABEL = 1 << 20
 CAPTION_WORDS = 5  # class names have fewer
-VERSION = 3  # of the kept index
+VERSION = 4  # of the kept index
 
 
 class Shards(NamedTuple):
@@ -202,7 +202,7 @@ def _index(shard: str, state: bytes) -> dict[str, Any]:
         found = checkpoint.read_sealed(kept)
     if not found:
         found = places.patiently(shard, lambda: _read(shard))
-        with suppress(OSError):  # a home that cannot be written costs time
+        with suppress(OSError, ValueError):  # a home that cannot be written costs time; labels may be no JSON
             kept.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.write_sealed(kept, found)
     return found | {"spans": np.array(found["spans"], np.int64).reshape(-1, 2)}

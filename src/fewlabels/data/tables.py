@@ -290,22 +290,23 @@ class Finder:
             path = os.path.normpath(file)
             self.number[path] = -1 if path in self.number else index  # as arrays and shards may have it
             self.by_name.setdefault(os.path.basename(file), []).append(index)  # noqa: PTH119 - 1 us, not 5
-            if not path.isascii():  # macOS writes a letter and its accent apart
-                self.number.setdefault(unicodedata.normalize("NFC", path), index)
             if not file.isprintable():  # as our own tables call it
                 for folder in self.folders:
                     inside = file.removeprefix(folder + os.sep)
                     self.number.setdefault(f"{folder}{os.sep}{printable(inside)}", index)
+        for known in (self.number, self.by_name):  # macOS writes a letter and its accent apart
+            for name, found in [(name, found) for name, found in known.items() if not name.isascii()]:
+                known.setdefault(_composed(name), found)  # type: ignore[arg-type]
 
     def __call__(self, image: str) -> int | str:
         """The image's number, or why there is none ("" = unknown)."""
         inside, plain = False, image.strip()
-        for spelled in dict.fromkeys((image, plain, plain.replace("\\", "/"), unicodedata.normalize("NFC", plain))):
+        for spelled in dict.fromkeys((image, plain, plain.replace("\\", "/"), _composed(plain))):
             paths = [os.path.normpath(os.path.join(folder, spelled)) for folder in self.folders]  # noqa: PTH118
             for path in itertools.chain(paths, map(_through_links, paths)):
                 inside = inside or any(path.startswith(f"{folder.rstrip('/')}/") for folder in self.folders)
-                if path in self.number:
-                    number = self.number[path]
+                number = self.number.get(path, self.number.get(_composed(path)))
+                if number is not None:
                     return number if number >= 0 else f'several images are called "{spelled}"'
             same_name = self.by_name.get(spelled, [])
             if len(same_name) == 1:
@@ -313,6 +314,10 @@ class Finder:
             if same_name:
                 return f'{len(same_name)} images are called "{spelled}"; write the folder too'
         return "" if inside else f'"{image}" leads out of {" and ".join(dict.fromkeys(self.folders))}'
+
+
+def _composed(name: str) -> str:
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _through_links(path: str) -> str:

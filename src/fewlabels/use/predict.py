@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
+from fewlabels.data.folders import is_picture
 from fewlabels.data.parts import Part
 from fewlabels.data.places import real
 from fewlabels.data.shards import ENDINGS as SHARDS
@@ -307,6 +308,8 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
         raise MissingInput(f"{len(missing):,} of the pictures are not there", details=missing, fix="correct the paths")
     if other := [path for path in listed if os.path.isdir(path) or path.lower().endswith((".csv", *SHARDS))]:  # noqa: PTH112
         raise UsageError("several images must be pictures", details=other, fix="give a folder or a table alone")
+    if out.is_file() and is_picture(str(out)):
+        raise UsageError(f"{out} is a picture", fix="give another file for the predictions")
     if out.is_dir():
         raise UsageError(f"{out} is a folder", fix=f"give a file name, such as {out / 'predictions.csv'}")
     counts = dict.fromkeys(model.classes, 0)
