@@ -234,6 +234,10 @@ def test_a_later_command_finds_the_images_in_the_run(
     out = str(tmp_path / "out")
     assert answer(capsys, "pretrain", str(photos), "--out", out, *TINY)[0] == 0
     assert not (tmp_path / "out" / "finetune").exists()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.search(r"Its features get [\d.]+ % of 16 held-out images right", page)
+    assert "fewlabels suggest" in page
+    assert "fewlabels predict" not in page, "it has no classifier yet"
     assert answer(capsys, "finetune", "--out", out, *TINY)[0] == 0
     assert (tmp_path / "out" / "finetune").exists()
 

@@ -187,6 +187,30 @@ def test_without_labels_its_own_classifier_teaches(model: Path, unlabeled: Path,
     assert again.metrics["rows"] == run.metrics["rows"]
 
 
+def test_a_model_that_learned_these_labels_is_not_judged_on_them(photos: Path, tmp_path: Path) -> None:
+    """Its features tell them apart: cross-validated on itself it was right in all of them, and as sure."""
+    images, classes = shapes_images(40, size=16)
+    once = fl.fit(images, classes, out=tmp_path / "once", recipe="smoke", until="finetune")
+    rows = {row["key"]: row for row in once.metrics["rows"]}
+    assert rows["tap0_logistic"]["cross_validated"]
+    again = fl.fit(images, classes, out=tmp_path / "again", recipe="smoke", until="finetune", pretrained=str(once.path))
+    rows = {row["key"]: row for row in again.metrics["rows"]}
+    assert [key for key in rows if key.startswith("tap")] == ["tap0_logistic", "tap1_logistic"], (
+        "the others are not kept"
+    )
+    for key in ("tap0_logistic", "tap1_logistic"):
+        assert rows[key]["accuracy"] is None
+        assert "may have learned these labels" in rows[key]["note"]
+    assert rows["pixels_logistic"]["cross_validated"]
+    assert again.metrics["temperature"] == 1
+    assert "trained, but not measured" in again.report().read_text()
+    other = fl.fit(
+        images, np.char.add("class ", classes.astype(str)), out=tmp_path / "other", recipe="smoke", until="finetune",
+        pretrained=str(once.path),
+    )  # fmt: skip
+    assert {row["key"]: row for row in other.metrics["rows"]}["tap0_logistic"]["cross_validated"]
+
+
 def test_a_student_that_begins_as_its_frozen_teacher_learns(model: Path, unlabeled: Path, tmp_path: Path) -> None:
     card = fl.load(model).card
     run = fl.fit(
@@ -223,6 +247,8 @@ def test_values_are_plain_however_they_are_given(model: Path, tmp_path: Path) ->
     assert resolve(replace(wishes, overrides={**values, "working_size": None}), facts, None, set()).working_size == 36
     on_photos = replace(wishes, recipe="best", overrides={"pretrained": str(model)})
     assert resolve(on_photos, replace(facts, side=32), None, set()).resolution == 1, "nothing pretrains"
+    large = replace(on_photos, overrides={"pretrained": str(model), "size": 128})
+    assert resolve(large, replace(facts, side=500), None, set()).working_size == 192, "not that of the model's own size"
 
 
 def test_a_budget_and_check_know_what_is_left(

@@ -186,7 +186,7 @@ def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Re
             fix=f"use a tap of 0 to {kept}",
         )
     size = recipe.size if "size" in explicit else card.size
-    fitting = card.canvas or min(facts.side, round(1.5 * size))
+    fitting = min(facts.side, card.canvas if card.canvas and "size" not in explicit else round(1.5 * size))
     return replace(
         recipe,
         pretrained=str(folder),

@@ -220,7 +220,7 @@ def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts:
         say(f"  {line}")
     write_resolved(prepared, asked, sums)
     worker.follow(prepared)
-    guarded = not asked.names("distill", "self_training")
+    guarded = not asked.names("distill", "self_training") and not prepared.learned_before
     tuned = "finetune" in runtime.from_main(begun_stages(folder))
     if "finetune" in stages and guarded and prepared.self_trains and not tuned:
         prepared = replace(prepared, too_weak=worker.too_weak())
@@ -302,8 +302,9 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
     layout = prepared.precision.channels_last
     setting = replace(prepared.setting, precision=runtime.Precision(None, layout))  # that of `predict`, not of training
     results, arrays = compare.compare(
-        prepared.dataset, worker.pretrain(), worker.classifiers, final, setting, worker.names(), spread=prepared.spreads
-    )
+        prepared.dataset, worker.pretrain(), worker.classifiers, final, setting, worker.names(),
+        spread=prepared.spreads, learned_before=prepared.learned_before,
+    )  # fmt: skip
     compare.write(path, results, arrays)
     classifier, head = worker.classifiers.get(final), None
     if final == "pretrain":  # a model too: it has features, and --pretrained can begin with it

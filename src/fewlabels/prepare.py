@@ -61,6 +61,14 @@ class Prepared:
         return self.recipe.distill.self_trains and len(self.dataset.labeled) > 0 and not self.too_weak
 
     @property
+    def learned_before(self) -> bool:
+        """Whether a given model may have learned these very labels, since it tells the same classes: what is then
+        cross-validated on its features says nothing.
+        """
+        given = self.recipe.pretrained
+        return given is not None and artefact.read_card(Path(given)).classes == self.dataset.classes
+
+    @property
     def spreads(self) -> bool:
         """Whether labels are so few that they are spread over the neighbour graph before fine-tuning.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fewlabels.data import decode, sources
@@ -208,6 +209,11 @@ def test_a_class_may_be_called_none_where_its_folder_is(tmp_path: Path) -> None:
     table.write_text("image,label\nnone/a.png,None\n")
     with pytest.raises(DataError, match='"None" is not a class'):
         open_source(tmp_path, table)
+
+
+def test_scalars_of_numpy_and_torch_are_labels(stack: np.ndarray) -> None:
+    labels = [np.int64(0), np.float32(1), torch.tensor(2), np.bool_(True), np.str_("x"), np.float32("nan"), -1]
+    assert list(open_source(stack, labels).labels) == ["0", "1", "2", "True", "x", None, None]
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:

@@ -151,6 +151,8 @@ def class_of(value: Any, classes: tuple[str, ...] | None) -> tuple[str | None, s
     """(class name, fault) of one label of a sequence: None = unlabeled, "" = no fault. classes: those of numbers."""
     if value is None or type(value).__name__ == "NAType":  # pandas.NA, of which no comparison is true or false
         return None, ""
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a scalar of numpy's or torch's
+        value = value.item()
     if value == "" or value != value or (value == -1 and not isinstance(value, bool)):
         return None, ""
     if isinstance(value, bytes):

@@ -260,6 +260,9 @@ def _rebuilt(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> tuple[C
         raise _unusable(folder / DESCRIPTION, f'the network "{card.encoder}" cannot be built ({error})') from error
     for name, tensor in _state(network, head, card).items():
         tensor.copy_(tensors[name])
+    if head is not None and not card.whole_head and card.tap < card.head_layers:  # the layers above are not in the file
+        del head.layers[card.tap :]
+        head.out_features = head.in_features
     return network, head
 
 

@@ -206,8 +206,11 @@ class Comparison:
         measured = self.measure(np.repeat(shares[None], len(self.truth), axis=0)) if len(self.held) else None
         self.rows.append(row("most_frequent", "most frequent class", measured))
 
-    def logistic(self, key: str, name: str, function: Callable[[Tensor], list[Tensor]]) -> list[Floats]:
-        """Logistic regression on each result of function; {index} in key and name counts them.
+    def logistic(
+        self, key: str, name: str, function: Callable[[Tensor], list[Tensor]], *, learned_before: bool = False
+    ) -> list[Floats]:
+        """Logistic regression on each result of function; {index} in key and name counts them. Of what may have learned
+        the labels before, cross-validation inside them says nothing.
 
         Returns the results of function for the labeled images that it was fitted on, (N, D) each.
         """
@@ -217,9 +220,12 @@ class Comparison:
             if len(self.held):
                 fitted = evaluate.logistic_regression(fit_on, self.known, num_classes=self.dataset.num_classes)
                 measured = self.measure(fitted.predict_proba(tell))
-            else:
+            elif not learned_before:
                 measured = evaluate.cross_validated(fit_on[self.once], self.known[self.once])
-            self.rows.append(row(key.format(index=index), name.format(index=index), measured, note=self.fitted_on))
+            else:
+                measured = None
+            note = self.fitted_on if measured else "the given model may have learned these labels"
+            self.rows.append(row(key.format(index=index), name.format(index=index), measured, note=note))
         return known
 
     def network(self, key: str, network: Classifier) -> tuple[Any, Floats, float]:
@@ -268,9 +274,12 @@ def compare(
     names: Mapping[str, str] = NAMES,
     *,
     spread: bool = False,
+    learned_before: bool = False,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Every row of the table, and the arrays that the report draws. `final` is the key of the deployed network; spread:
-    whether labels were spread over the neighbour graph before fine-tuning.
+    """Every row of the table, and the arrays that the report draws.
+
+    final: the key of the deployed network. spread: whether labels were spread over the neighbour graph before
+    fine-tuning. learned_before: whether the pretrained network may have learned them already.
     """
     comparison = Comparison(dataset, setting, names)
     measured, probabilities, temperature = None, np.zeros((0, dataset.num_classes), dtype=np.float32), 1.0
@@ -280,7 +289,9 @@ def compare(
         if "supervised" in networks:
             comparison.network("supervised", networks["supervised"])
         taps = "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
-        comparison.expect(comparison.logistic(*taps))
+        known = comparison.logistic(*taps, learned_before=learned_before)
+        if not learned_before:
+            comparison.expect(known)
         if spread and "finetune" in networks:
             comparison.expect_of_spread(*pretrained)
     for key in ("finetune", "distill_self", "distill"):

@@ -89,7 +89,7 @@ def render(run: Facts) -> str:
         curves=curves(run["metrics"]),
         data=data_facts(run),
         setup=setup(run),
-        commands=commands(run["path"]),
+        commands=commands(run["path"], classifies=not results or results["final"] != "pretrain"),
     )
 
 
@@ -132,7 +132,7 @@ def headline(run: Facts) -> Facts:
             "under": f"{_range(row)} with 95 % confidence, from {source}.",
             "remark": remark,
         }
-    if not results["labels_used"]:
+    if not results["labels_used"] and results["final"] == "pretrain":
         return {
             "title": f"Pretrained on {_count(results['images_used'], 'image')}, no labels yet",
             "under": "Give some labels to the same command, and it goes on from here.",
@@ -144,6 +144,12 @@ def headline(run: Facts) -> Facts:
     remark = "There are no held-out images, so the model itself could not be judged. Give labeled images with --test."
     if row is None:
         return {"title": "Your model is trained, but not measured", "under": f"From {source}.", "remark": remark}
+    if not row.get("cross_validated"):
+        return {
+            "title": f"Its features get {percent(row['accuracy'])} of {_count(row['n'], 'held-out image')} right",
+            "under": f"{_range(row)} with 95 % confidence: {row['name']}; from {source}.",
+            "remark": "It has no classifier of its own yet: `fewlabels fit` with the same --out goes on from here.",
+        }
     return {
         "title": f"About {percent(row['accuracy'])} right, judged on its own labels",
         "under": f"{_range(row)}: {row['name']}, cross-validated on {_count(row['n'], 'label')}; from {source}.",
@@ -350,9 +356,14 @@ def texts(facts: Facts, name: str) -> list[str]:
     return [str(line) for line in found[:MOST_LINES]] if isinstance(found, list) else []
 
 
-def commands(run: str) -> list[tuple[str, str]]:
+def commands(run: str, *, classifies: bool) -> list[tuple[str, str]]:
     """What to do next: why, and the command."""
     folder = shlex.quote(run)
+    if not classifies:
+        return [
+            ("Find out which images to label", f"fewlabels suggest {folder} -n 20 --out next.csv"),
+            ("Teach it their classes", f"fewlabels fit --out {folder} --labels next.csv"),
+        ]
     return [
         ("Label new images", f"fewlabels predict {folder} NEW_IMAGES --out predictions.csv"),
         ("Measure it on labeled images of yours", f"fewlabels evaluate {folder} LABELED_IMAGES"),
