@@ -225,7 +225,7 @@ def test_check_says_that_a_run_keeps_to_its_own_plan(
 ) -> None:
     code, out, _ = answer(capsys, "check", str(photos), "--out", str(run), *TINY)
     assert code == 0
-    assert f"{run} has begun (distill, finetune, pretrain) and keeps to its own plan" in out
+    assert f"{run} has begun: there distill, finetune, pretrain keep their plan" in out
 
 
 def test_a_later_command_finds_the_images_in_the_run(
@@ -236,7 +236,7 @@ def test_a_later_command_finds_the_images_in_the_run(
     assert not (tmp_path / "out" / "finetune").exists()
     page = (tmp_path / "out" / "report.html").read_text()
     assert re.search(r"Its features get [\d.]+ % of 16 held-out images right", page)
-    assert "fewlabels suggest" in page
+    assert f"fewlabels fit --out {out}" in page
     assert "fewlabels predict" not in page, "it has no classifier yet"
     assert answer(capsys, "finetune", "--out", out, *TINY)[0] == 0
     assert (tmp_path / "out" / "finetune").exists()
@@ -285,6 +285,18 @@ def test_progress_that_nobody_reads_ends_no_training(
     assert done.returncode == code
     if not code:
         assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_words_of_a_terminal_are_not_coloured_into_percent_signs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    code, _, told = answer(capsys, "fit", "x", "--bogus")
+    assert code == 2
+    assert "--bogus" in told
+    assert "%1B" not in told and "\x1b" not in told
 
 
 def test_streams_that_are_closed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -186,7 +187,7 @@ def _suggest(command: Suggest) -> None:
         _say(f"{len(found.rows):,} images to label: fill in the empty labels of {out}, then give it to fit --labels")
     else:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # it is read as such when it comes back
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # it is read as such when it comes back
         print(found.table(), end="")
 
 
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (docs/reference.md)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class may be called what the terminal has no letters for
     code = _code(list(sys.argv[1:] if arguments is None else arguments))
@@ -291,7 +292,8 @@ def _dispatch(words: list[str]) -> int:
                 kind, args=_spelled_out(words[1:]), prog=f"fewlabels {words[0]}", description=about.capitalize() + "."
             )
     except SystemExit as stop:  # tyro has spoken: help (0) or a usage error (2)
-        tell(*map(printable, spoken.getvalue().split("\n")), end="")
+        words_only = re.sub(r"\x1b\[[0-9;]*m", "", spoken.getvalue())  # it colours them where stdout is a terminal
+        tell(*map(printable, words_only.split("\n")), end="")
         return int(stop.code or 0)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when it is imported
     function(command)

@@ -177,7 +177,7 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     ]
     lines += [f"{name}: about {duration(value)} at the measured speed" for name, value in seconds.items()]
     if begun := sorted(begun_stages(RunFolder(asked.out))):
-        lines.append(f"{asked.out} has begun ({', '.join(begun)}) and keeps to its own plan; this is that of a new run")
+        lines.append(f"{asked.out} has begun: there {', '.join(begun)} keep their plan; these are figures of a new run")
     lines += [f"about {duration(sum(seconds.values()))} in all, {memory:,.0f} MB of memory, {disk:,.0f} MB of disk"]
     return {
         "lines": lines, "understood": asdict(prepared.dataset.understood), "seconds": seconds, "disk_mb": disk,

@@ -62,11 +62,11 @@ class Prepared:
 
     @property
     def learned_before(self) -> bool:
-        """Whether a given model may have learned these very labels, since it tells the same classes: what is then
-        cross-validated on its features says nothing.
+        """Whether a given model may have learned some of these very labels, since it tells one of the classes: what is
+        then cross-validated on its features says nothing.
         """
         given = self.recipe.pretrained
-        return given is not None and artefact.read_card(Path(given)).classes == self.dataset.classes
+        return given is not None and not set(self.dataset.classes).isdisjoint(artefact.read_card(Path(given)).classes)
 
     @property
     def spreads(self) -> bool:

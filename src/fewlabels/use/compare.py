@@ -166,8 +166,10 @@ def costs(network: nn.Module, setting: Setting) -> dict[str, Any]:
 class Comparison:
     """Collects rows on one dataset: measured on held-out images where there are any, else cross-validated."""
 
-    def __init__(self, dataset: Dataset, setting: Setting, names: Mapping[str, str] = NAMES) -> None:
-        self.dataset, self.setting, self.names = dataset, setting, names
+    def __init__(
+        self, dataset: Dataset, setting: Setting, names: Mapping[str, str] = NAMES, *, learned_before: bool = False
+    ) -> None:
+        self.dataset, self.setting, self.names, self.learned_before = dataset, setting, names, learned_before
         self.labeled, self.held = evaluate.spread(dataset.labeled, evaluate.FITTED_IMAGES), dataset.held_out
         fewer = len(self.labeled) < len(dataset.labeled)
         self.fitted_on = f"fitted on {len(self.labeled):,} of the labels" if fewer else ""
@@ -207,10 +209,10 @@ class Comparison:
         self.rows.append(row("most_frequent", "most frequent class", measured))
 
     def logistic(
-        self, key: str, name: str, function: Callable[[Tensor], list[Tensor]], *, learned_before: bool = False
+        self, key: str, name: str, function: Callable[[Tensor], list[Tensor]], *, learned: bool = True
     ) -> list[Floats]:
-        """Logistic regression on each result of function; {index} in key and name counts them. Of what may have learned
-        the labels before, cross-validation inside them says nothing.
+        """Logistic regression on each result of function; {index} in key and name counts them. Of learned ones that may
+        have learned these labels before, cross-validation inside them says nothing.
 
         Returns the results of function for the labeled images that it was fitted on, (N, D) each.
         """
@@ -220,7 +222,7 @@ class Comparison:
             if len(self.held):
                 fitted = evaluate.logistic_regression(fit_on, self.known, num_classes=self.dataset.num_classes)
                 measured = self.measure(fitted.predict_proba(tell))
-            elif not learned_before:
+            elif not (learned and self.learned_before):
                 measured = evaluate.cross_validated(fit_on[self.once], self.known[self.once])
             else:
                 measured = None
@@ -240,7 +242,7 @@ class Comparison:
         network.eval()
         some = evaluate.spread(self.dataset.train, evaluate.CALIBRATION_IMAGES)
         (logits,) = outputs(self.dataset, some, self.setting, lambda view: [network(view)])
-        if self.names[key] == SELF_TRAINED:
+        if self.names[key] == SELF_TRAINED and not self.learned_before:
             sure = torch.from_numpy(logits).softmax(dim=1).amax(dim=1) >= SURE
             self.expected = max(self.expected or 0.0, float(sure.float().mean())) or None
         temperature = evaluate.temperature_for_confidence(logits, self.expected)
@@ -281,15 +283,15 @@ def compare(
     final: the key of the deployed network. spread: whether labels were spread over the neighbour graph before
     fine-tuning. learned_before: whether the pretrained network may have learned them already.
     """
-    comparison = Comparison(dataset, setting, names)
+    comparison = Comparison(dataset, setting, names, learned_before=learned_before)
     measured, probabilities, temperature = None, np.zeros((0, dataset.num_classes), dtype=np.float32), 1.0
     if len(comparison.labeled):
         comparison.most_frequent()
-        comparison.logistic("pixels_logistic", "logistic regression on pixels", pixels_as_features)
+        comparison.logistic("pixels_logistic", "logistic regression on pixels", pixels_as_features, learned=False)
         if "supervised" in networks:
             comparison.network("supervised", networks["supervised"])
         taps = "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
-        known = comparison.logistic(*taps, learned_before=learned_before)
+        known = comparison.logistic(*taps)
         if not learned_before:
             comparison.expect(known)
         if spread and "finetune" in networks:

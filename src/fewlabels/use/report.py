@@ -89,7 +89,7 @@ def render(run: Facts) -> str:
         curves=curves(run["metrics"]),
         data=data_facts(run),
         setup=setup(run),
-        commands=commands(run["path"], classifies=not results or results["final"] != "pretrain"),
+        commands=commands(run["path"], results or {}),
     )
 
 
@@ -356,10 +356,12 @@ def texts(facts: Facts, name: str) -> list[str]:
     return [str(line) for line in found[:MOST_LINES]] if isinstance(found, list) else []
 
 
-def commands(run: str, *, classifies: bool) -> list[tuple[str, str]]:
+def commands(run: str, results: Facts) -> list[tuple[str, str]]:
     """What to do next: why, and the command."""
     folder = shlex.quote(run)
-    if not classifies:
+    if results.get("final") == "pretrain" and results["labels_used"]:
+        return [("Teach it the classes", f"fewlabels fit --out {folder}")]
+    if results.get("final") == "pretrain":
         return [
             ("Find out which images to label", f"fewlabels suggest {folder} -n 20 --out next.csv"),
             ("Teach it their classes", f"fewlabels fit --out {folder} --labels next.csv"),
