@@ -20,7 +20,7 @@ from PIL import Image
 from conftest import shapes_images
 from fewlabels import checkpoint, cli
 from fewlabels.asked import Asked, on_command_line
-from fewlabels.errors import DataError
+from fewlabels.errors import DataError, UsageError
 from fewlabels.use import export, predict
 
 TINY = ["--recipe", "smoke", "--pretrain.epochs", "1", "--distill.epochs", "1"]
@@ -373,6 +373,9 @@ def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.nda
     assert set(fitted.predict(images)) <= {0, 10, 20, 30}
     assert fitted.predict_proba(images).shape == (64, 4)
     assert fitted.transform(images).shape[0] == 64
+    for ask in (fitted.predict, fitted.transform):
+        with pytest.raises(UsageError, match=r"\(64, \d+\) are rows"):
+            ask(images.reshape(64, -1))
     assert 0 <= fitted.score(images, classes * 10) <= 1
     spaced = np.where(y < 0, "", np.char.add(y.astype(str), " "))  # names are told without spaces around them
     fractions = np.where(y < 0, np.nan, y)

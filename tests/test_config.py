@@ -467,6 +467,7 @@ def test_networks_teach_themselves_long_enough(images: int, gray: bool) -> None:
         ({"epochs": 3, "self_training": 0.0}, None),
         ({"epochs": 3, "teacher_epochs": 2}, "asked in 2 of 3 epochs, then views come again"),
         ({"epochs": 3, "teacher_epochs": 3}, "asked in 3 of 3 epochs, so this changes nothing"),
+        ({"epochs": 300, "self_training": 0.9, "label_weight": 0.5}, "label_weight changes nothing"),
     ],
 )
 def test_what_a_stage_3_will_not_get_is_told(settings: dict[str, float], expected: str | None) -> None:

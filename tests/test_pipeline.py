@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,18 @@ def test_the_baseline_is_timed_and_measured_too(photos: Path, tmp_path: Path) ->
     with folder.locked():
         worker = Worker(prepare.prepare(asked, prepare.open_images(asked), folder, torch.device("cpu")), Interrupts())
     assert list(worker.seconds_per_step()) == list(worker.held()) == ["pretrain", "finetune", "supervised", "distill"]
+
+
+def test_a_baseline_says_with_which_optimizer_it_learned(photos: Path, tmp_path: Path) -> None:
+    """Only where that is not what an older version had in its place."""
+    asked = Asked(images=photos, out=tmp_path / "run", recipe="smoke", device="cpu", overrides=SMALL)
+    folder = RunFolder(asked.out)
+    with folder.locked():
+        found = prepare.prepare(asked, prepare.open_images(asked), folder, torch.device("cpu"))
+    muon = replace(found, recipe=replace(found.recipe, distill=replace(found.recipe.distill, optimizer="muon")))
+    assert "baseline" not in prepare.identity(found, "supervised")
+    assert prepare.identity(muon, "supervised")["baseline"] == "muon"
+    assert "baseline" not in prepare.identity(muon, "finetune")
 
 
 def test_labels_may_come_after_pretraining(photos: Path, tmp_path: Path) -> None:

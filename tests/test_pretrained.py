@@ -22,7 +22,7 @@ from fewlabels.data import views
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.model.reference import load_reference
 from fewlabels.recipes import Facts
-from fewlabels.use import artefact
+from fewlabels.use import artefact, evaluate
 from fewlabels.use.imported import import_reference
 from model.test_reference import variables
 
@@ -303,6 +303,8 @@ def test_an_encoder_without_classifier(unlabeled: Path, photos: Path, tmp_path: 
         with pytest.raises(UsageError, match="without a classifier"):
             ask(shapes_images(3)[0])
     assert cli.main(["export", str(folder)]) == 2
+    with pytest.raises(UsageError, match="without a classifier"):  # and not that its classes are unknown ones
+        evaluate.evaluate_run(found, photos)
     with pytest.raises(DataError, match="there is nothing to do"):
         fl.fit(unlabeled, out=tmp_path / "run", recipe="smoke", pretrained=str(folder))
     run = fl.fit(photos, out=tmp_path / "labeled", recipe="smoke", pretrained=str(folder))

@@ -90,9 +90,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, FewlabelsError):  # some are OSErrors too
-            raise
-        if isinstance(error, BrokenPipeError):  # nobody reads /dev/stdout any more
+        if isinstance(error, FewlabelsError | BrokenPipeError):  # told already; or nobody reads /dev/stdout any more
             raise
         if getattr(error, "errno", None) in CLOSED:
             fix = "give another path, or give yourself the right to use it"

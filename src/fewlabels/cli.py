@@ -23,17 +23,7 @@ import tyro
 import fewlabels
 from fewlabels import config, errors
 from fewlabels.commands import Demo, Evaluate, Export, Fit, Import, Predict, Report, Suggest
-from fewlabels.errors import (
-    CannotCreate,
-    DataError,
-    FewlabelsError,
-    RankFailed,
-    StorageError,
-    UsageError,
-    nearest,
-    printable,
-    tell,
-)
+from fewlabels.errors import CannotCreate, DataError, FewlabelsError, StorageError, UsageError, nearest, printable, tell
 
 FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO), "free some space, run the same command again")
 FIXES |= dict.fromkeys(errors.CLOSED, "give another path, or give yourself the right to use it")
@@ -328,7 +318,7 @@ def _spelled_out(words: list[str]) -> list[str]:
 def _complain(error: FewlabelsError) -> int:
     """Tell the error once: by the rank that met it first, or by rank 0 where the ranks had not met yet."""
     notes = getattr(error, "__notes__", [])
-    if notes or (os.environ.get("RANK", "0") == "0" and not isinstance(error, RankFailed)):
+    if notes or (os.environ.get("RANK", "0") == "0" and not isinstance(error, errors.RankFailed)):
         tell(f"\nerror: {error.text()}", *notes)
     return error.exit_code
 

@@ -340,15 +340,15 @@ class Worker:
             yield self._job("pretrain", self._pretrain_stage())
         if self.dataset.num_classes:
             outline = self._outline()
-            if len(self.dataset.labeled) >= 2 * runtime.world_size():  # else plan.derive tells it
-                for name in ("finetune", "supervised"):
-                    yield self._job(name, self._fresh_finetune(name, outline))
+            enough = len(self.dataset.labeled) >= 2 * runtime.world_size()  # else plan.derive tells it
+            for name in ("finetune", "supervised") if enough else ():
+                yield self._job(name, self._fresh_finetune(name, outline))
             for name, student in self._students():
                 if student is not None or not self.prepared.self_trains:
                     networks = self._teacher("finetune", outline), self._student(name, student, outline)
                     yield self._job(name, Distill(*networks, view=self._view(name), temperature=1.0))
                     del networks
-                elif len(self.dataset.labeled) >= 2 * runtime.world_size():
+                elif enough:
                     yield self._job(name, self._self_train(name, self._teacher("finetune", outline)))
 
     def _fresh_finetune(self, name: str, pretrained: Pretrained) -> Finetune:

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,6 +129,19 @@ def answered(table: str) -> list[tuple[str, str, str]]:
     rows = list(csv.reader(io.StringIO(table)))
     assert rows[0] == ["image", "label", "split"]
     return [(image, label, split) for image, label, split in rows[1:]]
+
+
+def test_a_name_that_begins_with_a_space_is_read_back(tmp_path: Path) -> None:
+    """Beside another one that is called as it would be without."""
+    for name in (" a.png", "a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    dataset: Any = SimpleNamespace(
+        labels=np.array([0, 1, -1]), splits=np.zeros(3, np.int8), names=(" a.png", "a.png", "b.png"), classes=("x", "y")
+    )
+    table = tmp_path / "next.csv"
+    table.write_text(suggest.Suggestions(dataset, [2], tested_apart=False).table())
+    source = open_source(tmp_path, table)
+    assert dict(zip(source.names, source.labels, strict=True)) == {" a.png": "x", "a.png": "y", "b.png": None}
 
 
 def test_a_run_that_only_pretrained_suggests(pretrained: fl.Run, photos: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 from fewlabels.data.decode import picture_magic
@@ -101,12 +101,7 @@ def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
     tops = {path.split("/", 1)[0] for path in paths if "/" in path}
     tops = {top for top in tops if top.casefold() not in UNLABELED}
     splits = {top for top in tops if top.casefold() in SPLITS}
-    second = {(top, inner) for top, inner, *more in (path.split("/") for path in paths if "/" in path) if more}
-    own = {inner for top, inner in second if top in splits}
-    beside = {inner for top, inner in second if top in tops - splits}
-    apart = not own or (bool(beside) and not own & beside)
-    train_is_class = apart and all(SPLITS[top.casefold()] == "train" for top in splits)
-    if splits != tops and (len(splits) > 1 or not train_is_class):
+    if splits != tops and (len(splits) > 1 or not _are_classes(splits, tops - splits, paths)):
         others = ", ".join(sorted(tops - splits)[:5])
         raise DataError(
             f"{root} holds the splits {', '.join(sorted(splits))} and beside them {others}",
@@ -132,3 +127,10 @@ def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
             fix="merge or rename the folders",
         )
     return [(label and label.strip()) or None for label in labels], found  # as a label in a table is read
+
+
+def _are_classes(splits: Set[str], others: Set[str], paths: list[str]) -> bool:
+    """Whether tops with a split's name are classes like the others: `place` says when."""
+    second = {(top, inner) for top, inner, *more in (path.split("/") for path in paths if "/" in path) if more}
+    own, beside = ({inner for top, inner in second if top in tops} for tops in (splits, others))
+    return {SPLITS[top.casefold()] for top in splits} <= {"train"} and (not own or (bool(beside) and not own & beside))

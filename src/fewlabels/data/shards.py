@@ -16,7 +16,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -243,17 +243,28 @@ def _scan(file: BinaryIO, shard: str) -> dict[str, Any]:
                 label = _label(archive, member, ending, shard)
                 twice += [stem] if texts[ending].setdefault(stem, label) != label else []
         _check_end(file, archive.offset)
+    return _assigned(pictures, texts, set(twice))
+
+
+def _assigned(
+    pictures: Mapping[str, tuple[int, int, str]], texts: Mapping[str, Mapping[str, Any]], twice: Set[str]
+) -> dict[str, Any]:
+    """What `_index` says of a shard: which members are pictures to look at, and which label is whose.
+
+    pictures: first byte, length and fault by name. texts: what label members say, by their ending and stem. twice: the
+    stems of members that came again.
+    """
     stems = {name: os.path.splitext(name)[0] for name in pictures}  # noqa: PTH122
     keys = set(stems.values())
     # 0001.seg.png beside 0001.jpg is another field of the same sample; alone it is a picture with a dot in its name
     kept = [name for name, stem in stems.items() if (key := _key(stem)) == stem or key not in keys]
     # 0001.img.png has its class from 0001.img.cls, else, where it is the one picture of its sample, from 0001.cls
-    samples, again = Counter(_key(stems[name]) for name in kept), set(twice)
+    samples = Counter(_key(stems[name]) for name in kept)
     alone = {name: key if samples[key := _key(stems[name])] == 1 else stems[name] for name in kept}
     labels = {ending: [said.get(stems[n], said.get(alone[n])) for n in kept] for ending, said in texts.items()}
     faults = {name: pictures[name][2] for name in kept}
     for name, *said in zip(kept, *labels.values(), strict=True):
-        if {stems[name], alone[name]} & again and any(label is not None for label in said):
+        if {stems[name], alone[name]} & twice and any(label is not None for label in said):
             faults[name] = faults[name] or "its name is in the shard twice, and which one a label is of is not said"
     return {
         "members": kept,
