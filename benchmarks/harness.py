@@ -146,3 +146,11 @@ def keep(suite: str, found: Mapping[str, Any]) -> None:
     """Write benchmarks/results/SUITE.json."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{suite}.json").write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
+
+
+def keep_beside(suite: str, asked: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
+    """keep, beside the rows of other ways that were asked for with the same settings before."""
+    words, place = {name: str(value) for name, value in asked.items()}, RESULTS / f"{suite}.json"
+    before = json.loads(place.read_text()) if place.exists() else {"asked": {}, "rows": {}}
+    same = before["asked"] | {"ways": "", "out": ""} == words | {"ways": "", "out": ""}
+    keep(suite, {"asked": words, "rows": (before["rows"] if same else {}) | rows})

@@ -155,7 +155,7 @@ class Lab:
         self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
         self.changes = nested(changes)
         self.general = self.recipe(len(self.dataset.labeled))
-        self._keep_to(asdict(self.general))
+        self._keep_to({"recipe": asdict(self.general), "images": prepare.images_digest(self.dataset)})
         self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
         self.truth = self.dataset.labels[self.dataset.held_out]
         self._draws: dict[tuple[str, int], Dataset] = {}

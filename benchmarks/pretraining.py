@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -291,11 +290,7 @@ def main() -> None:
                 rows.setdefault(name, {}).setdefault(column, []).append(values)
     for name, columns in rows.items():
         print(name, *(mean_and_spread([float(np.mean(v)) for v in values]) for values in columns.values()), sep="  ")
-    words = {key: str(value) for key, value in vars(asked).items()}
-    suite = f"pretraining-{Path(asked.data).name}"
-    place = harness.RESULTS / f"{suite}.json"  # of other ways, asked for before
-    before = json.loads(place.read_text())["rows"] if place.exists() else {}
-    harness.keep(suite, {"asked": words, "rows": before | rows})
+    harness.keep_beside(f"pretraining-{Path(asked.data).name}", vars(asked), rows)
 
 
 if __name__ == "__main__":

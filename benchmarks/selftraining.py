@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -232,12 +231,7 @@ def main() -> None:
     )  # fmt: skip
     rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, asked.ways)
     told(f"{Path(asked.data).name}, {asked.pool} pool, {asked.encoder}", rows)
-    words = {name: str(value) for name, value in vars(asked).items()}
-    suite = f"selftraining-{Path(asked.data).name}-{asked.pool}"
-    place = harness.RESULTS / f"{suite}.json"  # of other ways, asked for with the same settings before
-    before = json.loads(place.read_text()) if place.exists() else {"asked": {}, "rows": {}}
-    same = before["asked"] | {"ways": "", "out": ""} == words | {"ways": "", "out": ""}
-    harness.keep(suite, {"asked": words, "rows": (before["rows"] if same else {}) | rows})
+    harness.keep_beside(f"selftraining-{Path(asked.data).name}-{asked.pool}", vars(asked), rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from PIL import Image
 
 from conftest import shapes_images
 from fewlabels import checkpoint, cli
-from fewlabels.asked import Asked, on_command_line
+from fewlabels.asked import Asked, command_line, on_command_line
 from fewlabels.errors import DataError, UsageError
 from fewlabels.use import export, predict
 
@@ -319,13 +319,14 @@ def test_letters_that_the_terminal_has_not(photos: Path, tmp_path: Path, monkeyp
 
 def test_a_table_on_stdout_is_the_table_alone(run: Path, photos: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fewlabels", "predict", str(run), str(photos / "test"), "--out", "/dev/stdout"]
-    with (tmp_path / "p.csv").open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "p.csv").read_text().splitlines()
-    assert len(lines) == 17
-    assert lines[0].startswith("image,label,confidence")
-    assert "16 images predicted" in done.stderr
+    for more, told in (([], "16 images predicted"), (["--json"], '"predicted": 16')):
+        with (tmp_path / "p.csv").open("w") as file:
+            done = subprocess.run([*command, *more], stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / "p.csv").read_text().splitlines()
+        assert len(lines) == 17
+        assert lines[0].startswith("image,label,confidence")
+        assert told in done.stderr
 
 
 def test_predictions_of_what_are_no_pictures(
@@ -421,6 +422,14 @@ def test_another_set_of_images_takes_nothing_from_the_run_that_is_there(
         assert (found.labels, found.test) == (str(tmp_path / "labels.csv"), str(tmp_path / "held")), images
     found = on_command_line(images="others", out="run")
     assert (found.images, found.labels, found.test) == ("others", None, None)
+
+
+def test_the_command_to_paste_again_starts_as_many_processes_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/fewlabels", "fit", "my photos"])
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert command_line() == "fewlabels fit 'my photos'", "a cluster's, without torchrun"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert command_line() == "torchrun --nproc-per-node 8 -m fewlabels fit 'my photos'"
 
 
 def test_a_command_alone_is_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

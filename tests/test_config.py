@@ -294,10 +294,11 @@ def test_an_optimizer_brings_its_learning_rate(tmp_path: Path) -> None:
 
     stored, begun = None, set[str]()
 
-    for optimizer, (rate, scaling) in recipes.RATES.items():
+    for optimizer, (rate, scaling) in config.RATES.items():
         assert pretrained(optimizer=optimizer) == (optimizer, rate, scaling)
-    assert set(recipes.RATES) == set(optim.OPTIMIZERS)
+    assert set(config.RATES) == set(optim.OPTIMIZERS)
     assert pretrained(str(own)) == ("lars", 0.1, "sqrt")
+    assert pretrained(str(own), optimizer="lars") == ("lars", 0.1, "sqrt"), "as the file has it already"
     assert pretrained(str(own), optimizer="adamw") == ("adamw", 2e-3, "none")
     assert pretrained(str(own), learning_rate=0.2) == ("lars", 0.2, "sqrt")
     assert pretrained(optimizer="lars", learning_rate=0.1) == ("lars", 0.1, "sqrt"), (
@@ -309,11 +310,14 @@ def test_an_optimizer_brings_its_learning_rate(tmp_path: Path) -> None:
     on_gpu = replace(FACTS, on_gpu=True, side=32, images=60_000)
     same = asked.Asked(images=tmp_path, out=tmp_path, overrides={"pretrain": {"optimizer": "muon"}})
     assert asked.resolve(same, on_gpu, None, set()).pretrain == recipes.best(on_gpu).pretrain
+    given = config.override(recipes.best(FACTS), {"pretrained": tmp_path})
+    assert given.pretrained == str(tmp_path), "a path is a text"
     whole = tmp_path / "recipe.toml"
     whole.write_text(config.to_toml(recipes.best(FACTS)))
     assert pretrained(str(whole)) == ("muon", 0.02, "none")
     assert pretrained(str(whole), optimizer="lars") == ("lars", 0.1, "sqrt"), "the file's rate is of its optimizer"
-    before = config.override(recipes.best(FACTS), {"pretrain": {"optimizer": "lars"}})  # as an older version went on
+    before = recipes.best(FACTS)  # whose optimizer has another one's rate
+    before = replace(before, pretrain=replace(before.pretrain, optimizer="lars"))
     stored, begun = {"recipe": asdict(before), "asked": {"seed": 1}, "understood": {"labeled": 1}}, {"pretrain"}
     assert pretrained(str(own)) == ("lars", 0.02, "none"), "what was begun goes on"
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 
 import fewlabels as fl
 from conftest import same, shapes_images
-from fewlabels import checkpoint, config, plan, prepare, runtime
+from fewlabels import checkpoint, config, pipeline, plan, prepare, recipes, runtime
 from fewlabels.asked import Asked
 from fewlabels.data import pixels, views
 from fewlabels.data.loader import Batch
@@ -93,7 +94,7 @@ def test_a_streamed_run_learns_the_same_and_stops_at_a_changed_picture(
     stopped = checkpoint.glance(out / "pretrain")
     assert stopped is not None and stopped["step"] > 0
     picture.write_bytes(raw)
-    fl.fit(copy, **asked)
+    fl.fit(copy.rename(tmp_path / "elsewhere"), **asked)
     assert not (out / "data" / "pixels.u8").exists()
     assert set(json.loads((out / "status.json").read_text())["waited"]) == {"pretrain", "finetune", "supervised"}
     for stage in ("pretrain", "finetune"):
@@ -788,3 +789,18 @@ def test_fewer_labels_than_processes_are_left_to_the_plan(tmp_path: Path, monkey
     assert list(Worker(prepared, Interrupts()).held()) == ["pretrain"]
     with pytest.raises(UsageError, match="too few for 4 processes"):
         prepare.equations(prepared)
+
+
+def test_reading_images_for_long_does_not_use_up_an_hour_that_nobody_asked_for(tmp_path: Path) -> None:
+    recipe = recipes.smoke(
+        recipes.Facts(images=1000, labeled=10, classes=2, side=32, gray=False, on_gpu=False, threads=2)
+    )
+    images = dict.fromkeys(("pretrain", "finetune", "distill", "supervised", "distill_self"), 1000)
+    read = SimpleNamespace(
+        recipe=recipe, images=images, seconds=5000.0, device=torch.device("cpu"), folder=RunFolder(tmp_path)
+    )
+    worker = SimpleNamespace(seconds_per_step=lambda: {"pretrain": 0.1, "finetune": 0.1, "distill": 0.1})
+    asked = Asked(images=tmp_path, out=tmp_path)
+    assert pipeline._fit_schedule(read, asked, worker) == (read, [])
+    with pytest.raises(UsageError, match=r"reading the images took 1 h 23 min, all of the budget"):
+        pipeline._fit_schedule(read, replace(asked, budget=3600.0), worker)

@@ -138,8 +138,6 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
     recipe = config.override(recipe, asked.overrides)
-    for stage in {"pretrain", "distill"} - (begun if stored else set()):
-        recipe = _at_its_rate(recipe, stage, asked, facts)
     if recipe.encoder.startswith("timm:") and "resolution" not in explicit:  # many are made for images of one size
         as_many = 1.0 if asked.names("pretrain", "epochs") else recipe.resolution**2
         pretrain = replace(recipe.pretrain, epochs=recipe.pretrain.epochs * as_many)
@@ -151,22 +149,6 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
             fix="use distill.self_temperature, or give a student",
         )
     return _begin_with(recipe, explicit, facts) if recipe.pretrained is not None else recipe
-
-
-def _at_its_rate(recipe: Recipe, stage: str, asked: Asked, facts: Facts) -> Recipe:
-    """recipe; a stage whose optimizer was named, and is another, has its usual rate and scaling but where these were
-    named with it: a recipe file's are of the file's optimizer.
-    """
-    options, file = (dict(told.get(stage) or {}) for told in (asked.overrides, asked.file))
-    named, before = ({**file, **options}, recipes.best(facts))
-    if "optimizer" in options:
-        named, before = options, of_name(asked.recipe, facts, asked.student, asked.file)
-    schedule = getattr(recipe, stage)
-    if "optimizer" not in named or schedule.optimizer == getattr(before, stage).optimizer:
-        return recipe
-    usual = dict(zip(("learning_rate", "scaling"), recipes.RATES[schedule.optimizer], strict=True))
-    usual = {knob: value for knob, value in usual.items() if knob not in named}
-    return replace(recipe, **{stage: replace(schedule, **usual)})
 
 
 def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Recipe:
@@ -273,5 +255,6 @@ def on_command_line(**values: Any) -> Asked:
 def command_line() -> str:
     """This process's command, to be pasted again."""
     program = "fewlabels" if Path(sys.argv[0]).name in ("fewlabels", "__main__.py") else Path(sys.argv[0]).name
-    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m " if "WORLD_SIZE" in os.environ else ""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # of this machine, from torchrun
+    launcher = f"torchrun --nproc-per-node {ranks} -m " if ranks else ""
     return launcher + shlex.join([program, *sys.argv[1:]])

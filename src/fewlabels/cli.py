@@ -119,11 +119,8 @@ def _predict(command: Predict) -> None:
     images = command.images[0] if len(command.images) == 1 else list(command.images)
     model = predict.load(command.run, balanced=command.balanced)
     summary = predict.write_predictions(model, images, command.out)
-    if command.json:
-        print(json.dumps(summary))
-    else:
-        words = f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {command.out}"
-        (tell if _is_stdout(command.out) else _say)(words)
+    words = f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {command.out}"
+    (tell if _is_stdout(command.out) else _say)(json.dumps(summary) if command.json else words)
     if not summary["predicted"]:
         raise DataError(
             f"none of the {summary['images']:,} images could be read",

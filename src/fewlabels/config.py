@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tomllib
 import types
 import typing
@@ -18,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from fewlabels.errors import MissingInput, UsageError, nearest
+
+# Learning rate and its scaling of pretraining and distillation where only an optimizer is named: LARS as in the paper,
+# the others as our recipes have them somewhere
+RATES = {"lars": (0.1, "sqrt"), "sgd": (0.3, "linear"), "adamw": (2e-3, "none"), "muon": (0.02, "none")}
 
 
 def knob(default: Any, about: str, **limits: Any) -> Any:
@@ -226,14 +231,21 @@ def _within(value: float, options: Mapping[str, Any]) -> bool:
 
 
 def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """recipe with some values replaced: {"size": 64, "pretrain": {"epochs": 20}}. All faults are told at once."""
+    """recipe with some values replaced: {"size": 64, "pretrain": {"epochs": 20}}. All faults are told at once.
+
+    A stage's other optimizer comes with its usual rate and scaling, but where these are given with it.
+    """
     faults: list[str] = []
     changes: dict[str, Any] = {}
     for name, value in overrides.items():
         if name in SECTIONS and isinstance(value, Mapping):
             part = _converted(SECTIONS[name], value, f"{name}.", faults)
             knobs = FROZEN[: 2 if part.get("student", recipe.distill.student) else 3]
-            changes[name] = ({"self_training": 0.0} if any(map(part.get, knobs)) else {}) | part
+            usual: dict[str, Any] = {"self_training": 0.0} if any(map(part.get, knobs)) else {}
+            optimizer = part.get("optimizer")
+            if name != "finetune" and optimizer in RATES and optimizer != getattr(recipe, name).optimizer:
+                usual["learning_rate"], usual["scaling"] = RATES[optimizer]
+            changes[name] = usual | part
         else:
             changes |= _converted(Recipe, {name: value}, "", faults)
     if faults:
@@ -275,6 +287,7 @@ def _as_type(value: Any, hint: Any) -> Any:
         if type(None) in options:
             return None
         raise TypeError
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     wanted = next(option for option in options if option is not type(None))
     if wanted is bool:
         if isinstance(value, bool):

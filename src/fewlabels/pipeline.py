@@ -275,7 +275,8 @@ def _fit_schedule(prepared: Prepared, asked: Asked, worker: Worker) -> tuple[Pre
     cut_only = asked.budget is None
     if cut_only and not (asked.recipe == "auto" and prepared.device.type == "cpu"):
         return prepared, []
-    seconds = (plan.CPU_MINUTES * 60 if asked.budget is None else asked.budget) - prepared.seconds
+    # Nobody asked for that hour, so reading the images is not counted to it
+    seconds = plan.CPU_MINUTES * 60.0 if asked.budget is None else asked.budget - prepared.seconds
     if seconds <= 0:
         raise UsageError(f"reading the images took {duration(prepared.seconds)}, all of the budget", fix="give more")
     per_step = worker.seconds_per_step()

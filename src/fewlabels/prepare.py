@@ -23,7 +23,7 @@ import fewlabels
 from fewlabels import checkpoint, config, plan, runtime
 from fewlabels.asked import Asked, begun_stages, of_images, resolve
 from fewlabels.config import Recipe
-from fewlabels.data import decode, labels, pixels, views
+from fewlabels.data import decode, labels, pixels, streamed, views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.source import Source
 from fewlabels.data.sources import open_source
@@ -146,6 +146,8 @@ def store_images(source: Source, folder: RunFolder, recipe: Recipe, max_bad: flo
             if not _stored(folder, note, about):
                 say(f"reading {source.description} ...")
                 _decode(source, folder, note, about, max_bad, known)
+            elif (folder.data / "ends.npy").exists():  # a streamed store, whose images may lie elsewhere now
+                streamed.write_paths(folder.data, map(source.at, checkpoint.read_sealed(note)["kept"]))
     facts = checkpoint.read_sealed(note)
     kept = np.asarray(facts["kept"], dtype=np.int64)
     store = pixels.open_store(folder.data, lambda row: source.at(int(kept[row])))

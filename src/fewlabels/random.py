@@ -36,7 +36,7 @@ def uniforms(seed: int, epoch: int, ids: Tensor, stream: int, count: int) -> Ten
         epoch: 0 to 2^32 - 1.
         ids: int64 (B,), the images' numbers.
         stream: 0 to 2^16 - 1; equal arguments give equal numbers, another stream gives independent ones.
-        count: numbers per image, at most 2^18.
+        count: numbers per image, at most 2^18 - 4.
 
     Returns:
         (B, count) float32 in [0, 1), multiples of 2^-24, on the device of ids. A larger count only adds numbers.

@@ -12,9 +12,6 @@ from dataclasses import dataclass, replace
 from fewlabels.config import DistillRecipe, FinetuneRecipe, PretrainRecipe, Recipe
 from fewlabels.errors import UsageError, nearest
 
-# Learning rate and its scaling of pretraining and distillation where only an optimizer is named: LARS as in the paper,
-# the others as our recipes have them somewhere
-RATES = {"lars": (0.1, "sqrt"), "sgd": (0.3, "linear"), "adamw": (2e-3, "none"), "muon": (0.02, "none")}
 MANY_LABELS = 80  # a class
 SELF_TRAINING_STEPS = 1000  # fewer can lose (Fashion-MNIST, 40 labels, 312 steps: two of three draws)
 
@@ -106,22 +103,14 @@ def simclrv2(facts: Facts) -> Recipe:
 def best(facts: Facts) -> Recipe:
     """Ours: the paper's method with settings that measured better at few labels and small budgets.
 
-    Gentler views. Photos have Muon: CIFAR-10 (JPEG), tap 0 with 40, 250 and 4,000 labels, 38, 50 and 61 % after 10
-    epochs of 10,000 images on a CPU where AdamW has 30, 41 and 52 in as many steps, at 0.005 33, 43 and 54; 50, 61 and
-    70 % after 15 epochs of 50,000 on a GPU where LARS has 40, 52 and 61 in the same views, 35, 46 and 56 in the paper's
-    two. (Photos above 48 px were not measured on a GPU.) They are seen in four views of crops from a quarter of the
-    area on: on a CPU with AdamW for as many views 36 % in place of 32 on CIFAR-10 (JPEG), 40 in place of 37 on
-    Imagenette; small ones at three quarters of the side: for as many pixels 41 on CIFAR-10 (JPEG). At 64 px that saves
-    too little time to pay (LOG.md).
-    Digits and drawings prefer SGD and a temperature of 0.5 (tap 0: 91.7 % against 86.5 at 0.2, 83.4 with AdamW).
+    Photos are seen in four views of crops from a quarter of the area on, small ones at three quarters of the side, and
+    learn by Muon, in stage 3 too: CIFAR-10 (JPEG), 40, 250 and 4,000 labels, 50, 61 and 70 % by frozen features after
+    15 epochs on a GPU where the paper's settings have 35, 46 and 56. (Above 48 px not measured on a GPU.) Drawings
+    prefer two views, SGD and a temperature of 0.5.
 
-    Stage 3 of photos has Muon too: CIFAR-10 (JPEG), 250 labels, 740 steps, a student of half the width from random
-    weights 53 %, with AdamW at 0.002 48, at 0.005 51; self-training 57 % where AdamW has 56. (Not measured on a GPU.)
-
-    Where features are good (evaluate.too_weak) the network then teaches itself, a thousand steps if there is time:
-    97.7 % on digits with 20 labels where distillation had 90.2; with 740 steps 51.5 on Imagenette with 95 where it had
-    49.4. Where they are weak it is sure of wrong answers, and so it can be on photos with up to 4 labels a class
-    (CIFAR-10 (JPEG), 40 labels: 34 % where fine-tuning had 43; Imagenette gained): these distill.
+    Where features are good (evaluate.too_weak) the network then teaches itself, a thousand steps if there is time: on
+    digits with 20 labels 97.7 % where distillation had 90.2. Photos with up to 4 labels a class distill: there it can
+    be sure of wrong answers. docs/LOG.md has the figures of each choice.
     """
     base = simclrv2(facts)
     pretrain = replace(base.pretrain, warmup=0.1, strength=0.5, blur=base.size > 48)
@@ -258,13 +247,9 @@ def _label_batch(facts: Facts) -> int:
 def _finetune(facts: Facts) -> FinetuneRecipe:
     """At least 200 updates, so that 20 labels get as much training as 400, and 30 epochs where labels are many.
 
-    Few labels must not undo what pretraining learned: the classifier starts from the probe and the learning rate is
-    low. Imagenette, 10 labels a class (3 draws, 2,000 left-out training images): 51.9 %, from zero at 5e-4 49.4, the
-    probe alone 50.6. With 400 a class on CIFAR-10 (JPEG) more has to change: 46.1 % at 1e-4, 50.9 at 5e-4, 55.1 at
-    1e-3, the probe alone 44.1. Hence the root of the labels a class. Crops from half the area on show things about as
-    large as evaluation does: CIFAR-10 (JPEG), 250 labels, 41.2 % where the paper's, from 8 % on, have 39.3 (LOG.md).
-    Many labels of photos have Muon: 240 a class of CIFAR-10 (JPEG) 67.8 % where AdamW has 65.9, 95 of Imagenette 71.3
-    and 70.2; with 25 and 60 they are level.
+    Few labels must not undo what pretraining learned: the classifier starts from the probe, and the rate is low and
+    grows with the root of the labels a class. Crops from half the area on show things about as large as evaluation
+    does. Many labels of photos have Muon. (docs/LOG.md.)
     """
     batch = max(2, min(64, facts.labeled or 2))
     a_class = facts.labeled / max(1, facts.classes)

@@ -177,6 +177,7 @@ def test_one_picture_comes_from_where_it_lies(forms: dict[str, Path], tmp_path: 
     assert kinds == {"plain": {places.Span}, "snappy": {parquet.Cell}, "labels": {places.Span}}
     rng = np.random.default_rng(2)
     rows = [(f"{i}", rng.bytes(int(rng.integers(1, 90_000))) if i % 3 else b"again" * 50, 0) for i in range(60)]
+    rows[5:8] = [(f"{i}", b"", 0) for i in range(5, 8)]
     for how in ({"use_dictionary": False}, {"use_dictionary": True}, {"data_page_size": 1000, "write_batch_size": 2},
                 {"use_dictionary": False, "column_encoding": {"image.bytes": "DELTA_LENGTH_BYTE_ARRAY"}},
                 {"compression": "gzip", "row_group_size": 200}):  # fmt: skip
@@ -342,6 +343,16 @@ def test_shards_of_a_folder_are_known_by_the_same_names_however_it_is_called(
     monkeypatch.chdir(tmp_path / "in")
     for spelled in (".", "./", "../in", "..//in/", f"{tmp_path}/in/."):
         assert content(open_source(spelled)) == whole, spelled
+
+
+def test_a_shards_own_name_tells_its_split_before_its_folders(tmp_path: Path) -> None:
+    for name in ("my-test-set/train-0.tar", "my-test-set/1.tar", "train/val-0.tar", "x{0..1}.tar"):
+        write_tar(tmp_path / name, {f"{name}.jpg": b""})
+    splits = {name.split(".tar/")[0]: split for name, _, split in content(open_source(tmp_path))}
+    assert splits == {
+        "my-test-set/train-0": "train", "my-test-set/1": "test", "train/val-0": "val", "x{0..1}": "train"
+    }  # fmt: skip
+    assert len(open_source(tmp_path / "x{0..1}.tar")) == 1, "a file of that very name"
 
 
 def test_linked_folders_of_shards_are_entered_once(tmp_path: Path) -> None:
@@ -573,7 +584,7 @@ def test_urls_of_all_forms(forms: dict[str, Path], memory: str) -> None:
         assert decode.decode(source.at(0)).shape == (24, 24, 3)  # type: ignore[arg-type]
     assert len(open_source(f"{memory}/plain/0.parquet")) == 14
     for url in (f"{memory}/nothing", f"{memory}/labels/none.tar"):
-        with pytest.raises(MissingInput, match="missing"):
+        with pytest.raises(MissingInput, match=r"missing|no files there"):
             open_source(url)
     with pytest.raises(UsageError, match="cannot be reached"):
         open_source("nosuchprotocol://bucket/x.tar")

@@ -198,6 +198,9 @@ def test_a_csv_reaches_images_through_links_and_in_other_spellings(tmp_path: Pat
     far = tmp_path / "elsewhere" / "labels.csv"
     far.write_text(f"image,label\n{tmp_path / 'lnk'}/a.png,x\n")
     assert open_source(tmp_path / "lnk", far).labels[1] == "x"
+    alone = tmp_path / "disk" / "real" / "labels.csv"  # a table that is the images, too
+    alone.write_text(f"image,label\n{tmp_path / 'lnk'}/a.png,x\n")
+    assert open_source(tmp_path / "lnk" / "labels.csv").labels == ("x",)
 
 
 def test_a_class_may_be_called_none_where_its_folder_is(tmp_path: Path) -> None:
@@ -296,6 +299,12 @@ def test_npz_with_names_as_bytes_and_arrays_that_are_not_known(tmp_path: Path, s
     assert len(source) == 7
     (note,) = source.notes
     assert note.endswith("val_images, val_labels")
+    np.savez(tmp_path / "a.npz", images=stack, labels=["cat"] * 7, classes="cat", test_labels=labels)
+    source = open_source(tmp_path / "a.npz")
+    assert source.classes == ("cat",)
+    assert source.notes[0].endswith("are known): test_labels"), "there are no images for them"
+    np.savez(tmp_path / "a.npz", images=stack, labels=labels, classes=[])
+    assert open_source(tmp_path / "a.npz").classes is None
 
 
 @pytest.mark.parametrize(

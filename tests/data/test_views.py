@@ -436,3 +436,13 @@ def test_wrong_arguments_are_refused(pixels: torch.Tensor) -> None:
             views.evaluate(wrong, EXTENTS, size=SIZE)
     with pytest.raises(DataError, match=r"extents are of shape \(7, 2\) for 8 images"):
         views.evaluate(pixels, EXTENTS[:7], size=SIZE)
+    for outside in (EXTENTS * 100, EXTENTS * 0):  # compiled views would read and write outside of the image
+        with pytest.raises(DataError, match="extents are not all between 1 and the canvas"):
+            views.evaluate(pixels, outside, size=SIZE)
+    for crop in (0.0, 1.5, float("nan")):
+        with pytest.raises(UsageError, match=r"crop of .* is out of range"):
+            views.evaluate(pixels, EXTENTS, size=SIZE, crop=crop)
+    for ids in (torch.arange(1), torch.arange(9), torch.arange(8).int(), torch.arange(8)[:, None]):
+        for name in ("pretrain", "finetune"):
+            with pytest.raises(DataError, match=r"ids are torch.int.* for 8 images"):
+                make(name, pixels, EXTENTS, ids)

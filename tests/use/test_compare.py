@@ -72,6 +72,10 @@ def test_where_labels_were_spread_they_say_how_good_that_is(monkeypatch: pytest.
     network: Any = None
     comparison.expect_of_spread(network, None)
     assert comparison.expected == (6 + 1) / (6 + 2)
+    assert comparison.once.tolist() == [0, 1, 2, 3, 4, 6]
+    with monkeypatch.context() as few:
+        few.setattr(evaluate, "PROBED_IMAGES", 3)
+        assert len(compare.Comparison(dataset, setting).once) == 3, "so many are cross-validated at most"
     features[70] = features[60]  # the only one of its ring beside 80, as another picture looked at in its place would
     labels[80], dataset.labeled = -1, labeled[:-1]
     ids = np.concatenate([labeled[:-1], np.setdiff1d(np.arange(100), labeled[:-1])])

@@ -266,7 +266,9 @@ def test_a_run_that_only_pretrained_may_lack_its_results(run: Path) -> None:
     assert "This run has no results yet" in page_of(run).text
 
 
-@pytest.mark.parametrize("junk", [b"", b"[7]", b"\xff\xfe\x00junk\n" + b"[" * 100_000])
+@pytest.mark.parametrize(
+    "junk", [b"", b"[7]", b"\xff\xfe\x00junk\n" + b"[" * 100_000, b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"]
+)
 @pytest.mark.parametrize("name", ["resolved.json", "status.json", "metrics.jsonl", "evaluation.npz", "bad_images.csv"])
 def test_broken_files_are_left_out(run: Path, name: str, junk: bytes) -> None:
     (run / name).write_bytes(junk)

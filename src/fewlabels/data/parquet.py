@@ -129,6 +129,9 @@ def _spans(place: str, column: str, group: int, state: bytes) -> list[tuple[int,
         dictionary = raw.read(chunk.data_page_offset - begin)
         found, end = [], int(chunk.data_page_offset)
         for image in _images(file, column, [group]):
+            if not image:  # none is stored where there is none
+                found.append((end, 0))
+                continue
             raw.seek(end)
             ahead = raw.read(len(image) + BETWEEN)
             # A plain value stands behind its length of 4 bytes; at a page's first one there is a header before that

@@ -208,7 +208,8 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
             why=f"it holds {found}",
             fix="np.savez(path, images=..., labels=...)",
         )
-    pixels, others = sorted(names & {"images", "test_images"}), names & {"labels", "test_labels", "classes"}
+    pixels = sorted(names & {"images", "test_images"})
+    others = names & ({"labels", "classes"} | ({"test_labels"} if "test_images" in pixels else set()))
     images, small = {n: _array_file(path, f"{n}.npy") for n in pixels}, {n: _whole(path, f"{n}.npy") for n in others}
     return images, small, sorted(names - images.keys() - small.keys())
 

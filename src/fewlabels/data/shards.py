@@ -75,7 +75,7 @@ def find(images: str) -> Shards:
     missing = [file for file, state in zip(found, states, strict=True) if state == b"missing"]
     if missing or (not found and is_pattern(images)):
         raise MissingInput(
-            f"{images}: {len(missing):,} of {len(found):,} files are missing",
+            f"{images}: {len(missing):,} of {len(found):,} files are missing" if found else f"{images}: no files there",
             details=missing,
             why="images there are .tar or .parquet files" if is_folder else "every file that is named counts",
             fix="correct the name",
@@ -90,7 +90,7 @@ def is_shard(path: str) -> bool:
 
 def _expanded(pattern: str) -> list[str]:
     match = BRACES.search(pattern)
-    if match is None:
+    if match is None or os.path.lexists(pattern):  # noqa: PTH - may be a URL
         return [pattern]
     numbers = (f"{number:0{len(match[1])}d}" for number in range(int(match[1]), int(match[2]) + 1))
     return [file for n in numbers for file in _expanded(pattern[: match.start()] + n + pattern[match.end() :])]
@@ -98,8 +98,8 @@ def _expanded(pattern: str) -> list[str]:
 
 def _split_of(name: str) -> str:
     """The split that a file's name or folder says: train-00000-of-00001.parquet, imagenet-val-01.tar, test/7.tar."""
-    match = SPLIT.search(name.lower())
-    return tables.SPLITS[match[1]] if match else "train"
+    said = filter(None, map(SPLIT.search, reversed(name.lower().split("/"))))  # its own name before its folders'
+    return next((tables.SPLITS[match[1]] for match in said), "train")
 
 
 @dataclass(frozen=True)

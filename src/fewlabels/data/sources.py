@@ -133,9 +133,10 @@ def _csv(path: Path) -> Source:
 
     def find(image: str) -> int | str:
         for spelled in dict.fromkeys((image, image.strip(), image.strip().replace("\\", "/"))):
-            file = os.path.normpath(root / spelled)
-            if file.startswith(f"{root}{os.sep}") and os.path.lexists(file):
-                return numbers.setdefault(file, len(numbers))
+            plain = os.path.normpath(root / spelled)
+            for file in (plain, tables.through_links(plain)):
+                if file.startswith(f"{str(root).rstrip(os.sep)}{os.sep}") and os.path.lexists(file):
+                    return numbers.setdefault(file, len(numbers))
         return inside(image)
 
     near = (os.path.relpath(path, root) for path in root.rglob("*") if folders.is_picture(str(path)))
@@ -191,8 +192,8 @@ def _shards(images: str | Path) -> Source:
 
 def _npz(path: Path) -> Source:
     images, small, passed = open_npz(path)
-    declared = small["classes"].tolist() if "classes" in small else None
-    classes = declared and tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in declared)
+    declared = np.atleast_1d(small.get("classes", [])).tolist()
+    classes = tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in declared) or None
     sources = []
     for name, part in images.items():
         split = "test" if name == "test_images" else "train"

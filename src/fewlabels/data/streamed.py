@@ -110,9 +110,14 @@ def _changed(picture: Payload, row: int, words: str) -> DataError:
 
 
 def write_paths(folder: Path, pictures: Iterable[Payload | None]) -> None:
-    """paths.bin and ends.npy of a store's pictures, row by row."""
-    with (folder / "paths.bin").open("wb") as file:
+    """paths.bin and ends.npy of a store's pictures, row by row, in place of those that may be there.
+
+    A kill between the two leaves what does not fit together, and is found.
+    """
+    draft = folder / "paths.new"
+    with draft.open("wb") as file:
         lengths = np.fromiter((file.write(_address(picture)) for picture in pictures), np.int64)
+    draft.replace(folder / "paths.bin")
     np.save(folder / "ends.npy", np.cumsum(lengths))
 
 

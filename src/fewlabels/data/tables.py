@@ -303,7 +303,7 @@ class Finder:
         inside, plain = False, image.strip()
         for spelled in dict.fromkeys((image, plain, plain.replace("\\", "/"), _composed(plain))):
             paths = [os.path.normpath(os.path.join(folder, spelled)) for folder in self.folders]  # noqa: PTH118
-            for path in itertools.chain(paths, map(_through_links, paths)):
+            for path in itertools.chain(paths, map(through_links, paths)):
                 inside = inside or any(path.startswith(f"{folder.rstrip('/')}/") for folder in self.folders)
                 number = self.number.get(path, self.number.get(_composed(path)))
                 if number is not None:
@@ -320,7 +320,7 @@ def _composed(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-def _through_links(path: str) -> str:
+def through_links(path: str) -> str:
     """path as it is called in the real folder, for a table that names images through a linked one."""
     return os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))  # noqa: PTH118, PTH119, PTH120
 

@@ -134,9 +134,10 @@ def pretrain(
         float32 (B, 3, size, size) in [0, 1].
 
     Raises:
-        UsageError: an unknown kind, or a number out of range. DataError: pixels of another shape or type.
+        UsageError: an unknown kind, or a number out of range. DataError: pixels, extents or ids of another shape or
+        type, and on a CPU extents that are not within the canvas (on a GPU nobody waits to see).
     """
-    _check(pixels, extent, size, kind)
+    _check(pixels, extent, size, kind, ids)
     placement = draw_placement(extent, ids, epoch=epoch, seed=seed, view=view, kind=kind, smallest_crop=smallest_crop)
     strokes = draw_paint(ids, epoch=epoch, seed=seed, view=view, strength=strength)
     if shared_blur_sigma:
@@ -153,7 +154,7 @@ def finetune(
     Arguments, result and errors as for pretrain(), whose crop it shares for equal (seed, epoch, id, view) and
     smallest_crop.
     """
-    _check(pixels, extent, size, kind)
+    _check(pixels, extent, size, kind, ids)
     placement = draw_placement(
         extent, ids, epoch=epoch, seed=seed, view=view, kind=kind, smallest_crop=smallest_crop, amount=0.5
     )
@@ -168,6 +169,8 @@ def evaluate(pixels: Tensor, extent: Tensor, *, size: int, kind: str = "photo", 
     Arguments, result and errors as for pretrain().
     """
     _check(pixels, extent, size, kind)
+    if crop is not None and not 0 < crop <= 1:
+        raise UsageError(f"a crop of {crop:g} times the shorter side is out of range", fix="use more than 0, at most 1")
     box = _central_box(extent, size=size, kind=kind, crop=crop)
     stay = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
     return _make(pixels, Placement(box, stay, _identity(stay)), None, size=size, kind=kind, warped=False)
@@ -402,7 +405,7 @@ def _check_kind(kind: str, size: int) -> None:
         raise UsageError(f"views of {size} px cannot be made", fix="use a size of at least 1")
 
 
-def _check(pixels: Tensor, extent: Tensor, size: int, kind: str) -> None:
+def _check(pixels: Tensor, extent: Tensor, size: int, kind: str, ids: Tensor | None = None) -> None:
     _check_kind(kind, size)
     if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3 or len(pixels) == 0:
         raise DataError(
@@ -411,4 +414,13 @@ def _check(pixels: Tensor, extent: Tensor, size: int, kind: str) -> None:
     if extent.shape != (len(pixels), 2):
         raise DataError(
             f"extents are of shape {tuple(extent.shape)} for {len(pixels)} images", fix="pass (B, 2): valid h, w"
+        )
+    canvas = torch.tensor(pixels.shape[2:])
+    if extent.device.type == "cpu" and ((extent < 1) | (extent > canvas)).any():  # compiled views would leave memory
+        raise DataError(
+            f"extents are not all between 1 and the canvas of {tuple(canvas.tolist())}", fix="pass the valid h, w"
+        )
+    if ids is not None and (ids.dtype != torch.int64 or ids.shape != (len(pixels),)):
+        raise DataError(
+            f"ids are {ids.dtype} of shape {tuple(ids.shape)} for {len(pixels)} images", fix="pass int64 (B,)"
         )

@@ -93,7 +93,8 @@ class Answers:
                     with self.path.open("ab") as file:
                         file.truncate(self.bytes)
                         # Reserved now: a disk that fills later would end the process with SIGBUS
-                        os.posix_fallocate(file.fileno(), 0, self.bytes)
+                        if hasattr(os, "posix_fallocate"):  # not on macOS
+                            os.posix_fallocate(file.fileno(), 0, self.bytes)
                 mode: Literal["r+", "r"] = "r+" if runtime.is_main() else "r"
                 self.rows = np.memmap(self.path, dtype=np.float32, mode=mode, shape=self.shape)
         return self.rows

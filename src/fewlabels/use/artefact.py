@@ -134,7 +134,7 @@ def read(folder: Path) -> tuple[Classifier, Card]:
 
 def weights_digest(folder: Path) -> str:
     """SHA-256 of the weights as the manifest states it."""
-    listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    listed: dict[str, Any] = json.loads(checkpoint.read_text(folder / MANIFEST))["files"]
     return str(listed[WEIGHTS]["sha256"])
 
 
@@ -184,7 +184,7 @@ def read_card(folder: Path) -> Card:
     """The description alone, before the weights are needed."""
     path = folder / DESCRIPTION
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(checkpoint.read_text(path))
         checkpoint.check_format(found, path)
     except DataError:
         raise

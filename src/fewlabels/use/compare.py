@@ -174,7 +174,8 @@ class Comparison:
         fewer = len(self.labeled) < len(dataset.labeled)
         self.fitted_on = f"fitted on {len(self.labeled):,} of the labels" if fewer else ""
         self.known, self.truth = dataset.labels[self.labeled], dataset.labels[self.held]
-        self.once = np.flatnonzero(np.isin(self.labeled, dataset.once(self.labeled)))  # of known, to cross-validate
+        once = np.flatnonzero(np.isin(self.labeled, dataset.once(self.labeled)))
+        self.once = evaluate.spread(once, evaluate.PROBED_IMAGES)  # of known, to cross-validate
         self.expected: float | None = None  # accuracy of the next network
         self.rows: list[dict[str, Any]] = []
 
@@ -186,9 +187,9 @@ class Comparison:
         """Expect the cross-validated accuracy of logistic regression inside the labels, the mean over several features
         of them.
         """
-        some = evaluate.spread(self.once, evaluate.PROBED_IMAGES)
-        told = [evaluate.cross_validated(features[some], self.known[some])["accuracy"] for features in known]
-        self.expected = _careful(float(np.mean(told)) * len(some), len(some)) if None not in told else None
+        told = [evaluate.cross_validated(features[self.once], self.known[self.once])["accuracy"] for features in known]
+        count = len(self.once)
+        self.expected = _careful(float(np.mean(told)) * count, count) if None not in told else None
 
     def expect_of_spread(self, encoder: nn.Module, head: ProjectionHead | None) -> None:
         """Expect what labels give each other over the neighbour graph, where they were spread over it."""

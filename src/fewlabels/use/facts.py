@@ -74,9 +74,9 @@ def clean(value: Any) -> Any:
 def _json(path: Path) -> Facts:
     try:
         found = json.loads(checkpoint.read_text(path, errors="replace"))
+        return clean(found) if isinstance(found, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}
-    return clean(found) if isinstance(found, dict) else {}
 
 
 def _metrics(run: Path) -> dict[str, list[Facts]]:

@@ -36,7 +36,7 @@ CATEGORIES = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#a6a61f", "#7f7f7f", "#c23b5a",
     "#3f8f8f", "#b07aa1", "#5b8c2a", "#9c755f", "#4e79a7", "#f28e2b", "#76b7b2", "#e15759", "#59a14f", "#ff9da7",
 )  # fmt: skip
-MOST_POINTS, MOST_NAMED = 1500, 20
+MOST_NAMED = 20
 CURVE_POINTS = 300
 
 STYLE: Any = {
@@ -130,9 +130,6 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> Markup:
 def feature_map(points: Floats, labels: npt.NDArray[np.integer[Any]], classes: Sequence[str]) -> Markup:
     """Images as dots coloured by class. points: (M, 2); labels: (M,), -1 = unlabeled (gray)."""
     points, labels = np.asarray(points, float), np.asarray(labels)
-    if len(points) > MOST_POINTS:
-        chosen = np.random.default_rng(0).permutation(len(points))[:MOST_POINTS]
-        points, labels = points[chosen], labels[chosen]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 5.6), layout="constrained")
         axes = figure.subplots()
