@@ -25,6 +25,7 @@ def test_conjugate_gradients_are_the_dense_solution(monkeypatch: pytest.MonkeyPa
     rng = np.random.default_rng(0)
     features = rng.normal(size=(60, 5)).astype(np.float32)
     monkeypatch.setattr(propagate, "NEIGHBOURS", 4)
+    monkeypatch.setattr(propagate, "SHARPNESS", 3)
     monkeypatch.setattr(propagate, "STEPS", 200)
     rows = features.astype(np.float64)
     ties = np.zeros((60, 60))
