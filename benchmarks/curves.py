@@ -14,8 +14,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +54,6 @@ class WholeMatrix(Pretrain):
         views_of_both = torch.cat([self.view(batch, 0), self.view(batch, 1)])
         first, second = self.head(self.encoder(views_of_both)).chunk(2)
         return {"loss": workload.whole_matrix(first.float(), second.float(), self.temperature)}
-
-
-@contextmanager
-def plain_views(plain: bool) -> Iterator[None]:
-    """The plain path of the views inside, if asked for."""
-    views.PLAIN = plain
-    try:
-        yield
-    finally:
-        views.PLAIN = False
 
 
 def opened(data: Path | None, folder: Path) -> tuple[Dataset, Recipe]:
@@ -174,7 +162,7 @@ def run(*, data: Path | None, seeds: int) -> dict[str, Any]:
         for seed in range(seeds):
             for way in WAYS if seed % 2 else WAYS[::-1]:
                 began = time.perf_counter()
-                with plain_views(way == "slow"):
+                with workload.plain_views(way == "slow"):
                     stage, losses = pretrained(way, dataset, recipe, seed)
                     result = scored(stage, way, dataset, recipe, seed)
                 result["loss"] = statistics.mean(losses[-max(1, STEPS // 10) :])

@@ -9,17 +9,14 @@ table of means and standard deviations and writes benchmarks/results/digits.json
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 import fewlabels as fl
+import harness
 
-RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "digits.svg"
 
 
@@ -55,11 +52,8 @@ def main() -> None:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         each = " ".join(f"{value:.1f}" for value in values)
         print(f"| {names[key]} | {statistics.mean(values):.1f} | {spread:.1f} | {each} |")
-    RESULTS.mkdir(exist_ok=True)
-    facts = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    found = {"accuracy": accuracy, "torch": torch.__version__, **facts}
     draw(accuracy, names)
-    (RESULTS / "digits.json").write_text(json.dumps(found, indent=1) + "\n")
+    harness.keep("digits", {"accuracy": accuracy})
 
 
 if __name__ == "__main__":

@@ -134,9 +134,8 @@ def _views_apart(pixels: Tensor, size: int, kind: str) -> float:
         ]
 
     fast = both()
-    making.PLAIN = True
-    slow = both()
-    making.PLAIN = False
+    with workload.plain_views():
+        slow = both()
     return max(float((a - b).abs().max()) for a, b in zip(fast, slow, strict=True))
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import harness, workload
 from fewlabels.model.losses import nt_xent
 
 TEMPERATURE, WIDTH = 0.1, 128
@@ -25,13 +26,7 @@ MEMORY_PAIRS = 8192
 CUBIC = "pytorch_metric_learning"
 MOST_CUBIC = 256  # pairs: 512 need more than 10 GB
 HALF = ", bf16"
-
-
-def whole_matrix(first: Tensor, second: Tensor) -> Tensor:
-    """All similarities at once, torch's own cross-entropy."""
-    z = torch.nn.functional.normalize(torch.cat([first, second]), dim=1)
-    logits = (z @ z.T / TEMPERATURE).fill_diagonal_(-torch.inf)
-    return torch.nn.functional.cross_entropy(logits, torch.arange(len(z)).roll(len(z) // 2))
+whole_matrix = partial(workload.whole_matrix, temperature=TEMPERATURE)
 
 
 def losses(peers: list[str]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

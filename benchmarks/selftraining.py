@@ -16,27 +16,23 @@ images than their part of the labels are labeled whole.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import harness, lab
 from benchmarks.lab import Body, Lab
 from benchmarks.paper import Rows, told
 from benchmarks.pools import POOLS
 from fewlabels import plan
-from fewlabels.data.loader import Batch, Order, training_batches
+from fewlabels.data.loader import Order, training_batches
 from fewlabels.model.heads import Classifier
-from fewlabels.model.losses import nt_xent
-from fewlabels.stages.loop import follow
-from fewlabels.stages.selftrain import MOMENTUM, SelfTrain, expected_classes
+from fewlabels.stages.selftrain import SelfTrain, expected_classes
 from fewlabels.use import compare, propagate
 
 # Of the network forward and backward for an image: its strong view, a third for its weak one, and labeled images
@@ -45,7 +41,6 @@ THRESHOLD = 0.95
 ALONE, PIXELS, PROBED = "labels alone", "logistic regression on pixels", "logistic regression, tap 0"
 TUNED, DISTILLED, SELF_TRAINED = "fine-tuned", "distilled into itself", "self-trained"
 UNSHIFTED, FIXMATCH = "self-trained, answers as they are", "FixMatch from random weights"
-CONTRASTED = "self-trained, contrastive loss kept on"
 
 
 class Unshifted(SelfTrain):
@@ -53,38 +48,6 @@ class Unshifted(SelfTrain):
 
     def shifted(self, answers: Tensor) -> Tensor:
         return answers.softmax(dim=1)
-
-
-class Contrasted(SelfTrain):
-    """The contrastive loss kept on: the network's strong view against the average's weak one, through the layers of the
-    projection head that the classifier left out (as CoMatch and SelfMatch do in their ways).
-    """
-
-    def __init__(self, network: Classifier, *, rest: nn.Module, temperature: float, **more: Any) -> None:
-        super().__init__(network, **more)
-        self.rest, self.temperature = rest, temperature
-        self.average_rest = copy.deepcopy(rest).requires_grad_(False)
-
-    def train(self, mode: bool = True) -> SelfTrain:
-        super().train(mode)
-        self.average_rest.eval()
-        return self
-
-    def look(self, shown: list[Tensor], weak: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            seen = self.average.features(weak)
-            answers, keys = self.average.linear(seen), self.average_rest(seen)
-        features = self.network.features(torch.cat(shown))
-        self._contrast = nt_xent(self.rest(features[-len(weak) :]), keys, self.temperature)
-        return self.network.linear(features).float(), answers
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        found = super().forward(batch)
-        return found | {"loss": found["loss"] + self._contrast}
-
-    def after_step(self) -> None:
-        follow(self.average_rest, self.rest, (1 / (self.steps + 1)).clamp(min=1 - MOMENTUM))
-        super().after_step()
 
 
 class FixMatch(Unshifted):
@@ -161,12 +124,6 @@ class Comparison:
         name = f"self-trained, not shifted, {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
         return self._trained(name, Unshifted, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
 
-    def _contrasted(self, amount: int, draw: int) -> float:
-        name = f"self-trained {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs, contrasted"
-        rest = nn.Sequential(*list(self.lab.pretrained(self.body)[1].layers)[1:])
-        kind = partial(Contrasted, rest=rest, temperature=self.lab.general.pretrain.temperature)
-        return self._trained(name, kind, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
-
     def _fixmatch(self, amount: int, draw: int) -> float:
         epochs = self.lab.distill_epochs + 2 * self.lab.epochs / PASSES
         name = f"FixMatch {self.body.encoder}, {amount}, draw {draw}, {epochs:g} epochs"
@@ -200,7 +157,6 @@ WAYS = {
     SELF_TRAINED: Comparison._selftrained,
     UNSHIFTED: Comparison._unshifted,
     FIXMATCH: Comparison._fixmatch,
-    CONTRASTED: Comparison._contrasted,
 }
 USUAL = [PIXELS, PROBED, TUNED, DISTILLED, SELF_TRAINED, UNSHIFTED, FIXMATCH]
 

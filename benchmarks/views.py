@@ -60,11 +60,8 @@ def plain(pixels: Tensor, size: int, strength: float, *, blur: bool) -> Callable
     work = ours(pixels, size, strength, blur=blur)
 
     def slower() -> Any:
-        views.PLAIN = True
-        try:
+        with workload.plain_views():
             return work()
-        finally:
-            views.PLAIN = False
 
     return slower
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,16 @@ def viewer(make: Callable[..., Tensor], form: runtime.Precision, *, again: int =
         return made.contiguous(memory_format=layout(form))
 
     return view
+
+
+@contextmanager
+def plain_views(plain: bool = True) -> Iterator[None]:
+    """The plain path of the views inside, if asked for."""
+    views.PLAIN = plain
+    try:
+        yield
+    finally:
+        views.PLAIN = False
 
 
 def pretraining(

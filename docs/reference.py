@@ -53,7 +53,7 @@ def _commands() -> Iterator[str]:
         tables.setdefault(kind, []).append(f"* `fewlabels {name}`: {about}")
     for kind, lines in tables.items():
         yield "\n".join(lines) + "\n\n| option | default | |\n|---|---|---|"
-        for item in dataclasses.fields(kind):
+        for item in sorted(dataclasses.fields(kind), key=lambda item: "Positional" not in str(item.type)):
             if item.name == "options":
                 yield "| any value of the recipe, see below | as the recipe says | `--size 96 --pretrain.epochs 200` |"
                 continue
@@ -75,7 +75,8 @@ def _values() -> Iterator[str]:
         yield f"\n{(inspect.getdoc(kind) or '').splitlines()[0]}\n\n| value | default | |\n|---|---|---|"
         for item in dataclasses.fields(kind):
             if "about" in item.metadata:
-                about = config.knobs()[prefix + item.name]
+                limits = "" if "choices" in item.metadata else config._allowed(item.metadata)
+                about = item.metadata["about"] + (f" ({limits})" if limits else "")
                 yield f"| `{prefix}{item.name}` | {_default(item.default)} | {_cell(about)} |"
 
 

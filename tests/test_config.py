@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from fewlabels import asked, config, plan, recipes
 from fewlabels.config import FinetuneRecipe, PretrainRecipe, Recipe
 from fewlabels.errors import CannotCreate, MissingInput, UsageError
-from fewlabels.model import optim
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder
 
@@ -296,7 +295,8 @@ def test_an_optimizer_brings_its_learning_rate(tmp_path: Path) -> None:
 
     for optimizer, (rate, scaling) in config.RATES.items():
         assert pretrained(optimizer=optimizer) == (optimizer, rate, scaling)
-    assert set(config.RATES) == set(optim.OPTIMIZERS)
+    schedule = {field.name: field.metadata for field in fields(config.Schedule)}
+    assert set(config.RATES) == set(schedule["optimizer"]["choices"])
     assert pretrained(str(own)) == ("lars", 0.1, "sqrt")
     assert pretrained(str(own), optimizer="lars") == ("lars", 0.1, "sqrt"), "as the file has it already"
     assert pretrained(str(own), optimizer="adamw") == ("adamw", 2e-3, "none")

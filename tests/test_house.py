@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_KNOBS = 450, 60, 60
 # found in seventy places (320), an optimizer that learns more a step, on all threads,
 # and the rate that a named one brings (210), models that answer as if classes came equally often and a file for what
 # commands may be told (70), how good spread labels are (55), refusals of hostile files
-MOST_LINES = 16_335
+MOST_LINES = 16_000
 
 # Floor of every module; an import goes down only, or stays inside one folder
 FLOORS = {
@@ -123,7 +124,7 @@ def test_forbidden_packages_and_calls() -> None:
 
 def test_knobs_are_counted() -> None:
     # Adding a knob is a decision: change this list in the same commit and say why there
-    names = config.knobs()
+    names = config.flat(asdict(config.Recipe())).keys() - {"name"}
     # 42: pretrained, to begin with a published model; 43: self_temperature, as the paper has two; 44: teacher_epochs
     # 45, 46: pretrain.chunk and chunk_norm, for batches beyond the memory and what that costs batch norm
     # 47: recompute, for networks whose activations are beyond the memory

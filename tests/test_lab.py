@@ -125,7 +125,6 @@ def test_the_table_of_self_training(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(rows) == set(selftraining.WAYS)
     assert Counter(trained) == {  # from labels alone, then one fine-tuning for five rows
         Pretrain: 1, Finetune: 4, Distill: 2, SelfTrain: 2, selftraining.Unshifted: 2, selftraining.FixMatch: 2,
-        selftraining.Contrasted: 2,
     }  # fmt: skip
     again = selftraining.Comparison(laboratory(tmp_path), Body(TINY), 2).rows([12], ["fine-tuned"])
     assert again == {"fine-tuned": rows["fine-tuned"]}

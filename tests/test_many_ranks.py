@@ -15,8 +15,8 @@ import pytest
 
 import fewlabels
 import many_ranks
-from fewlabels import agreement
-from fewlabels.errors import SHOWN_DETAILS
+from fewlabels import agreement, runtime
+from fewlabels.errors import SHOWN_DETAILS, UsageError
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(fewlabels.__file__).parent
@@ -119,6 +119,9 @@ def test_ranks_of_another_version_do_not_start(tmp_path: Path) -> None:
     assert not (tmp_path / "apart").exists()
 
 
-def test_many_ranks_are_named_shortly() -> None:
-    assert agreement._ranks([3]) == "rank 3"
-    assert agreement._ranks(list(range(8))) == "ranks 0, 1, 2, 3 and 4 more"
+def test_of_many_ranks_the_first_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [1, 1, 1, 2, 2, 3, 1, 1]
+    monkeypatch.setattr(runtime, "from_all", lambda facts: [facts | {"seed": value} for value in values])
+    with pytest.raises(UsageError, match="the 8 processes of this job do not agree") as met:
+        agreement._compare({"size": 32, "seed": 1}, UsageError, fix="none")
+    assert met.value.details == ("seed: rank 0: 1; rank 3: 2",)

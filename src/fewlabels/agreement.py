@@ -6,14 +6,13 @@ changed in one of eight terminals, a run folder on a disk that only one machine 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -24,23 +23,11 @@ from fewlabels.errors import DataError, FewlabelsError, UsageError
 from fewlabels.prepare import Prepared, images_digest, versions
 from fewlabels.runfolder import RunFolder
 
-T = TypeVar("T")
 
-
-def _among_ranks(check: Callable[[T], None]) -> Callable[[T], None]:
-    """check, where there is more than one rank to agree."""
-
-    @functools.wraps(check)
-    def unless_alone(value: T) -> None:
-        if runtime.world_size() > 1:
-            check(value)
-
-    return unless_alone
-
-
-@_among_ranks
 def on_wishes(asked: Asked) -> None:
     """The same program, asked for the same, before any file is read."""
+    if runtime.world_size() == 1:
+        return
     where = "cuda" if torch.cuda.is_available() and asked.device != "cpu" else "cpu"
     facts = {
         "code": _code(), **versions(), "processes": runtime.world_size(), "device": where,
@@ -49,16 +36,18 @@ def on_wishes(asked: Asked) -> None:
     _compare(facts, UsageError, fix="start every process with the same command, the same fewlabels and the same torch")
 
 
-@_among_ranks
 def on_source(source: Source) -> None:
     """The same images by name, with the same labels and splits."""
+    if runtime.world_size() == 1:
+        return
     facts = {"images": _digest(source.names), "labels": _digest(source.labels), "splits": _digest(source.splits)}
     _compare(facts, DataError, fix="give every process the same images and labels, on a disk that all machines see")
 
 
-@_among_ranks
 def on_folder(folder: RunFolder) -> None:
     """One run folder, not one on every machine."""
+    if runtime.world_size() == 1:
+        return
     runtime.barrier()  # rank 0 has made it
     try:
         with (folder.path / ".lock").open() as file:  # opening asks a network disk anew
@@ -69,9 +58,10 @@ def on_folder(folder: RunFolder) -> None:
     _compare({"run folder": lock}, UsageError, fix="put --out on a disk that all machines see")
 
 
-@_among_ranks
 def on_plan(prepared: Prepared) -> None:
     """The same pixels, recipe and number format, before the first step."""
+    if runtime.world_size() == 1:
+        return
     labels = prepared.dataset.labels[prepared.dataset.train]
     data = {"pixels": images_digest(prepared.dataset), "known labels": hashlib.sha256(labels.tobytes()).hexdigest()}
     _compare(data, DataError, fix="give every process the same images and labels, on a disk that all machines see")
@@ -80,28 +70,19 @@ def on_plan(prepared: Prepared) -> None:
 
 
 def _compare(facts: Mapping[str, Any], kind: type[FewlabelsError], fix: str) -> None:
-    """Raise kind on every rank if a fact differs, naming it and who has which value."""
+    """Raise kind on every rank if a fact differs, naming it, rank 0's value, and the first rank with another one."""
     everyone = [config.flat(each) for each in runtime.from_all(dict(facts))]
     details = []
     for name in sorted({name for each in everyone for name in each}):
-        holders: dict[str, list[int]] = {}
-        for rank, each in enumerate(everyone):
-            holders.setdefault(str(each.get(name, "not given")), []).append(rank)
-        if len(holders) > 1:
-            details.append(f"{name}: " + "; ".join(f"{_ranks(them)}: {value}" for value, them in holders.items()))
+        values = [str(each.get(name, "not given")) for each in everyone]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), 0)
+        if other:
+            details.append(f"{name}: rank 0: {values[0]}; rank {other}: {values[other]}")
     if details:
         raise kind(
             f"the {len(everyone)} processes of this job do not agree", details=details,
             why="they would train different runs as one; nothing was trained", fix=fix,
         )  # fmt: skip
-
-
-def _ranks(numbers: list[int]) -> str:
-    """rank 3; ranks 0, 1, 2, 3 and 4 more."""
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
-    return f"ranks {', '.join(map(str, numbers[:4]))}{more}"
 
 
 def _code() -> str:

@@ -130,10 +130,8 @@ def resolve(asked: Asked, facts: Facts, stored: dict[str, Any] | None, begun: se
         top = {name: getattr(before, name) for name in names}
         recipe, explicit = replace(recipe, **kept, **top), top | explicit
         if "finetune" in begun:  # self-training may want another start of it, and the baseline has stage 3's optimizer
-            stays = [
-                k for k in ("self_training", "optimizer", "learning_rate", "scaling") if not asked.names("distill", k)
-            ]
-            same = {knob: getattr(before.distill, knob) for knob in stays}
+            knobs = ("self_training", "optimizer", "learning_rate", "scaling")
+            same = {knob: getattr(before.distill, knob) for knob in knobs if not asked.names("distill", knob)}
             recipe = replace(recipe, distill=replace(recipe.distill, **same))
     if asked.student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=asked.student))
@@ -239,7 +237,7 @@ def on_command_line(**values: Any) -> Asked:
     """Asked from the words of a command line. Images, labels and test left out are those that the run folder knows."""
     out = Path(values["out"])
     known = (RunFolder(out).resolved() or {}).get("inputs", {})
-    images = values.get("images")
+    images = values["images"] = values.get("images") or None
     if images is not None and ("images" not in known or real(known["images"]) != real(images)):
         known = {}  # other images have other labels
     for name in ("images", "labels", "test"):

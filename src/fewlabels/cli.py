@@ -16,6 +16,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -35,17 +36,13 @@ FIXES |= dict.fromkeys(errors.CLOSED, "give another path, or give yourself the r
 def _asked(command: Fit, until: str) -> Any:
     from fewlabels import asked
 
+    names = [item.name for item in dataclasses.fields(command) if item.name not in ("options", "json")]
     overrides = {
         name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
         for name, value in dataclasses.asdict(command.options).items()
-        if value is not None
     }
-    return asked.on_command_line(
-        images=command.images or None, labels=command.labels, test=command.test, out=command.out,
-        recipe=command.recipe, student=command.student, budget=command.budget, seed=command.seed,
-        device=command.device, keep_labels=command.keep_labels, max_bad=command.max_bad, until=until,
-        overrides={name: value for name, value in overrides.items() if value != {}},
-    )  # fmt: skip
+    overrides = {name: value for name, value in overrides.items() if value not in (None, {})}
+    return asked.on_command_line(**{name: getattr(command, name) for name in names}, until=until, overrides=overrides)
 
 
 def _fit(command: Fit, until: str = "distill") -> None:
@@ -137,8 +134,6 @@ def _is_stdout(out: str) -> bool:
 
 
 def _export(command: Export) -> None:
-    from pathlib import Path
-
     from fewlabels.use import export, predict
 
     folder = Path(command.out) if command.out else Path(command.run) / "export"
@@ -147,16 +142,12 @@ def _export(command: Export) -> None:
 
 
 def _report(command: Report) -> None:
-    from pathlib import Path
-
     from fewlabels.use import report
 
     _say(str(report.write(Path(command.run))))
 
 
 def _suggest(command: Suggest) -> None:
-    from pathlib import Path
-
     from fewlabels import checkpoint
     from fewlabels.use import suggest
 
@@ -293,13 +284,8 @@ def _dispatch(words: list[str]) -> int:
 
 def _spelled_out(words: list[str]) -> list[str]:
     """--recompute as --recompute True, --no-recompute as --recompute False: tyro wants a value for what may be None."""
-    parts = [("", config.Recipe), *((f"{name}.", kind) for name, kind in config.SECTIONS.items())]
-    flags = {
-        f"--{prefix}{item.name}".replace("_", "-")
-        for prefix, kind in parts
-        for item in dataclasses.fields(kind)
-        if isinstance(item.default, bool)
-    }
+    defaults = config.flat(dataclasses.asdict(config.Recipe()))
+    flags = {f"--{name}".replace("_", "-") for name, value in defaults.items() if isinstance(value, bool)}
     told = []
     for word, following in zip(words, [*words, ""][1:], strict=True):
         plain = word.replace("_", "-")

@@ -6,7 +6,6 @@ Recipe fields become options by themselves, from config.Recipe.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -26,16 +25,11 @@ def _overrides(kind: type) -> type:
             part = _overrides(config.SECTIONS[item.name])
             fields.append((item.name, part, field(default_factory=part)))
         elif item.name != "name":
-            hint = hints[item.name]
-            optional = hint if isinstance(hint, types.UnionType) else hint | None
-            fields.append((item.name, Annotated[optional, tyro.conf.arg(help=_help(item))], field(default=None)))
+            about = tyro.conf.arg(help=item.metadata["about"])
+            fields.append((item.name, Annotated[hints[item.name] | None, about], field(default=None)))
     made = dataclasses.make_dataclass(f"{kind.__name__}Options", fields, kw_only=True)
     made.__doc__ = (kind.__doc__ or "").splitlines()[0] + " Left out = as the recipe says."
     return made
-
-
-def _help(item: dataclasses.Field[Any]) -> str:
-    return str(item.metadata["about"])
 
 
 RecipeOptions = _overrides(config.Recipe)

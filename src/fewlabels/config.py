@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ class Schedule:
     optimizer: str = knob(
         "lars",
         "lars, sgd (Nesterov), adamw or muon; named alone it has its usual rate (in finetune name a rate too)",
-        choices=("lars", "sgd", "adamw", "muon"),
+        choices=tuple(RATES),
     )
     learning_rate: float = knob(0.1, "base learning rate, before scaling by the batch", above=0)
     scaling: str = knob(
@@ -218,13 +217,9 @@ def _faults(part: Any, prefix: str) -> typing.Iterator[str]:
 
 
 def _within(value: float, options: Mapping[str, Any]) -> bool:
-    # NaN fails every comparison that it must pass; no sum of steps is made of infinity
-    return (
-        abs(value) < LARGEST
-        and value >= options.get("least", float("-inf"))
-        and value <= options.get("most", float("inf"))
-        and (value > options["above"] if "above" in options else True)
-    )
+    # NaN fails every comparison; no sum of steps is made of infinity
+    least, most, above = options.get("least", -LARGEST), options.get("most", LARGEST), options.get("above", -LARGEST)
+    return bool(abs(value) < LARGEST and least <= value <= most and value > above)
 
 
 # --- changing a recipe -------------------------------------------------------------------------------------
@@ -282,7 +277,7 @@ def _where_it_lives(name: str) -> str:
 
 
 def _as_type(value: Any, hint: Any) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) or (hint,)
     if value is None:
         if type(None) in options:
             return None
@@ -301,8 +296,8 @@ def _as_type(value: Any, hint: Any) -> Any:
 
 
 def _type_name(hint: Any) -> str:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}[options[0].__name__]
+    kind = (typing.get_args(hint) or (hint,))[0]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -354,17 +349,4 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
-
-
-def knobs() -> dict[str, str]:
-    """Every option of a recipe by its full name, with its explanation and limits."""
-    found = {}
-    for prefix, kind in [("", Recipe), *((f"{name}.", kind) for name, kind in SECTIONS.items())]:
-        for item in dataclasses.fields(kind):
-            if "about" in item.metadata:
-                allowed = _allowed(item.metadata)
-                found[prefix + item.name] = item.metadata["about"] + (
-                    f" ({allowed})" if allowed and "choices" not in item.metadata else ""
-                )
     return found

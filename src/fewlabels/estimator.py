@@ -64,8 +64,7 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
 
     def predict_proba(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(N, K) probabilities, columns as in classes_."""
-        probabilities: npt.NDArray[np.float32] = self._model(X).predict_proba(X)[:, self._columns]
-        return probabilities
+        return self._model(X).predict_proba(X)[:, self._columns]
 
     def transform(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(N, D) features of the deployed network."""
@@ -75,8 +74,4 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
         check_is_fitted(self, "model_")
         if isinstance(X, np.ndarray) and X.ndim < 3:
             raise UsageError(f"{X.shape} are rows, and no images", fix="give an array (N, H, W) or (N, H, W, 3)")
-        model: Model = self.model_
-        return model
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "model_")
+        return self.model_

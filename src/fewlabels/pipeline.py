@@ -5,11 +5,10 @@ A finished stage is skipped, a broken one goes on from its last checkpoint; the 
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,7 @@ from fewlabels.data.source import Source
 from fewlabels.errors import DataError, FewlabelsError, RankFailed, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
-from fewlabels.prepare import (
-    Prepared,
-    check_resumable,
-    explain,
-    open_images,
-    prepare,
-    stages_to_run,
-    write_resolved,
-)
+from fewlabels.prepare import Prepared, check_resumable, explain, open_images, prepare, stages_to_run, write_resolved
 from fewlabels.runfolder import Interrupts, RunFolder, duration, read_json, say
 from fewlabels.use import artefact, compare, facts, report, suggest
 from fewlabels.use.artefact import Card
@@ -110,7 +101,7 @@ def run(asked: Asked) -> Run:
                 folder.status("running", "prepare")
                 prepared = prepare(asked, source, folder, device)
                 del source  # the paths of ten million files are 1 GB
-                _run_stages(asked, folder, prepared, interrupts)
+                _run_stages(asked, prepared, interrupts)
     return Run(asked.out)
 
 
@@ -135,7 +126,7 @@ def _images(asked: Asked) -> Source:
     return source
 
 
-@contextlib.contextmanager
+@contextmanager
 def _scratch(out: Path) -> Iterator[RunFolder]:
     """One folder for all ranks, gone at the end. It is where the run would be: /tmp may be small."""
     place = next(p for p in out.absolute().parents if p.is_dir())
@@ -209,7 +200,8 @@ def _told(largest: dict[str, dict[str, int]]) -> list[str]:
     ]
 
 
-def _run_stages(asked: Asked, folder: RunFolder, prepared: Prepared, interrupts: Interrupts) -> None:
+def _run_stages(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> None:
+    folder = prepared.folder
     agreement.on_plan(prepared)
     stages = _wanted_stages(asked, prepared)
     worker = Worker(prepared, interrupts)
@@ -308,29 +300,28 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
     )  # fmt: skip
     compare.write(path, results, arrays)
     classifier, head = worker.classifiers.get(final), None
-    if final == "pretrain":  # a model too: it has features, and --pretrained can begin with it
+    if classifier is None:  # that of pretraining is a model too: it has features, and --pretrained can begin with it
         classifier, head = Classifier(worker.pretrain().encoder, None, tap=0, num_classes=1), worker.pretrain().head
-    if classifier is not None:
-        student = recipe.distill.student if final == "distill" else None
-        card = Card(
-            encoder=student or recipe.encoder,
-            tap=classifier.tap,
-            head_layers=recipe.pretrain.head_layers,
-            head_out=recipe.pretrain.head_out,
-            whole_head=head is not None,
-            classes=prepared.dataset.classes if head is None else (),
-            size=recipe.size,
-            kind=recipe.kind,
-            canvas=prepared.dataset.store.canvas,
-            temperature=results["temperature"],
-            # Where labels were spread it learned classes as often as the graph gave them
-            labels_a_class=() if head or prepared.spreads else tuple(prepared.dataset.labels_a_class.tolist()),
-            metrics=results["measurement"],
-            training={
-                "recipe": recipe.name, "images": len(prepared.dataset.train), "labels": len(prepared.dataset.labeled),
-                "seed": prepared.seed,
-            },
-        )  # fmt: skip
-        artefact.save(prepared.folder.model, classifier, card, head)
+    student = recipe.distill.student if final == "distill" else None
+    card = Card(
+        encoder=student or recipe.encoder,
+        tap=classifier.tap,
+        head_layers=recipe.pretrain.head_layers,
+        head_out=recipe.pretrain.head_out,
+        whole_head=head is not None,
+        classes=prepared.dataset.classes if head is None else (),
+        size=recipe.size,
+        kind=recipe.kind,
+        canvas=prepared.dataset.store.canvas,
+        temperature=results["temperature"],
+        # Where labels were spread it learned classes as often as the graph gave them
+        labels_a_class=() if head or prepared.spreads else tuple(prepared.dataset.labels_a_class.tolist()),
+        metrics=results["measurement"],
+        training={
+            "recipe": recipe.name, "images": len(prepared.dataset.train), "labels": len(prepared.dataset.labeled),
+            "seed": prepared.seed,
+        },
+    )  # fmt: skip
+    artefact.save(prepared.folder.model, classifier, card, head)
     prepared.folder.status("finished")
     checkpoint.write_text(prepared.folder.report, report.render(facts.read(path)))

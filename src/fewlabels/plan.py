@@ -204,7 +204,6 @@ def fit_budget(
     left = max(0.1 * seconds, TRAINING_SHARE * seconds - set_aside)
     sections: dict[str, Schedule] = {}
     sums: list[str] = []
-    shares = {stage: share for stage, share in {"pretrain": 0.7, "distill": 0.3}.items() if stage in per_step}
     if "finetune" in per_step:
         needed = costs["finetune"] + costs["supervised"]
         most = needed if "finetune" in stay else LABELS_SHARE * left
@@ -215,7 +214,7 @@ def fit_budget(
                 f"({LABELS_SHARE:g} of the training time) // {needed:,.0f} s with the baseline"
             )
         left -= min(needed, most)
-    shares = {stage: share for stage, share in shares.items() if stage not in stay}
+    shares = {stage: share for stage, share in (("pretrain", 0.7), ("distill", 0.3)) if stage in per_step.keys() - stay}
     for stage, share in ((stage, share / sum(shares.values())) for stage, share in shares.items()):
         schedule: Schedule = getattr(recipe, stage)
         batch = fitted_batch(schedule.batch, images[stage], ranks)

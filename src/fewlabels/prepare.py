@@ -211,7 +211,7 @@ def _stored(folder: RunFolder, note: Path, about: Mapping[str, Any]) -> bool:
         return False
     try:
         before = checkpoint.read_sealed(note)
-        pixels.open_store(folder.data, lambda _: None)
+        pixels.open_store(folder.data, lambda _: b"")
     except checkpoint.UNREADABLE as error:  # a StorageError is an OSError
         say(f"  warning: {getattr(error, 'what', f'{note} is damaged: {error}')}; the images are read anew")
         return False
@@ -264,7 +264,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
         if flat_before.get(name) != flat_now.get(name)
     ]
     if differences:
-        later = " ".join(str(folder / name) for name in ("finetune", "supervised", "distill_self", "distill"))
+        later = " ".join(str(folder / name) for name in SAVING[1:])
         fix = "give a new --out for the new settings, or repeat the command that made this folder"
         if stage != "pretrain":
             fix += f"; to keep the pretraining and do the rest anew, first rm -rf {later}"

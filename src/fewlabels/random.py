@@ -9,7 +9,7 @@ The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
 
 So what an image looks like depends neither on the batch it is in, nor on workers, ranks, devices or restarts.
 
-B = images, K = blocks. All arithmetic is int64 on values below 2^32, with no overflow.
+B = images, K = blocks. All arithmetic is int64 on values below 2^32; their products wrap, which the masks undo.
 """
 
 from __future__ import annotations
@@ -70,17 +70,9 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     for turn in range(ROUNDS):
         keys = [(word + turn * step) & MASK for word, step in zip(key, KEY_STEPS, strict=True)]
         round_key = torch.where(first, keys[0], keys[1])
-        high, low = _multiply(even, multiplier)
-        even, odd = high.flip(-1) ^ odd ^ round_key, low.flip(-1)
+        product = even * multiplier  # wraps; the mask takes off what its sign shifts in
+        even, odd = (product >> 32 & MASK).flip(-1) ^ odd ^ round_key, (product & MASK).flip(-1)
     return torch.stack([even, odd], dim=-1).flatten(-2)
-
-
-def _multiply(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of the 64-bit product of 32-bit words, by 16-bit halves of b so that nothing exceeds 2^49."""
-    by_low, by_high = a * (b & 0xFFFF), a * (b >> 16)
-    high = (by_high + (by_low >> 16)) >> 16
-    low = (((by_high & 0xFFFF) << 16) + by_low) & MASK
-    return high, low
 
 
 def check_key(seed: int, epoch: int, stream: int, blocks: int) -> None:

@@ -5,6 +5,7 @@ A recipe returns numbers as they are asked for; what follows from them (steps, p
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -141,49 +142,39 @@ def auto(facts: Facts) -> Recipe:
     return replace(best(facts), name="auto")
 
 
-def paper_imagenet(depth: int, width: int, *, selective_kernel: bool) -> Callable[[Facts], Recipe]:
+def paper_imagenet(network: str, facts: Facts) -> Recipe:
     """The paper's own settings for ImageNet: 800 epochs at batch 4096 and 224 px on 128
     TPU cores, and what it says of 1 %, 10 % and all of the labels.
 
     Views have TensorFlow 1's form. The student of --student is taught by the big network after that was distilled into
     itself, as the paper's best small models were.
     """
-    encoder = f"resnet{depth}" + (f"_{width}x" if width > 1 else "") + ("_sk" if selective_kernel else "")
-    plain = width == 1 and not selective_kernel
-
-    def recipe(facts: Facts) -> Recipe:
-        labels = facts.labeled / max(1, facts.images)
-        return Recipe(
-            name=f"paper_imagenet_{encoder.removeprefix('resnet')}",
-            encoder=encoder,
-            size=224,
-            kind="reference_tf1",
-            working_size=320,
-            pretrain=PretrainRecipe(epochs=800, batch=4096, momentum=0.999, queue=65536),
-            finetune=FinetuneRecipe(
-                epochs=60 if labels < 0.05 else 30, batch=1024, learning_rate=0.005 if plain else 0.002, warmup=0.0,
-                weight_decay=0.0, tap=0 if labels > 0.5 else 1,
-            ),
-            distill=DistillRecipe(epochs=400, batch=4096, self_temperature=0.1),
-        )  # fmt: skip
-
-    return recipe
+    labels, plain = facts.labeled / max(1, facts.images), "_" not in network
+    return Recipe(
+        name=f"paper_imagenet_{network}",
+        encoder=f"resnet{network}",
+        size=224,
+        kind="reference_tf1",
+        working_size=320,
+        pretrain=PretrainRecipe(epochs=800, batch=4096, momentum=0.999, queue=65536),
+        finetune=FinetuneRecipe(
+            epochs=60 if labels < 0.05 else 30, batch=1024, learning_rate=0.005 if plain else 0.002, warmup=0.0,
+            weight_decay=0.0, tap=0 if labels > 0.5 else 1,
+        ),
+        distill=DistillRecipe(epochs=400, batch=4096, self_temperature=0.1),
+    )  # fmt: skip
 
 
 # The 13 architectures of the paper's Table 1
-_TABLE_1 = [(d, w, sk) for d in (50, 101, 152) for w in (1, 2) for sk in (False, True)] + [(152, 3, True)]
+_TABLE_1 = [f"{d}{w}{sk}" for d in (50, 101, 152) for w in ("", "_2x") for sk in ("", "_sk")] + ["152_3x_sk"]
 RECIPES: dict[str, Callable[[Facts], Recipe]] = {
     "auto": auto,
     "best": best,
     "simclrv2": simclrv2,
     "digits": digits,
     "smoke": smoke,
-} | {
-    f"paper_imagenet_{depth}" + (f"_{width}x" if width > 1 else "") + ("_sk" if sk else ""): paper_imagenet(
-        depth, width, selective_kernel=sk
-    )
-    for depth, width, sk in _TABLE_1
 }
+RECIPES |= {f"paper_imagenet_{network}": functools.partial(paper_imagenet, network) for network in _TABLE_1}
 
 
 def named(name: str, facts: Facts) -> Recipe:

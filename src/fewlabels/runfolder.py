@@ -235,19 +235,15 @@ class Progress:
         self.last = now
         speed = (step - self.first) / max(now - self.began, 1e-9)
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", "accuracy", "agreement") if name in values)
+        left = "done" if done else f"{duration((self.total - step) / max(speed, 1e-9))} left"
         line = (
             f"{self.stage:<10} step {step:,}/{self.total:,} ({step / self.total:.0%})  {shown}  "
-            f"{speed * self.batch:,.0f} images/s  {clock(self.total, step, speed)}"
+            f"{speed * self.batch:,.0f} images/s  {left}"
         )
         if self.live:
             tell(f"\r\x1b[2K{line}", end="\n" * done)
         else:
             say(line)
-
-
-def clock(total: int, step: int, speed: float) -> str:
-    """How long the rest takes at this speed (steps a second)."""
-    return f"{duration((total - step) / max(speed, 1e-9))} left" if step < total else "done"
 
 
 def duration(seconds: float) -> str:

@@ -291,15 +291,6 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of a CPU tensor over all ranks, for numbers that are told; not differentiable. Alone: x itself."""
-    if world_size() == 1:
-        return x
-    total = x.clone()
-    dist.all_reduce(total, group=_hosts[0])
-    return total / world_size()
-
-
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over ranks, all in one collective; sharded ones are that already.
 

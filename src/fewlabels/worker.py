@@ -118,16 +118,6 @@ class Worker:
 
         return self._seeded("pretrain", build)
 
-    def _given(self) -> tuple[Pretrained, Classifier] | None:
-        """The model that takes pretraining's place, if one was asked for: what to begin with, and its classifier."""
-        if self.recipe.pretrained is None:
-            return None
-        classifier, head, _ = artefact.read_whole(Path(self.recipe.pretrained))
-        for module in (classifier, head):
-            if module is not None:
-                self.prepared.precision.layout(module.to(self.device).requires_grad_(True))
-        return Pretrained(classifier.encoder, head), classifier
-
     def _outline(self) -> Pretrained:
         """Networks like those that pretraining will give, for trying and timing."""
         if self.recipe.pretrained is not None:
@@ -185,11 +175,14 @@ class Worker:
 
     def pretrain(self) -> Pretrained:
         """Stage 1 on all training images, or the model that was given in its place."""
-        given = self._given() if self.pretrained is None else None
-        if given is not None:
-            self.pretrained = given[0]
+        if self.pretrained is None and self.recipe.pretrained is not None:
+            classifier, head, _ = artefact.read_whole(Path(self.recipe.pretrained))
+            for module in (classifier, head):
+                if module is not None:
+                    self.prepared.precision.layout(module.to(self.device).requires_grad_(True))
+            self.pretrained = Pretrained(classifier.encoder, head)
             if not len(self.dataset.labeled):
-                self.classifiers["finetune"] = given[1]
+                self.classifiers["finetune"] = classifier
         elif self.pretrained is None:
             stage = self._pretrain_stage()
             self._train("pretrain", stage)
@@ -282,11 +275,11 @@ class Worker:
         )  # fmt: skip
 
     def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:
-        if name not in self.classifiers and student is None and self.prepared.self_trains:
+        if student is None and self.prepared.self_trains:
             itself = self._self_train(name, teacher)
             self._train(name, itself)
             self.classifiers[name] = itself.average
-        elif name not in self.classifiers:
+        else:
             network, settings = self._student(name, student, self.pretrain()), self.recipe.distill
             stage = Distill(
                 teacher, network, view=self._view(name),
@@ -303,15 +296,12 @@ class Worker:
             self.classifiers[name] = network
         return self.classifiers[name]
 
-    def supervised(self) -> Classifier:
+    def supervised(self) -> None:
         """The baseline: the same network from random weights, on the labels alone."""
-        if "supervised" not in self.classifiers:
-            fresh = self._pretrain_stage()
-            network = self._teacher("supervised", Pretrained(fresh.encoder, fresh.head))
-            stage = Finetune(network, view=self._view("supervised"))
-            self._train("supervised", stage)
-            self.classifiers["supervised"] = network
-        return self.classifiers["supervised"]
+        fresh = self._pretrain_stage()
+        stage = self._fresh_finetune("supervised", Pretrained(fresh.encoder, fresh.head))
+        self._train("supervised", stage)
+        self.classifiers["supervised"] = stage.network
 
     # --- training ---
 

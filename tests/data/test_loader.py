@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -136,18 +134,6 @@ def test_which_images_go_onto_the_device() -> None:
     assert not loader.fits(dataset, ids, passes=1.0, free=int(size / 0.3) - 1)
     assert not loader.fits(dataset, ids, passes=0.9, free=10 * size)  # it would read more than it saves
     assert runtime.free_memory(CPU) == 0
-
-
-def test_waiting_is_counted_and_the_step_is_not() -> None:
-    def slow() -> Iterator[int]:
-        for number in range(3):
-            time.sleep(0.05)
-            yield number
-
-    waiting = loader.Waiting(slow())  # type: ignore[arg-type]
-    for _ in waiting:
-        time.sleep(0.1)
-    assert 0.15 <= waiting.seconds < 0.3
 
 
 def test_a_fault_while_reading_reaches_the_loop() -> None:

@@ -581,7 +581,7 @@ def test_urls_of_all_forms(forms: dict[str, Path], memory: str) -> None:
                 f"simplecache::{memory}/labels"):  # fmt: skip
         source = open_source(url)
         assert source.names == names, url
-        assert decode.decode(source.at(0)).shape == (24, 24, 3)  # type: ignore[arg-type]
+        assert decode.decode(source.at(0)).shape == (24, 24, 3)
     assert len(open_source(f"{memory}/plain/0.parquet")) == 14
     for url in (f"{memory}/nothing", f"{memory}/labels/none.tar"):
         with pytest.raises(MissingInput, match=r"missing|no files there"):
@@ -624,7 +624,7 @@ def test_a_failing_range_is_tried_again_and_then_named(
     if form == "labels":  # and while it is decoded: what does not arrive is no bad picture
         assert "shard-000.tar/000.png" in stopped.value.what
         with pytest.raises(StorageError, match="could not be read"):
-            decode.header_size(source.at(0))  # type: ignore[arg-type]
+            decode.header_size(source.at(0))
         with pytest.raises(StorageError, match="could not be read"):
             pixels.build(source, tmp_path / "again", working_size=24, bad_csv=tmp_path / "bad.csv", threads=2)
 
@@ -634,7 +634,7 @@ def test_a_short_answer_is_a_failed_one(memory: str, monkeypatch: pytest.MonkeyP
     sound, answers = files.cat_file, iter((10, None))
     monkeypatch.setattr(files, "cat_file", lambda *a, **k: sound(*a, **k)[: next(answers)])
     source = open_source(f"{memory}/labels")
-    assert decode.decode(source.at(0)).shape == (24, 24, 3)  # type: ignore[arg-type]
+    assert decode.decode(source.at(0)).shape == (24, 24, 3)
 
 
 def test_what_changed_behind_a_url_stops_the_reading(memory: str, tmp_path: Path) -> None:

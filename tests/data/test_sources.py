@@ -269,6 +269,8 @@ def test_arrays_in_memory_in_npy_and_in_npz_are_the_same(tmp_path: Path, stack: 
         assert np.array_equal(np.stack(decoded(source)), stack)
         assert set(source.labels) == {None}
         assert len(list(source.sample(3))) >= 1
+        assert np.array_equal(np.stack([source.at(i) for i in (6, 0, 3)]), stack[[6, 0, 3]])
+        assert source.seekable is not str(images).endswith(".npz")
     grey = open_source(stack[..., 0])
     assert np.array_equal(np.stack(decoded(grey)), np.repeat(stack[..., :1], 3, axis=3))
 
@@ -629,6 +631,16 @@ def test_two_images_of_one_name_are_never_mixed_up(tmp_path: Path, stack: np.nda
     with pytest.raises(DataError) as refused:
         open_source(twice, table)
     assert "several images are called" in refused.value.details[0]
+
+
+def test_relative_paths_are_those_of_the_working_folder_of_the_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "two"):
+        picture(tmp_path / folder / "in/1.png")
+        (tmp_path / folder / "labels.csv").write_text(f"image,label\nin/1.png,{folder}\n")
+        monkeypatch.chdir(tmp_path / folder)
+        assert open_source(["in/1.png"], "labels.csv").labels == (folder,)
 
 
 def test_parquet_files_whose_images_share_names_can_be_labeled(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_the_official_chain_is_its_parts_in_order(pixels: torch.Tensor) -> None:
     for i in range(40):
         box = placement.box[i : i + 1]
         still = torch.tensor([False])
-        image = views.place(images[:1], views.Placement(box, still, torch.eye(2, 3)[None]), size=size, kind="reference")
+        image = views.place(images[:1], views.Placement(box, still), size=size, kind="reference")
         image = image.flip(3) if placement.flip[i] else image
         if paint.jitter[i]:
             for number in paint.order[i].tolist():

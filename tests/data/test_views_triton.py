@@ -120,7 +120,7 @@ def painted(kind: str, size: int, radius: int, **changes: torch.Tensor) -> Pair:
     placement = views.draw_placement(extent, torch.arange(count), epoch=0, seed=0, view=0, kind=kind)
     drawn = views.draw_paint(torch.arange(count), epoch=0, seed=0, view=0)
     strokes = dataclasses.replace(drawn, **changes)
-    made = views_triton.make(pixels, placement, strokes, size=size, kind=views.KINDS[kind], warp=False, radius=radius)
+    made = views_triton.make(pixels, placement, strokes, size=size, kind=views.KINDS[kind], radius=radius)
     expected = views.paint(views.place(pixels, placement, size=size, kind=kind), strokes, blur=False, kind=kind)
     if radius:
         blurred = colour.blur(expected, strokes.sigma, radius=radius, dark_border=views.KINDS[kind].official)

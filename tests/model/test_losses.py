@@ -308,3 +308,16 @@ def test_two_ranks_are_one_process(ranks):
 
 if __name__ == "__main__":
     own_part(Path(sys.argv[1]))
+
+
+def test_products_are_torchs_where_onednns_are_not_to_be_had(monkeypatch):
+    def changed(*_):
+        raise RuntimeError("_linear_pointwise() expected at most 5 arguments")
+
+    x, y = torch.rand(5, 3), torch.rand(4, 3)
+    contrast._has_onednn.cache_clear()
+    torch.testing.assert_close(contrast._product(x, y), x @ y.T)
+    contrast._has_onednn.cache_clear()
+    monkeypatch.setattr(contrast, "_onednn", changed)
+    assert torch.equal(contrast._product(x, y), x @ y.T)
+    contrast._has_onednn.cache_clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,6 +328,27 @@ def test_a_stage_says_that_it_waited_for_images() -> None:
     assert runner._waited(0.9, 1.0, streamed) == ""  # type: ignore[arg-type] - less than a second is not worth a word
     assert "waited 12% of it for images: decoding" in runner._waited(12.0, 100.0, streamed)  # type: ignore[arg-type]
     assert "disk" in runner._waited(12.0, 100.0, stored)  # type: ignore[arg-type]
+
+
+def test_waiting_is_counted_and_the_step_is_not(
+    dataset: labels.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*asked: Any, **how: Any) -> Iterator[Batch]:
+        for batch in training_batches(*asked, **how):
+            time.sleep(0.05)
+            yield batch
+
+    def slower(batch: Batch, number: int) -> Tensor:
+        time.sleep(0.1)
+        return crop(batch, number)
+
+    monkeypatch.setattr(runner, "training_batches", slow)
+    work, at = job("finetune", dataset, "sgd"), Workplace(RunFolder(tmp_path), dataset, CPU, FP32, Interrupts())
+    work.stage.view = slower
+    runner.run(work, at)
+    status, steps = json.loads(at.folder.status_file.read_text()), work.derived.total_steps
+    waited, seconds = status["waited"]["finetune"], status["seconds"]["finetune"]
+    assert steps * 0.05 <= waited <= seconds - steps * 0.1
 
 
 def test_training_learns_what_can_be_seen(dataset: labels.Dataset) -> None:

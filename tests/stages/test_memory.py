@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +79,8 @@ def said_and_was(*, recompute: bool) -> tuple[float, float, float]:
             memory._forget_peak(CPU)
             resting = memory._peak(CPU)
             peak = memory._peak_of_a_step(large, place, state, IMAGES)
-    return needed.peak(IMAGES), peak, resting
+    fixed, image = needed
+    return fixed + image * IMAGES, peak, resting
 
 
 def image_of(*, chunk: int = 0, recompute: bool = False) -> float:
@@ -86,7 +89,7 @@ def image_of(*, chunk: int = 0, recompute: bool = False) -> float:
         place = place_in(Path(temporary))
         needed = memory.need(job(place, 128, chunk=chunk, recompute=recompute), place)
     assert needed is not None
-    return needed.image
+    return needed[1]
 
 
 def alone(measurement: str) -> list[float]:
@@ -115,7 +118,7 @@ def test_chunks_and_recomputation_need_less_for_an_image() -> None:
 
 
 def test_the_largest_batch_fills_the_room(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "need", lambda job, at: memory.Need(fixed=100.0, image=8.0))
+    monkeypatch.setattr(memory, "need", lambda job, at: (100.0, 8.0))
     for room, largest in ((1000.0, 100), (120.0, 1), (50.0, 0), (1e9, IMAGES)):
         monkeypatch.setattr(memory, "_room", lambda device, room=room: room)
         assert memory.largest_batch(job(place, 64), place) == largest
@@ -126,17 +129,47 @@ def test_the_largest_batch_fills_the_room(place: Workplace, monkeypatch: pytest.
     assert memory.largest_batch(job(place, 64), place) is None
 
 
-def test_too_little_memory_says_what_fits(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(*_: object) -> None:
-        raise torch.OutOfMemoryError("of 80 GiB")
+@pytest.mark.parametrize("way", [runner.run, runner.seconds_per_step])
+def test_too_little_memory_says_what_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Callable[[Job, Workplace], object]
+) -> None:
+    place = place_in(tmp_path)
+    work, shown = job(place, 64), list[int]()
+    states, coming = made_by(Job, "state", monkeypatch), made_by(runner, "training_batches", monkeypatch)
 
-    monkeypatch.setattr(runner, "train", no_room)
-    monkeypatch.setattr(memory, "_room", lambda device: 1e12)
+    def full(batch: Batch, number: int) -> torch.Tensor:
+        shown.append(number)
+        if len(shown) == 3:  # of the second step
+            assert states[0].optimizer.state
+            raise torch.OutOfMemoryError("of 80 GiB")
+        return view(batch, number)
+
+    def room(device: torch.device) -> float:
+        assert len(states) == 1, "nothing was measured yet"
+        assert not states[0].optimizer.state
+        assert coming[0].gi_frame is None, "closed"
+        return 1e12
+
+    work.stage.view = full
+    monkeypatch.setattr(memory, "_room", room)
     with pytest.raises(UsageError) as raised:
-        runner.run(job(place, 64), place)
+        way(work, place)
     assert raised.value.why == f"the largest batch that fits: about {IMAGES}"
     assert "--recompute" in raised.value.fix
     assert "smaller --pretrain.batch or --size or --pretrain.chunk" in raised.value.fix
+
+
+def made_by(home: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What calls of home.name return from now on."""
+    made, real = [], getattr(home, name)
+    monkeypatch.setattr(home, name, lambda *asked, **how: made.append(real(*asked, **how)) or made[-1])
+    return made
+
+
+def test_no_batch_fits_where_none_can_be_measured(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("of 80 GiB")
+
     monkeypatch.setattr(memory, "need", no_room)
     assert memory.largest_batch(job(place, 64), place) == 0
 

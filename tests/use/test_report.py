@@ -407,7 +407,7 @@ def test_figures_show_names_as_text(payload: str) -> None:
     svg = figures.feature_map(np.eye(3)[:, :2], np.array([0, 1, 1]), [name, "b"])
     page = Page(f"<div>{svg}</div>")
     assert page.faults == []
-    shown = name if len(name) <= 24 else name[:23] + "..."
+    shown = name if len(name) <= 26 else name[:23] + "..."
     assert " ".join(shown.split()) in page.text
     assert set(page.tags) <= {"div", "svg", "g", "defs", "path", "use", "text", "clippath", "rect", "image"}
 

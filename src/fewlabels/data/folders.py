@@ -26,8 +26,8 @@ CLUTTER_NAMES = ("readme", "license", "licence", "copying", "makefile", "manifes
 UNLABELED = ("unlabeled", "unlabelled")
 
 
-def scan(root: Path, wanted: Callable[[str], bool] | None = None) -> list[str]:
-    """Every picture below root as a relative path, sorted by bytes; or every file that is wanted, by its path.
+def scan(root: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """Every file below root that is wanted, by its path, as a relative path; sorted by bytes.
 
     Linked folders are entered after the real ones and never twice (by device and inode): loops end, and a folder
     that is also here in its own right is counted there.
@@ -39,26 +39,20 @@ def scan(root: Path, wanted: Callable[[str], bool] | None = None) -> list[str]:
         waiting = [linked.pop(0)]
         while waiting:
             below = waiting.pop()
-            if not _first_time(root / below, seen):
+            status = (root / below).stat()
+            node = (status.st_dev, status.st_ino)
+            if node in seen:
                 continue
+            seen.add(node)
             for entry in sorted(_entries(root / below), key=lambda entry: os.fsencode(entry.name)):
                 path = f"{below}/{entry.name}" if below else entry.name
                 if os.path.isdir(entry.path):  # noqa: PTH112 - False for a looping link, where entry.is_dir() raises
                     if not entry.name.startswith(".") and entry.name != "__MACOSX":
                         (linked if entry.is_symlink() else waiting).append(path)
-                elif (wanted or is_picture)(entry.path):
+                elif wanted(entry.path):
                     found.append(path)
         linked.sort(key=os.fsencode)
     return sorted(found, key=os.fsencode)
-
-
-def _first_time(folder: Path, seen: set[tuple[int, int]]) -> bool:
-    status = folder.stat()
-    key = (status.st_dev, status.st_ino)
-    if key in seen:
-        return False
-    seen.add(key)
-    return True
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

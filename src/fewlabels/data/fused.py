@@ -40,22 +40,21 @@ SLP_BEFORE, numba.config.SLP_VECTORIZE = numba.config.SLP_VECTORIZE, 1
 fast = numba.njit(nogil=True, cache=True, fastmath=True)
 
 
-def make(
-    pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: int, kind: Kind, warp: bool, radius: int
-) -> Tensor:
+def make(pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: int, kind: Kind, radius: int) -> Tensor:
     """The views of uint8 (B, 3, H, W) by these numbers, float32 (B, 3, size, size) in [0, 1].
 
     strokes: None for views that are only placed. radius: of the blur, 0 = none.
     """
     made = torch.empty(len(pixels), 3, size, size)
-    arrays = [part.contiguous().numpy() for part in (pixels, placement.box, placement.flip, placement.affine)]
+    affine = torch.zeros(len(pixels), 2, 3) if placement.affine is None else placement.affine
+    arrays = [part.contiguous().numpy() for part in (pixels, placement.box, placement.flip, affine)]
     if strokes is None:
         no, four = placement.flip.new_zeros(len(pixels)), torch.zeros(len(pixels), 4)
         brush = (no, four.long(), four, no, no, four[:, 0])
     else:
         brush = (strokes.jitter, strokes.order, strokes.factors, strokes.gray, strokes.blur, strokes.sigma)
     arrays += [part.contiguous().numpy() for part in brush]
-    settings = (RESIZE[kind.resize], warp, kind.colour, radius, kind.official)
+    settings = (RESIZE[kind.resize], placement.affine is not None, kind.colour, radius, kind.official)
     threads = min(torch.get_num_threads(), len(pixels))
     edges = [len(pixels) * i // threads for i in range(threads + 1)]
 

@@ -13,6 +13,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def assemble(
     _check_conflicts(groups, labels, splits, source, kept, classes)
     splits, leaked = _without_leaks(groups, splits)
     train = splits == TRAIN
-    notes = [f"also held out, left out of training: {_some(leaked, names)}"] if len(leaked) else []
+    notes = [f"also held out, left out of training: {_few([names[i] for i in leaked])}"] if len(leaked) else []
     if not train.any():
         raise DataError(
             f"{source.description}: every training image is also held out",
@@ -175,8 +176,8 @@ def keep_labels(dataset: Dataset, amount: str | int, seed: int) -> Dataset:
     rng = np.random.Generator(np.random.Philox(seed))
     order = rng.permutation(present)  # who gets one more when the classes cannot share equally
     mixed = {k: rng.permutation(rows[dataset.labels[rows] == k]) for k in present}
-    share = _equal_shares(np.array([len(mixed[k]) for k in order]), wanted)
-    chosen = np.concatenate([mixed[k][:n] for k, n in zip(order, share, strict=True)])
+    rounds = zip_longest(*(mixed[k] for k in order))  # one of each class that still has one
+    chosen = np.array(list(islice((row for each in rounds for row in each if row is not None), wanted)))
     labels = dataset.labels.copy()
     labels[np.setdiff1d(rows, chosen)] = -1
     counts = np.bincount(labels[chosen], minlength=len(classes))
@@ -316,20 +317,15 @@ def _count_notes(counts: Ints, classes: Sequence[str]) -> list[str]:
     if counts.any():
         for number, words in ((0, "no labeled image"), (1, "a single labeled image")):
             few = [classes[k] for k in np.flatnonzero(counts == number).tolist()]
-            names = ", ".join(few[:NAMED]) + (", ..." if len(few) > NAMED else "")
-            notes += [f"{_count(len(few), 'class', 'classes')} with {words}: {names}"] if few else []
+            notes += [f"{_count(len(few), 'class', 'classes')} with {words}: {_few(few)}"] if few else []
     return notes
 
 
 def _lost_notes(source: Source, kept: Ints) -> list[str]:
-    notes = []
-    lost = np.setdiff1d(np.arange(len(source.names)), kept)
-    labeled = [i for i in lost.tolist() if source.labels[i] is not None]
-    if labeled:
-        words = f"{_count(len(labeled), 'labeled image')} could not be read and their labels are lost"
-        named = ", ".join(source.named(i) for i in labeled[:NAMED]) + (", ..." if len(labeled) > NAMED else "")
-        notes.append(f"{words}: {named}")
-    return notes
+    lost = np.setdiff1d(np.arange(len(source.names)), kept).tolist()
+    named = [source.named(i) for i in lost if source.labels[i] is not None]
+    words = f"{_count(len(named), 'labeled image')} could not be read and their labels are lost: {_few(named)}"
+    return [words] if named else []
 
 
 # --- duplicates --------------------------------------------------------------------------------------------------
@@ -355,14 +351,12 @@ def _near_duplicates(
     Flat pictures are passed over, all of them look alike. Nothing is removed: two photos of one scene may be meant.
     """
     train, held = np.flatnonzero(splits == TRAIN), np.flatnonzero(np.isin(splits, (VAL, TEST)))
-    if not len(thumbs) or not len(held) or not len(train):
+    if not len(thumbs) or not len(held):
         return []
     bits = thumbs[:, :, 1:] > thumbs[:, :, :-1]  # (N, 8, 8)
     keys = np.packbits(bits.reshape(len(thumbs), 64), axis=1).view(np.uint64).reshape(-1)  # (N,)
     varied = thumbs.reshape(len(thumbs), -1).std(axis=1, dtype=np.float32) >= FLAT
     train, held = train[varied[train]], held[varied[held]]
-    if not len(train) or not len(held):
-        return []
     held = held[np.argsort(keys[held], kind="stable")]
     begins, ends = (np.searchsorted(keys[held], keys[train], side=side) for side in ("left", "right"))
     pairs = []
@@ -371,10 +365,8 @@ def _near_duplicates(
         apart = np.abs(thumbs[alike].astype(np.float32) - thumbs[image]).mean(axis=(1, 2))
         twins = alike[(apart <= CLOSE) & (groups[alike] != groups[image])]
         pairs += [f"{names[image]} like {names[twins[0]]}"] if len(twins) else []
-    if not pairs:
-        return []
-    shown = "; ".join(pairs[:NAMED]) + ("; ..." if len(pairs) > NAMED else "")
-    return [f"{_count(len(pairs), 'training image')} nearly the same as a held-out one (kept): {shown}"]
+    words = f"{_count(len(pairs), 'training image')} nearly the same as a held-out one (kept): {_few(pairs, '; ')}"
+    return [words] if pairs else []
 
 
 # --- small things ------------------------------------------------------------------------------------------------
@@ -409,21 +401,9 @@ def _amount(amount: str | int, available: int, classes: int) -> int:
     return wanted
 
 
-def _equal_shares(sizes: Ints, wanted: int) -> Ints:
-    """How many of wanted each class gives: round by round one of each that still has one, in the order given."""
-    level = 0
-    while np.minimum(sizes, level + 1).sum() <= wanted and level < sizes.max():
-        level += 1
-    share = np.minimum(sizes, level)
-    more = np.flatnonzero(sizes > level)[: wanted - int(share.sum())]
-    share[more] += 1
-    return share
-
-
 def _count(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def _some(rows: Iterable[int], names: Sequence[str]) -> str:
-    listed = list(rows)
-    return ", ".join(names[i] for i in listed[:NAMED]) + (", ..." if len(listed) > NAMED else "")
+def _few(words: Sequence[str], mark: str = ", ") -> str:
+    return mark.join(words[:NAMED]) + (f"{mark}..." if len(words) > NAMED else "")

@@ -13,11 +13,11 @@ Shapes: B images of this rank, C canvas side.
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -116,8 +116,10 @@ def training_batches(
     passes = (last_step - first_step) * order.batch / len(order.ids)
     if fits(dataset, order.ids, passes, runtime.free_memory(device)):
         reader = resident(dataset, order.ids, device)
+    elif device.type == "cuda":
+        reader = uploading(dataset, device)
     else:
-        reader = uploading(dataset, device) if device.type == "cuda" else plain(dataset)
+        reader = lambda ids, epoch: partial(read(dataset, ids, epoch).to, device)  # noqa: E731 - no copy
     threads = 1 if device.type == "cpu" else min(READERS, runtime.threads_while_training())
 
     def load() -> Iterator[Future[Callable[[], Batch]]]:
@@ -144,16 +146,6 @@ def training_batches(
 def fits(dataset: Dataset, ids: np.ndarray, passes: float, free: int) -> bool:
     """Whether to put images ids onto a device with free bytes: they are few enough, and each is seen at least once."""
     return passes >= 1 and len(ids) * 3 * dataset.store.canvas**2 <= RESIDENT_SHARE * free
-
-
-def plain(dataset: Dataset) -> Reader:
-    """Batches in ordinary memory."""
-
-    def start(ids: np.ndarray, epoch: int) -> Callable[[], Batch]:
-        batch = read(dataset, ids, epoch)
-        return lambda: batch
-
-    return start
 
 
 def resident(dataset: Dataset, ids: np.ndarray, device: torch.device) -> Reader:
@@ -200,20 +192,6 @@ def uploading(dataset: Dataset, device: torch.device) -> Reader:
         return take
 
     return start
-
-
-class Waiting:
-    """Batches as they come, and the seconds that the loop stood waiting for them."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches, self.seconds = batches, 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches, asked = iter(self.batches), time.perf_counter()
-        for batch in batches:
-            self.seconds += time.perf_counter() - asked
-            yield batch
-            asked = time.perf_counter()
 
 
 def in_order(dataset: Dataset, ids: np.ndarray, *, batch: int, device: torch.device) -> Iterator[Batch]:

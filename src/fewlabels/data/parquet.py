@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from types import ModuleType
@@ -55,7 +55,7 @@ class Parquet(Part):
     place: str
     column: str
     ends: tuple[int, ...]  # rows up to the end of each row group
-    seekable: bool  # whether no row group is so large that its images can only be read in order
+    seekable: bool  # whether no row group is so large that one image of it takes too long
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -70,10 +70,8 @@ class Parquet(Part):
         for group in groups:
             yield from islice(self._read([group]), count // len(groups))
 
-    def at(self, row: int) -> Payload | None:
-        """A span of the file, where the image lies in it as it is, else a cell; None if not seekable."""
-        if not self.seekable:
-            return None
+    def at(self, row: int) -> Payload:
+        """A span of the file, where the image lies in it as it is, else a cell."""
         group = bisect_right(self.ends, row)
         inside = row - (self.ends[group - 1] if group else 0)
         try:
@@ -174,8 +172,14 @@ def open_parquet(place: str) -> Source:
             labels = None
             if "label" in schema.names:
                 labels = file.read(columns=["label"]).column(0).to_pylist()
-            fields = [field.name for field in schema.field(column).type] if _is_struct(schema, column) else []
-            _check_image_column(place, str(schema.field(column).type), fields)
+            kind = schema.field(column).type
+            fields = [field.name for field in kind] if str(kind).startswith("struct") else []
+            if "bytes" not in fields and str(kind) not in ("binary", "large_binary"):
+                raise DataError(
+                    f"{place}: the image column holds {kind}",
+                    why="it must hold encoded pictures: binary, or a struct with the field bytes",
+                    fix="write each picture's JPEG or PNG bytes into it",
+                )
             names: list[str | None] = [None] * rows
             if "path" in fields:
                 names = [
@@ -183,7 +187,9 @@ def open_parquet(place: str) -> Source:
                 ]
             shown = (name or f"{place.rpartition('/')[2]}:{row}" for row, name in enumerate(names))
             ends = tuple(accumulate(int(group.num_rows) for group in groups))
-            part = Parquet(place, column, ends, all(_seekable(_chunk(group, column)) for group in groups))
+            chunks = [_chunk(group, column) for group in groups]
+            small = all(c.compression == "UNCOMPRESSED" or c.total_uncompressed_size <= LARGEST_GROUP for c in chunks)
+            part = Parquet(place, column, ends, small)
             source = unlabeled(f"parquet {printable(place)}", tuple(map(printable, shown)), part)
             source = replace(source, classes=_class_names(schema.metadata or {}))
     except UNREADABLE as error:
@@ -191,23 +197,6 @@ def open_parquet(place: str) -> Source:
     if not rows:
         raise DataError(f"{place} has no rows", fix="give a file with at least one image")
     return source if labels is None else with_sequence(source, labels)
-
-
-def _seekable(chunk: Any) -> bool:
-    return bool(chunk.compression == "UNCOMPRESSED" or chunk.total_uncompressed_size <= LARGEST_GROUP)
-
-
-def _is_struct(schema: Any, column: str) -> bool:
-    return str(schema.field(column).type).startswith("struct")
-
-
-def _check_image_column(place: str, kind: str, fields: Sequence[str]) -> None:
-    if "bytes" not in fields and kind not in ("binary", "large_binary"):
-        raise DataError(
-            f"{place}: the image column holds {kind}",
-            why="it must hold encoded pictures: binary, or a struct with the field bytes",
-            fix="write each picture's JPEG or PNG bytes into it",
-        )
 
 
 def _file(place: str) -> Any:

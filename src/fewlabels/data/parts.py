@@ -43,12 +43,14 @@ UNREADABLE = (
 class Part(ABC):
     """Images of one kind, in order."""
 
+    seekable = True  # whether one image is read without most of those before it
+
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def at(self, row: int) -> Payload | None:
-        """One image, from several threads at once; None where images come as a stream only."""
+    def at(self, row: int) -> Payload:
+        """One image, from several threads at once."""
 
     @abstractmethod
     def stamps(self) -> Iterator[bytes]:
@@ -56,13 +58,13 @@ class Part(ABC):
 
     def payloads(self) -> Iterator[Payload]:
         """Every image in order, streaming."""
-        return (image for row in range(len(self)) if (image := self.at(row)) is not None)
+        return map(self.at, range(len(self)))
 
     def sample(self, count: int) -> Iterator[Payload]:
         """At most count images, from all over the part where that is cheap, else the first ones."""
-        if self.at(0) is None:
+        if not self.seekable:
             return itertools.islice(self.payloads(), count)
-        return (image for row in spread(len(self), count).tolist() if (image := self.at(row)) is not None)
+        return map(self.at, spread(len(self), count).tolist())
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class ArrayFile(Part):
     path: Path
     member: str | None
     shape: tuple[int, ...]
+    seekable: bool  # not in an .npz file, whose members may be compressed
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -136,13 +139,12 @@ class ArrayFile(Part):
         except UNREADABLE as error:
             raise damaged(self.path, error) from error
 
-    def at(self, row: int) -> Payload | None:
-        """One image of an .npy file; the members of an .npz file may be compressed."""
-        if self.member is not None:
-            return None
+    def at(self, row: int) -> Payload:
+        """One image."""
         size = prod(self.shape[1:])
         try:
-            with self.path.open("rb") as stream:
+            with ExitStack() as stack:
+                stream = _stream(stack, self.path, self.member)
                 _header(stream)
                 stream.seek(row * size, 1)
                 return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
@@ -187,11 +189,6 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> No
 # --- .npy and .npz -----------------------------------------------------------------------------------------------
 
 
-def open_npy(path: Path) -> ArrayFile:
-    """The images of an .npy file; its header is checked."""
-    return _array_file(path, None)
-
-
 def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[Any]], list[str]]:
     """(image parts, small arrays) of an .npz file by name: images, test_images; labels, test_labels, classes; and the
     names of arrays that are not known.
@@ -210,11 +207,12 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
         )
     pixels = sorted(names & {"images", "test_images"})
     others = names & ({"labels", "classes"} | ({"test_labels"} if "test_images" in pixels else set()))
-    images, small = {n: _array_file(path, f"{n}.npy") for n in pixels}, {n: _whole(path, f"{n}.npy") for n in others}
+    images, small = {n: open_npy(path, f"{n}.npy") for n in pixels}, {n: _whole(path, f"{n}.npy") for n in others}
     return images, small, sorted(names - images.keys() - small.keys())
 
 
-def _array_file(path: Path, member: str | None) -> ArrayFile:
+def open_npy(path: Path, member: str | None = None) -> ArrayFile:
+    """The images of an .npy file, or of the member of an .npz file; its header is checked."""
     where = f"{path}" if member is None else f'{path}, "{member.removesuffix(".npy")}"'
     try:
         with ExitStack() as stack:
@@ -229,7 +227,7 @@ def _array_file(path: Path, member: str | None) -> ArrayFile:
         raise DataError(f"{where}: saved in Fortran order", fix="save np.ascontiguousarray(images)")
     if size < prod(shape):
         raise damaged(path, EOFError("it ends before its last image"))
-    return ArrayFile(path, member, shape)
+    return ArrayFile(path, member, shape, seekable=member is None)
 
 
 def _stream(stack: ExitStack, path: Path, member: str | None) -> BinaryIO:

@@ -55,7 +55,6 @@ CHUNK_BYTES = 8 << 20  # decoded, and encoded, in the hands of one thread
 CHUNK_IMAGES = 64
 THUMB = (8, 9)  # rows, columns: 8 differences a row make the 64-bit hash
 SMALLEST_THUMBED = 24  # below it different images have equal thumbnails by chance
-COLUMNS = {"extents": ((2,), np.int32), "hashes": ((32,), np.uint8), "thumbs": (THUMB, np.uint8)}  # 112 bytes an image
 DAMAGED = "damaged"  # a file with what was found
 DISK_SHARE = 0.8  # of what is free, for pixels; checkpoints and a teacher's answers come after them
 
@@ -155,7 +154,7 @@ class PixelStore:
         return pixels, self._extents[rows].long()
 
 
-def open_store(folder: Path, at: Callable[[int], Payload | None] | None = None) -> PixelStore:
+def open_store(folder: Path, at: Callable[[int], Payload] | None = None) -> PixelStore:
     """The store in folder; its index, sizes and digest are checked. Raises MissingInput or StorageError.
 
     at: the picture of a row, for a streamed store of arrays; those of files know their paths.
@@ -210,7 +209,7 @@ def build(
     that lists unreadable images, always written. store: "pixels", "streamed" or, where the disk cannot hold pixels,
     "auto". Returns the store, kept (the source's indices of its rows, in order) and the unreadable images. Raises
     DataError when more than max_bad_share of them are, or none is left; StorageError when the disk is full; UsageError
-    for a source that cannot be streamed. Holds some tens of megabytes and 112 bytes an image.
+    for a source that cannot be streamed. Holds some tens of megabytes and 112 bytes an image, in the end twice.
     """
     canvas = working_size or _canvas(source)
     threads = max(threads, AT_ONCE) if any(isinstance(part, Tars) and part.away for part in source.parts) else threads
@@ -254,25 +253,20 @@ def _write(
 ) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
     """Stream the images through threads into the file of pixels, in order. Returns reasons and columns of a chunk."""
     reasons: list[str] = []
-    columns = {name: np.empty((len(source), *shape), kind) for name, (shape, kind) in COLUMNS.items()}
-    rows = dict.fromkeys(columns, 0)
+    columns: list[dict[str, npt.NDArray[Any]]] = []
     with pixels.open("wb") if pixels else contextlib.nullcontext() as file:
         for chunk in _decoded(source.payloads(), canvas, threads):
             reasons += chunk.reasons
-            if len(reasons) > len(source):
-                break
+            columns.append(chunk.columns)
             if file:
                 file.write(chunk.pixels.data)
-            for name, column in chunk.columns.items():
-                columns[name][rows[name] : rows[name] + len(column)] = column
-                rows[name] += len(column)
     if len(reasons) != len(source):
         raise DataError(
             f"{source.description} gave {len(reasons):,} images instead of {len(source):,}",
             why="it changed while it was read",
             fix="run the command again",
         )
-    return reasons, {name: column[: rows[name]] for name, column in columns.items()}
+    return reasons, {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
 
 
 def _decoded(payloads: Iterable[Payload], canvas: int, threads: int) -> Iterator[_Chunk]:

@@ -33,14 +33,22 @@ def matrices(
     Returns:
         (B, out_size, in_size) float32.
     """
+    pixel = (torch.arange(in_size, device=start.device, dtype=torch.float32) - start[:, None])[:, None]  # (B, 1, I)
+    centre = centres(length, flip, out_size=out_size, resize=resize)[..., None]  # (B, O, 1)
     if resize == "tf1":
-        taps, weights = _legacy(length, flip, out_size=out_size)
-        pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) - start[:, None]
-        return sum((pixel[:, None] == taps[..., t : t + 1]) * weights[..., t : t + 1] for t in range(4))  # type: ignore
-    centre = centres(length, flip, out_size=out_size, resize=resize)[..., None]
-    scale = _scale(length, out_size=out_size, resize=resize)
-    pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) - start[:, None]  # (B, I)
-    return _weights(pixel[:, None], centre, scale, length)
+        taps = torch.floor(centre) + torch.arange(-1, 3, device=length.device, dtype=torch.float32)  # (B, O, 4)
+        x, a = (taps - centre).abs(), -0.75
+        weights = torch.where(x <= 1, ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a)
+        taps = taps.clamp(min=0).minimum(length[:, None, None] - 1)
+        return sum((pixel == taps[..., t : t + 1]) * weights[..., t : t + 1] for t in range(4))  # type: ignore
+    step = length / out_size if resize == "antialias" else torch.ones_like(length)
+    # In widths of the kernel, which is at least as wide as a pixel
+    distance = ((pixel - centre) / step.clamp(min=1.0)[:, None, None]).abs()  # (B, O, I)
+    # Keys' two cubic pieces as truncated powers: a third of the passes over memory that torch.where would take
+    outer, inner = (2 - distance).clamp(min=0), (1 - distance).clamp(min=0)
+    weights = 0.5 * outer * outer * (outer - 1) + inner * inner * (1 - 2 * inner)
+    weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
+    return weights / weights.sum(dim=2, keepdim=True)
 
 
 def centres(length: Tensor, flip: Tensor | None, *, out_size: int, resize: str) -> Tensor:
@@ -56,32 +64,6 @@ def centres(length: Tensor, flip: Tensor | None, *, out_size: int, resize: str) 
     place = index * step
     first = torch.floor(place)
     return first + torch.round((place - first) * 1024) / 1024
-
-
-def _scale(length: Tensor, *, out_size: int, resize: str) -> Tensor:
-    """How much wider than a pixel the kernel is, (B, 1, 1)."""
-    step = length / out_size if resize == "antialias" else torch.ones_like(length)
-    return step.clamp(min=1.0)[:, None, None]
-
-
-def _weights(pixel: Tensor, centre: Tensor, scale: Tensor, length: Tensor) -> Tensor:
-    """Normalised weights (B, O, I) of input pixels for output pixels; pixel and centre count from the crop."""
-    distance = ((pixel - centre) / scale).abs()
-    # Keys' two cubic pieces as truncated powers: a third of the passes over memory that torch.where would take
-    outer, inner = (2 - distance).clamp(min=0), (1 - distance).clamp(min=0)
-    weights = 0.5 * outer * outer * (outer - 1) + inner * inner * (1 - 2 * inner)
-    weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
-    return weights / weights.sum(dim=2, keepdim=True)
-
-
-def _legacy(length: Tensor, flip: Tensor | None, *, out_size: int) -> tuple[Tensor, Tensor]:
-    """TensorFlow 1: which four pixels of the crop an output pixel looks at, and their weights; both (B, O, 4)."""
-    centre = centres(length, flip, out_size=out_size, resize="tf1")[..., None]  # (B, O, 1)
-    pixel = torch.floor(centre) + torch.arange(-1, 3, device=length.device, dtype=torch.float32)  # (B, O, 4)
-    x, a = (pixel - centre).abs(), -0.75
-    weights = torch.where(x <= 1, ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a)
-    last = length[:, None, None] - 1
-    return pixel.clamp(min=0).minimum(last), weights
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

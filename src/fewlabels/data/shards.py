@@ -183,11 +183,8 @@ def _indices(shards: Shards) -> list[dict[str, Any]]:
     first = runtime.rank() * len(shards.places) // runtime.world_size()
     order = [*range(first, len(shards.places)), *range(first)]
     with ThreadPoolExecutor(places.AT_ONCE, thread_name_prefix="index") as pool:
-        jobs = {i: pool.submit(_index, shards.places[i], shards.states[i]) for i in order}
-        try:
-            return [jobs[i].result() for i in range(len(order))]
-        finally:
-            pool.shutdown(cancel_futures=True)
+        found = dict(zip(order, pool.map(lambda i: _index(shards.places[i], shards.states[i]), order), strict=True))
+    return [found[i] for i in range(len(order))]
 
 
 def _index(shard: str, state: bytes) -> dict[str, Any]:

@@ -54,15 +54,15 @@ class Source:
 
     @property
     def seekable(self) -> bool:
-        """Whether `at` gives every image."""
-        return all(part.at(0) is not None for part in self.parts if len(part))
+        """Whether every image can be read by itself."""
+        return all(part.seekable for part in self.parts)
 
     @functools.cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(map(len, self.parts)))
 
-    def at(self, index: int) -> Payload | None:
-        """One image by its place; None where its part is a stream only."""
+    def at(self, index: int) -> Payload:
+        """One image by its place."""
         number = bisect_right(self._ends, index)
         return self.parts[number].at(index - (self._ends[number - 1] if number else 0))
 

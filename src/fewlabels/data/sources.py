@@ -37,7 +37,9 @@ def open_source(images: Any, labels: Any = None, *, test: Any = None) -> Source:
         source = with_labels(source, labels)
     if test is not None:
         held_out = open_source(*test) if isinstance(test, tuple) and len(test) == 2 else _open(test)
-        source = _with_test(source, held_out)
+        both = f"{source.description}, test images: {held_out.description}"
+        source = join(source, replace(held_out, splits=("test",) * len(held_out)))
+        source = replace(source, description=both, folder=None)
     return source
 
 
@@ -52,11 +54,8 @@ def _open(images: Any) -> Source:
         return _shards(str(images)) if shards.is_pattern(str(images)) else _path(Path(images))
     if isinstance(images, list | tuple):
         return _paths(images)
-    raise UsageError(f"images cannot be a {type(images).__name__}", why=f"images are {KINDS}", fix=_array_hint(images))
-
-
-def _array_hint(images: Any) -> str:
-    return f"arrays are {ALLOWED_ARRAYS}" if hasattr(images, "shape") else "give one of these"
+    fix = f"arrays are {ALLOWED_ARRAYS}" if hasattr(images, "shape") else "give one of these"
+    raise UsageError(f"images cannot be a {type(images).__name__}", why=f"images are {KINDS}", fix=fix)
 
 
 def _path(path: Path) -> Source:
@@ -236,8 +235,3 @@ def _digits() -> Source:
 
 def _numbers(count: int, word: str = "image") -> tuple[str, ...]:
     return tuple(f"{word}-{i:06d}" for i in range(count))
-
-
-def _with_test(source: Source, held_out: Source) -> Source:
-    joined = join(source, replace(held_out, splits=("test",) * len(held_out)))
-    return replace(joined, description=f"{source.description}, test images: {held_out.description}", folder=None)

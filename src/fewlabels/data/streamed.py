@@ -45,7 +45,7 @@ def pixel_hash(image: Pixels) -> bytes:
 class OnDemand:
     """Pixels by row from pictures by row; `at` gives a row's picture."""
 
-    def __init__(self, folder: Path, at: Callable[[int], Payload | None], *, canvas: int, threads: int) -> None:
+    def __init__(self, folder: Path, at: Callable[[int], Payload], *, canvas: int, threads: int) -> None:
         self.at, self.canvas = at, canvas
         self.threads = max(threads, AT_ONCE) if _is_away(at(0)) else threads
         self.hashes = np.asarray(np.load(folder / "hashes.npy", mmap_mode="r", allow_pickle=False))  # (N, 32)
@@ -60,15 +60,10 @@ class OnDemand:
                     self._fill_one(canvas, row)
                 return
             with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-                try:
-                    for _ in pool.map(self._fill_one, pixels, rows):
-                        pass
-                finally:
-                    pool.shutdown(cancel_futures=True)
+                list(pool.map(self._fill_one, pixels, rows))  # the first that fails cancels those that wait
 
     def _fill_one(self, canvas: npt.NDArray[np.uint8], row: int) -> None:
         picture = self.at(row)
-        assert picture is not None
         state = _state(picture)
         try:
             image = decode(picture, self.canvas)  # (h, w, 3)
@@ -94,7 +89,7 @@ def _state(picture: Payload) -> int:
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
 
 
-def _is_away(picture: Payload | None) -> bool:
+def _is_away(picture: Payload) -> bool:
     return isinstance(picture, Span | Cell) and is_url(picture.place)
 
 
@@ -109,7 +104,7 @@ def _changed(picture: Payload, row: int, words: str) -> DataError:
 # --- addresses ---------------------------------------------------------------------------------------------------
 
 
-def write_paths(folder: Path, pictures: Iterable[Payload | None]) -> None:
+def write_paths(folder: Path, pictures: Iterable[Payload]) -> None:
     """paths.bin and ends.npy of a store's pictures, row by row, in place of those that may be there.
 
     A kill between the two leaves what does not fit together, and is found.
@@ -121,7 +116,7 @@ def write_paths(folder: Path, pictures: Iterable[Payload | None]) -> None:
     np.save(folder / "ends.npy", np.cumsum(lengths))
 
 
-def _address(picture: Payload | None) -> bytes:
+def _address(picture: Payload) -> bytes:
     """The picture as bytes: a path, or with zero bytes between them the four words of a Span or the five of a Cell."""
     assert isinstance(picture, Path | Span | Cell)
     words: list[object] = [picture]

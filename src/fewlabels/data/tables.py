@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,24 +130,6 @@ def match(table: Table, find: Callable[[str], int | str], names: Callable[[], It
             table.fault(row.line, f'"{row.image}" is in another split in line {before.line}')
     table.refuse()
     return said
-
-
-def overruled(
-    found: Sequence[Row], names: Sequence[str], labels: Sequence[str | None], splits: Sequence[str]
-) -> tuple[str, ...]:
-    """A note on images that the table takes out of their class folder or out of the held-out ones.
-
-    found: the table's row for each image; labels, splits: what their places say. A folder's name is a class only
-    where the table has it as a class too: 2024/ and 2025/ are none.
-    """
-    classes = {row.label for row in found if row.label}
-    rows = [
-        f'"{name}" (line {row.line})'
-        for row, name, label, split in zip(found, names, labels, splits, strict=True)
-        if (row.label and label in classes and label != row.label) or (row.split and split not in ("train", row.split))
-    ]
-    words = f"{len(rows):,} image{'s' if len(rows) > 1 else ''} of another class or split than the place says"
-    return (f"{words}; the CSV counts: {', '.join(rows[:3])}{', ...' if len(rows) > 3 else ''}",) if rows else ()
 
 
 def _meant(image: str, names: Iterable[str]) -> str:

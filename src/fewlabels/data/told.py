@@ -48,10 +48,26 @@ def with_labels(source: Source, labels: Any) -> Source:
         lines=np.array([row.line for row in found], dtype=np.int32),
         notes=(
             *source.notes,
-            *tables.overruled(found, source.names, source.labels, source.splits),
+            *_overruled(source, found),
             *([note] if lost else []),
         ),
     )
+
+
+def _overruled(source: Source, found: Sequence[tables.Row]) -> tuple[str, ...]:
+    """A note on images that the table takes out of their class folder or out of the held-out ones.
+
+    found: the table's row for each image. A folder's name is a class only where the table has it as a class too: 2024/
+    and 2025/ are none.
+    """
+    classes = {row.label for row in found if row.label}
+    rows = [
+        f'"{name}" (line {row.line})'
+        for row, name, label, split in zip(found, source.names, source.labels, source.splits, strict=True)
+        if (row.label and label in classes and label != row.label) or (row.split and split not in ("train", row.split))
+    ]
+    words = f"{len(rows):,} image{'s' if len(rows) > 1 else ''} of another class or split than the place says"
+    return (f"{words}; the CSV counts: {', '.join(rows[:3])}{', ...' if len(rows) > 3 else ''}",) if rows else ()
 
 
 def _finder(source: Source, path: Path) -> tables.Finder:
@@ -59,9 +75,11 @@ def _finder(source: Source, path: Path) -> tables.Finder:
     parts = [part for part in source.parts if isinstance(part, Files)]
     if len(parts) < len(source.parts):
         return tables.Finder([Path("/")], (f"/{name}" for name in source.names))
-    files = [file for part in parts for file in part.paths]
-    where = [path.parent, source.folder] if source.folder else [path.parent]
-    return tables.Finder(where, _real_paths(files, source.folder))
+    files = (file for part in parts for file in part.paths)
+    if source.folder is None:  # absolute, as what is known of real folders outlives a change of the working one
+        return tables.Finder([path.parent], (tables.through_links(str(Path(file).absolute())) for file in files))
+    real = os.path.realpath(source.folder)  # links below it stay as they are named
+    return tables.Finder([path.parent, source.folder], (real + file[len(str(source.folder)) :] for file in files))
 
 
 def _with_list(source: Source, path: Path) -> Source:
@@ -97,14 +115,6 @@ def _with_list(source: Source, path: Path) -> Source:
         )
     description = f"{source.description}, labels of the images in {printable(str(path))}"
     return replace(source, description=description, labels=tuple(chosen), classes=None)
-
-
-def _real_paths(files: Sequence[str], root: Path | None) -> Iterable[str]:
-    """Absolute paths that agree with a real folder's; links below root stay as they are named."""
-    if root is None:
-        return (os.path.join(os.path.realpath(os.path.dirname(f)), os.path.basename(f)) for f in files)  # noqa: PTH118, PTH119, PTH120
-    real = os.path.realpath(root)
-    return (real + file[len(str(root)) :] for file in files)
 
 
 def with_sequence(source: Source, labels: Iterable[Any]) -> Source:

@@ -22,7 +22,6 @@ B = images, H, W = height and width of the canvas, S = side of the view. An exte
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import subprocess
@@ -74,16 +73,17 @@ class _Rows:
 
     def rows(self, part: slice) -> Self:
         """These rows of every tensor."""
-        return type(self)(*(getattr(self, field.name)[part] for field in fields(self)))  # type: ignore[arg-type]
+        found = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return type(self)(*(None if tensor is None else tensor[part] for tensor in found))
 
 
 @dataclass(frozen=True)
 class Placement(_Rows):
-    """Where the pixels of a view come from: a crop, perhaps mirrored, then warped (glyphs only; else the identity)."""
+    """Where the pixels of a view come from: a crop, perhaps mirrored, then perhaps warped (glyphs)."""
 
     box: Tensor  # (B, 4) float32 top, left, height, width in whole pixels
     flip: Tensor  # (B,) bool
-    affine: Tensor  # (B, 2, 3) float32, from output to input coordinates in [-1, 1]
+    affine: Tensor | None = None  # (B, 2, 3) float32, from output to input coordinates in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def evaluate(pixels: Tensor, extent: Tensor, *, size: int, kind: str = "photo", 
         raise UsageError(f"a crop of {crop:g} times the shorter side is out of range", fix="use more than 0, at most 1")
     box = _central_box(extent, size=size, kind=kind, crop=crop)
     stay = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
-    return _make(pixels, Placement(box, stay, _identity(stay)), None, size=size, kind=kind, warped=False)
+    return _make(pixels, Placement(box, stay), None, size=size, kind=kind)
 
 
 def evaluate_image(pixels: Tensor, *, size: int, kind: str = "photo") -> Tensor:
@@ -206,7 +206,7 @@ def draw_placement(
         return Placement(_whole(extent), flip, _draw_affine(numbers, amount))
     flip = numbers[:, 0] < 0.5
     boxes = _draw_boxes(extent, numbers[:, 1:], smallest_crop, official=KINDS[kind].official)
-    return Placement(boxes, flip, _identity(flip))
+    return Placement(boxes, flip)
 
 
 def draw_paint(ids: Tensor, *, epoch: int, seed: int, view: int, strength: float = 1.0) -> Paint:
@@ -276,11 +276,6 @@ def _draw_affine(numbers: Tensor, amount: float) -> Tensor:
     return torch.stack([first, second], dim=1)
 
 
-def _identity(flip: Tensor) -> Tensor:
-    """(B, 2, 3) the warp that changes nothing."""
-    return torch.eye(2, 3, device=flip.device).expand(len(flip), 2, 3)
-
-
 def _whole(extent: Tensor) -> Tensor:
     """(B, 4) the boxes that hold whole images."""
     sides = extent.to(torch.float32)
@@ -302,19 +297,17 @@ def _central_box(extent: Tensor, *, size: int, kind: str, crop: float | None) ->
 
 
 def _make(
-    pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: int, kind: str, blur: bool = False,
-    warped: bool = True,
-) -> Tensor:  # fmt: skip
+    pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: int, kind: str, blur: bool = False
+) -> Tensor:
     """The views by these numbers: compiled on a CPU where numba is there, else place() and paint() in chunks."""
-    warped = warped and KINDS[kind].warp
     fused = _fused(pixels.device)
     if fused is not None:
         radius = _blur_radius(size) if blur else 0
-        made: Tensor = fused.make(pixels, placement, strokes, size=size, kind=KINDS[kind], warp=warped, radius=radius)
+        made: Tensor = fused.make(pixels, placement, strokes, size=size, kind=KINDS[kind], radius=radius)
         return made
 
     def make(part: slice) -> Tensor:
-        images = place(pixels[part], placement.rows(part), size=size, kind=kind, warped=warped)
+        images = place(pixels[part], placement.rows(part), size=size, kind=kind)
         return images.clamp_(0, 1) if strokes is None else paint(images, strokes.rows(part), blur=blur, kind=kind)
 
     return _in_chunks(make, pixels, size)
@@ -344,12 +337,10 @@ def _uniforms(seed: int, epoch: int, ids: Tensor, stream: int, count: int) -> Te
     return (_fused(ids.device) or random).uniforms(seed, epoch, ids, stream, count)  # type: ignore[no-any-return]
 
 
-def place(
-    pixels: Tensor, placement: Placement, *, size: int, kind: str = "photo", warped: bool | None = None
-) -> Tensor:
+def place(pixels: Tensor, placement: Placement, *, size: int, kind: str = "photo") -> Tensor:
     """uint8 (B, 3, H, W) -> float32 (B, 3, size, size), a little beyond [0, 1] where the bicubic kernel overshoots."""
     images = _cut(pixels, placement.box, placement.flip, size=size, kind=kind)
-    return warp(images, placement.affine) if (KINDS[kind].warp if warped is None else warped) else images
+    return images if placement.affine is None else warp(images, placement.affine)
 
 
 def paint(images: Tensor, strokes: Paint, *, blur: bool = True, kind: str = "photo") -> Tensor:
@@ -388,14 +379,9 @@ def _in_chunks(make: Callable[[slice], Tensor], pixels: Tensor, size: int) -> Te
     """make() over the batch, in float32 whatever autocast says; on a CPU a few images at a time."""
     num_images = len(pixels)
     chunk = num_images if pixels.is_cuda else max(4, CHUNK_BYTES // (12 * size * size))
-    with _full_precision(pixels.device):
+    with torch.autocast(pixels.device.type, enabled=False):  # bfloat16 would cost 1.6 grey levels
         parts = [make(slice(first, first + chunk)) for first in range(0, num_images, chunk)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """No autocast: bfloat16 would cost 1.6 grey levels."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def _check_kind(kind: str, size: int) -> None:

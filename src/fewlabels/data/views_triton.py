@@ -44,9 +44,7 @@ class Source(NamedTuple):
     centres: Any  # float32 (B, 2, S), resample.centres() of rows and of columns
 
 
-def make(
-    pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: int, kind: Kind, warp: bool, radius: int
-) -> Tensor:
+def make(pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: int, kind: Kind, radius: int) -> Tensor:
     """The views of uint8 (B, 3, H, W) by these numbers, float32 (B, 3, size, size) in [0, 1].
 
     strokes: None for views that are only placed. radius: of the blur, 0 = none.
@@ -59,7 +57,7 @@ def make(
     if strokes is not None:
         brush = Brush(*(getattr(strokes, field.name).contiguous() for field in fields(strokes)))
     with torch.cuda.device_of(pixels), torch.autocast(pixels.device.type, enabled=False):
-        if not warp:
+        if placement.affine is None:
             return _made(source, brush, size=size, kind=kind, radius=radius)
         bare = _made(source, None, size=size, kind=kind, radius=0, clip=False)
         images = resample.warp(bare, placement.affine)

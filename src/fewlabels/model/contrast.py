@@ -142,9 +142,22 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     On a CPU float32 goes to oneDNN: MKL, which torch's own matmul asks, gives an AMD EPYC 113 GFLOP/s a core, oneDNN
     250.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")  # type: ignore[no-any-return]
-    return x @ y.T
+    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
+    return _onednn(x, y) if on_cpu and _has_onednn() else x @ y.T
+
+
+def _onednn(x: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Tried, since torch makes no promise of a private operation: it may be missing, or take other arguments."""
+    try:
+        x = torch.ones(2, 2, dtype=torch.float32, device="cpu")
+        return torch.equal(_onednn(x, x), x @ x)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 # --- rows against all columns: several ranks, a queue, or similarities without a bound ---------------------------

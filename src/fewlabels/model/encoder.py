@@ -166,10 +166,9 @@ class ResNet(Encoder):
         groups = []
         for number, count in enumerate(BLOCKS[depth]):
             filters, stride = round(64 * width) * 2**number, 2 if number else 1
-            if depth < 50:
-                group, channels = _basic_group(channels, filters, count=count, stride=stride)
-            else:
-                group, channels = _bottleneck_group(channels, filters, count=count, stride=stride, sk_ratio=sk_ratio)
+            group, channels = _group(
+                channels, filters, count=count, stride=stride, bottleneck=depth >= 50, sk_ratio=sk_ratio
+            )
             groups.append(group)
         self.group1, self.group2, self.group3, self.group4 = groups
         self.feature_dim = channels
@@ -183,7 +182,7 @@ class ResNet(Encoder):
         for part in self.pieces:
             again = self._recomputes and part.training and torch.is_grad_enabled()
             x = recomputed(part, x) if again else part(x)
-        return _mean_over_pixels(x)
+        return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))  # bf16 features would keep 3 digits
 
 
 class Stem(nn.Module):
@@ -227,51 +226,32 @@ class Residual(nn.Module):
         return F.relu_(self.branch(x).add_(shortcut))
 
 
-def _basic_group(channels: int, filters: int, *, count: int, stride: int) -> tuple[nn.Sequential, int]:
-    """Blocks of two 3x3 convolutions, and the channels that come out."""
-    blocks = nn.Sequential()
-    for index in range(count):
-        first = index == 0
-        shortcut = ConvNorm(channels, filters, stride=stride, relu=False) if first else nn.Identity()
-        branch = nn.Sequential(
-            ConvNorm(channels, filters, kernel=3, stride=stride if first else 1),
-            ConvNorm(filters, filters, kernel=3, relu=False, zero_scale=True),
-        )
-        blocks.append(Residual(shortcut, branch))
-        channels = filters
-    return blocks, channels
-
-
-def _bottleneck_group(
-    channels: int, filters: int, *, count: int, stride: int, sk_ratio: float
+def _group(
+    channels: int, filters: int, *, count: int, stride: int, bottleneck: bool, sk_ratio: float
 ) -> tuple[nn.Sequential, int]:
-    """Blocks of 1x1, 3x3 (or selective kernel) and 1x1 to four times the filters, and the channels that come out.
+    """Residual blocks, and the channels that come out of them.
 
-    The stride is in the 3x3 convolution. The first block projects its input, in group 1 too.
+    A block is two 3x3 convolutions, or a bottleneck: 1x1, 3x3 (or selective kernel) and 1x1 to four times the filters.
+    The stride is in its first 3x3 convolution. The first block projects its input, in group 1 too.
     """
-    blocks, wide = nn.Sequential(), 4 * filters
+    blocks, out = nn.Sequential(), 4 * filters if bottleneck else filters
+    outer = 1 if bottleneck else 3  # kernel of a block's first and last convolution
     for index in range(count):
-        first = index == 0
-        step = stride if first else 1
+        step = 1 if index else stride
         shortcut: nn.Module = nn.Identity()
-        if first and sk_ratio:
-            shortcut = nn.Sequential(ShortcutPool(stride), ConvNorm(channels, wide, relu=False))
-        elif first:
-            shortcut = ConvNorm(channels, wide, stride=stride, relu=False)
-        branch = nn.Sequential(ConvNorm(channels, filters))
+        if index == 0 and sk_ratio:
+            shortcut = nn.Sequential(ShortcutPool(stride), ConvNorm(channels, out, relu=False))
+        elif index == 0:
+            shortcut = ConvNorm(channels, out, stride=stride, relu=False)
+        branch = nn.Sequential(ConvNorm(channels, filters, kernel=outer, stride=1 if bottleneck else step))
         if sk_ratio:
             branch.append(SelectiveKernel(filters, filters, stride=step, ratio=sk_ratio))
-        else:
+        elif bottleneck:
             branch.append(ConvNorm(filters, filters, kernel=3, stride=step))
-        branch.append(ConvNorm(filters, wide, relu=False, zero_scale=True))
+        branch.append(ConvNorm(filters, out, kernel=outer, relu=False, zero_scale=True))
         blocks.append(Residual(shortcut, branch))
-        channels = wide
+        channels = out
     return blocks, channels
-
-
-def _mean_over_pixels(x: Tensor) -> Tensor:
-    """(N, D, H, W) -> (N, D) in float32 or higher: bf16 features would keep 3 digits."""
-    return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 # --- timm --------------------------------------------------------------------------------------------------

@@ -7,20 +7,17 @@ Source: google-research/simclr at 383d414, `lars_optimizer.py` and `model.py: Wa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewlabels import runtime
-from fewlabels.errors import UsageError, nearest
+from fewlabels.errors import UsageError
 from fewlabels.model.grouped import GroupedOptimizer
 from fewlabels.model.heads import Classifier
 from fewlabels.model.muon import Muon
-
-OPTIMIZERS = ("lars", "sgd", "adamw", "muon")
-SCALINGS = ("sqrt", "linear", "none")
 
 
 class LARS(GroupedOptimizer):
@@ -90,16 +87,16 @@ def _update_together(
 # --- which parameters --------------------------------------------------------------------------------------
 
 
-def parameter_groups(module: nn.Module, *, weight_decay: float, adapt_classifier: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters of module as groups for any torch optimiser: kernels, and all that is left alone.
 
     Left alone (no decay, no adaptation), as the reference does by name: batch norm, every bias, and the linear layer
-    of a Classifier unless adapt_classifier (the distillation notebook adapts the student's). Scales, shifts and biases
-    are the parameters with one dimension, also in timm's models.
+    of a Classifier (the distillation notebook adapts the student's). Scales, shifts and biases are the parameters with
+    one dimension, also in timm's models.
     Each group has "params", "names" in the same order, "weight_decay" and "adapt". Empty groups are left out.
     """
     classifiers = [part.linear for part in module.modules() if isinstance(part, Classifier)]
-    alone = {id(p) for linear in classifiers for p in linear.parameters() if not adapt_classifier}
+    alone = {id(p) for linear in classifiers for p in linear.parameters()}
     groups: list[dict[str, Any]] = [
         {"params": [], "names": [], "weight_decay": weight_decay, "adapt": True},
         {"params": [], "names": [], "weight_decay": 0.0, "adapt": False},
@@ -112,30 +109,19 @@ def parameter_groups(module: nn.Module, *, weight_decay: float, adapt_classifier
     return [group for group in groups if group["params"]]
 
 
-def optimizer(
-    name: str,
-    module: nn.Module,
-    *,
-    lr: float,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    adapt_classifier: bool = False,
-) -> torch.optim.Optimizer:
+def optimizer(name: str, module: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """The optimiser `name` ("lars", "sgd" with Nesterov momentum, "adamw", "muon") over parameter_groups(module).
 
-    AdamW has no use for momentum, and Muon its own of 0.95. Where the reference's SGD decays biases too, ours does not.
-    Raises UsageError for other names, and when nothing in module is trainable.
+    Momentum is 0.9, Muon's own is 0.95. Where the reference's SGD decays biases too, ours does not.
+    Raises UsageError when nothing in module is trainable.
     """
-    if name not in OPTIMIZERS:
-        raise UsageError(f'unknown optimizer "{name}"{nearest(name, OPTIMIZERS)}', fix="use lars, sgd, adamw or muon")
-    groups = parameter_groups(module, weight_decay=weight_decay, adapt_classifier=adapt_classifier)
+    groups = parameter_groups(module, weight_decay=weight_decay)
     if not groups:
         raise UsageError("there is nothing to train", why="every parameter is frozen", fix="freeze fewer blocks")
-    if name == "lars":
-        return LARS(groups, lr, momentum=momentum)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0)
-    return Muon(groups, lr) if name == "muon" else torch.optim.AdamW(groups, lr)
+        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"lars": LARS, "adamw": torch.optim.AdamW, "muon": Muon}
+    return kinds[name](groups, lr)
 
 
 # --- the learning rate -------------------------------------------------------------------------------------
@@ -157,13 +143,7 @@ def peak_learning_rate(base: float, batch_size: int, scaling: str) -> float:
 
     batch_size counts images (not views) over all ranks.
     """
-    if scaling not in SCALINGS:
-        raise UsageError(
-            f'unknown learning-rate scaling "{scaling}"{nearest(scaling, SCALINGS)}', fix="use sqrt, linear or none"
-        )
-    if scaling == "sqrt":
-        return base * math.sqrt(batch_size)
-    return base * batch_size / 256 if scaling == "linear" else base
+    return base * {"sqrt": math.sqrt(batch_size), "linear": batch_size / 256, "none": 1.0}[scaling]
 
 
 def total_steps(images: int, epochs: float, batch: int) -> int:

@@ -201,7 +201,7 @@ class _Log:
             if copied is not None:
                 copied.synchronize()
             # Each rank computed its share's mean; the mean of those is what one process would have logged
-            means = runtime.mean_over_ranks(values).tolist()
+            means = torch.stack(runtime.from_all(values)).mean(0).tolist()
             self.on_log(step, dict(zip(tensors, means, strict=True)) | known)
 
         self.untold = told

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,18 +39,6 @@ ON_THE_WAY = 4
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
-@dataclass(frozen=True)
-class Need:
-    """Bytes at the peak of a step: so many in any case, and so many for every image of a rank."""
-
-    fixed: float
-    image: float
-
-    def peak(self, images: int) -> float:
-        """Of a step on that many images a rank."""
-        return self.fixed + self.image * images
-
-
 def held(stage: Stage, optimizer: str, *, ranks: int, shard: bool, bf16: bool) -> dict[str, int]:
     """Bytes that one of so many ranks holds at the peak of a step in any case; stage may be on the meta device."""
     share = ranks if shard else 1
@@ -73,8 +60,11 @@ def held(stage: Stage, optimizer: str, *, ranks: int, shard: bool, bf16: bool) -
     }
 
 
-def need(job: Job, at: Workplace) -> Need | None:
-    """Measured with steps of batches that grow until they tell; job.stage is spoiled by it. None: it cannot be."""
+def need(job: Job, at: Workplace) -> tuple[float, float] | None:
+    """Bytes at the peak of a step: so many in any case, and so many for every image of a rank.
+
+    Measured with steps of batches that grow until they tell; job.stage is spoiled by it. None: it cannot be.
+    """
     most = job.derived.batch // runtime.world_size()
     first = FIRST
     if isinstance(job.schedule, PretrainRecipe) and 0 < job.schedule.chunk < job.derived.batch:
@@ -91,7 +81,7 @@ def need(job: Job, at: Workplace) -> Need | None:
             before, images = peak, 2 * images
             peak = _peak_of_a_step(job, at, state, images)
     image = max(0.0, (peak - before) / (images - images // 2))
-    return Need(peak - image * images, image)
+    return peak - image * images, image
 
 
 def largest_batch(job: Job, at: Workplace) -> int | None:
@@ -112,7 +102,8 @@ def largest_batch(job: Job, at: Workplace) -> int | None:
         return None
     if at.device.type == "cuda" and fits(at.dataset, job.ids, job.schedule.epochs, int(room)):
         room -= len(job.ids) * 3 * at.dataset.store.canvas**2  # training keeps the images there
-    images = (SPARE * room - needed.fixed) / max(needed.image, 1.0)
+    fixed, image = needed
+    images = (SPARE * room - fixed) / max(image, 1.0)
     return min(len(job.ids), max(0, int(images)) * runtime.world_size())
 
 

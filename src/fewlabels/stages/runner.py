@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from fewlabels import checkpoint, runtime
 from fewlabels.config import Schedule
 from fewlabels.data.labels import Dataset
-from fewlabels.data.loader import Order, Waiting, training_batches
+from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.errors import DataError, Diverged, RunAgain, Stopped, UsageError
 from fewlabels.model import optim
 from fewlabels.plan import Derived, derive
@@ -111,15 +111,16 @@ def _run(job: Job, at: Workplace, state: TrainState) -> None:
     at.folder.status("running", job.name)
     at.folder.cut_metrics(job.name, state.step)
     say(f"{job.name}: " + (f"going on from step {state.step:,} of {total:,}" if state.step else f"{total:,} steps"))
-    clock = _Clock(spent)
+    began, waits = time.perf_counter(), list[float]()
+    seconds: Callable[[], float] = lambda: spent + time.perf_counter() - began  # noqa: E731 - over all starts
     batches = training_batches(at.dataset, job.order(), first_step=state.step, last_step=total, device=at.device)
-    waiting, listeners = Waiting(batches), _listeners(job, at, state, clock)
+    listeners = _listeners(job, at, state, seconds, waits)
     at.interrupts.patient = True
     try:
         rhythm = pace(job.derived, job.seed, evaluate=job.scores is not None)
         spare_rng = torch.random.fork_rng(devices=[at.device] if at.device.type == "cuda" else [])
-        with spare_rng, _enough_memory(job, at):
-            train(state, waiting, rhythm, listeners, at.precision)
+        with spare_rng, _enough_memory(job, at, state, batches):
+            train(state, batches, rhythm, listeners, at.precision)
     except Diverged as error:
         raise Diverged(error.what, step=error.step, images=_seen(job, at.dataset, error)) from error
     except DataError:
@@ -130,19 +131,23 @@ def _run(job: Job, at: Workplace, state: TrainState) -> None:
     finally:
         at.interrupts.patient = False
         batches.close()
-    at.folder.status("running", job.name, seconds={job.name: clock.seconds()}, waited={job.name: waiting.seconds})
+    at.folder.status("running", job.name, seconds={job.name: seconds()}, waited={job.name: sum(waits)})
     if number := from_signal(at.interrupts):
         raise Stopped(number, f"at step {state.step:,} of {total:,} of {job.name}; everything is saved")
-    say(f"{job.name}: done in {duration(clock.seconds())}{_waited(waiting.seconds, clock.here(), at.dataset)}")
+    say(f"{job.name}: done in {duration(seconds())}{_waited(sum(waits), seconds() - spent, at.dataset)}")
 
 
 @contextmanager
-def _enough_memory(job: Job, at: Workplace) -> Iterator[None]:
+def _enough_memory(job: Job, at: Workplace, state: TrainState, batches: Generator[Batch, None, None]) -> Iterator[None]:
     """If it is not, says what to do; on one process with the batch that fits. Finding that spoils job.stage."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        # What training held would count beside what measuring holds itself: the step's tensors, the images on the
+        # device, the optimizer's buffers
+        traceback.clear_frames(error.__traceback__)
+        batches.close()
+        state.optimizer.state.clear()
         fits = memory.largest_batch(job, at) if runtime.world_size() == 1 else None
         chunks = " or --pretrain.chunk" if job.name == "pretrain" else ""
         section = {"supervised": "finetune", "distill_self": "distill"}.get(job.name, job.name)
@@ -173,19 +178,6 @@ def _waited(seconds: float, of: float, dataset: Dataset) -> str:
         return ""
     slow = "decoding on more cores, or --store pixels, would help" if dataset.store.streamed else "the disk is slow"
     return f"; waited {seconds / of:.0%} of it for images: {slow}"
-
-
-class _Clock:
-    """Seconds spent on a stage over all its starts."""
-
-    def __init__(self, before: float) -> None:
-        self.before, self.began = before, time.perf_counter()
-
-    def here(self) -> float:
-        return time.perf_counter() - self.began
-
-    def seconds(self) -> float:
-        return self.before + self.here()
 
 
 def _surroundings(job: Job, at: Workplace) -> dict[str, Any]:
@@ -220,20 +212,24 @@ def _resume(job: Job, at: Workplace, state: TrainState) -> float:
     return seconds
 
 
-def _listeners(job: Job, at: Workplace, state: TrainState, clock: _Clock) -> Listeners:
+def _listeners(
+    job: Job, at: Workplace, state: TrainState, seconds: Callable[[], float], waits: list[float]
+) -> Listeners:
+    """seconds: spent on the stage over all its starts. waits gets those that training waited for images, log by log."""
     derived = job.derived
     progress = Progress(job.name, derived.total_steps, state.step, derived.batch)
 
     def on_log(step: int, values: dict[str, float]) -> None:
         at.folder.log(job.name, step, derived.total_steps, values)
         progress.update(step, values)
+        waits.append(values["wait_share"] * values["seconds"])
 
     def on_eval(state: TrainState) -> None:
         if job.scores is not None:
             at.folder.log(job.name, state.step, derived.total_steps, job.scores(state.stage))
 
     def on_save(state: TrainState) -> None:
-        values = {"identity": job.identity, "seconds": clock.seconds(), "surroundings": _surroundings(job, at)}
+        values = {"identity": job.identity, "seconds": seconds(), "surroundings": _surroundings(job, at)}
         state.stage.before_save()
         tensors = {name: runtime.whole_on_main(tensor) for name, tensor in state.tensors().items()}
         with runtime.main_first():
@@ -247,16 +243,18 @@ def _listeners(job: Job, at: Workplace, state: TrainState, clock: _Clock) -> Lis
 
 def seconds_per_step(job: Job, at: Workplace) -> float:
     """Measured: the median of a few steps after a warm-up one. job.stage is spoiled by it: give a throwaway."""
-    state, derived = job.state(), job.derived
+    state, order = job.state(), job.order()
     state.stage.train()
-    times = []
-    order = job.order()
     last = min(TIMED_STEPS + 1, order.steps_per_epoch * 4)
-    with _enough_memory(job, at):
-        for batch in training_batches(at.dataset, order, first_step=0, last_step=last, device=at.device):
-            began = time.perf_counter()
-            step(state, batch, derived.peak * 1e-3, at.precision)
-            if at.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
+    batches = training_batches(at.dataset, order, first_step=0, last_step=last, device=at.device)
+
+    def timed(batch: Batch) -> float:
+        began = time.perf_counter()
+        step(state, batch, job.derived.peak * 1e-3, at.precision)
+        if at.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    with _enough_memory(job, at, state, batches):
+        times = [timed(batch) for batch in batches]
     return float(np.median(times[1:] or times))

@@ -29,6 +29,7 @@ from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 
 WEIGHTS, DESCRIPTION, MANIFEST, README = "weights.safetensors", "model.json", "manifest.json", "README.md"
+LIMITS = {"size": (2, 4096), "canvas": (2, 16384), "head_out": (1, 65536), "tap": (0, 16), "head_layers": (1, 16)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +155,8 @@ def read_whole(folder: Path) -> tuple[Classifier, ProjectionHead | None, Card]:
     try:
         checkpoint.verify(folder, (WEIGHTS, DESCRIPTION))
     except DataError as error:
-        raise DataError(
-            error.what,
-            details=error.details,
-            why=error.why or "a model that is not what was written cannot be trusted",
-            fix=error.fix or "copy the folder again from where it came; `fewlabels fit` on its run writes it anew",
-        ) from error
+        fix = error.fix or "copy the folder again from where it came; `fewlabels fit` on its run writes it anew"
+        raise DataError(error.what, details=error.details, why=error.why, fix=fix) from error
     card = read_card(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -203,41 +200,29 @@ def read_card(folder: Path) -> Card:
 
 
 def _faults(card: Card, num_classes: object) -> list[str]:
-    faults = []
-    if not all(isinstance(name, str) for name in card.classes):
-        faults.append("classes must be a list of names")
-    elif len(set(card.classes)) != len(card.classes):
-        faults.append("two classes have the same name")
-    if num_classes != len(card.classes):
-        faults.append(f"num_classes is {num_classes!r}, but {len(card.classes)} classes are named")
-    if not isinstance(card.encoder, str):
-        faults.append(f"encoder is {card.encoder!r}, it must be a name")
-    if card.kind not in KINDS:
-        faults.append(f"kind is {card.kind!r}, allowed are {', '.join(KINDS)}")
-    for name in ("whole_head", "balanced"):
-        if not isinstance(getattr(card, name), bool):
-            faults.append(f"{name} is {getattr(card, name)!r}, it must be true or false")
-    if not isinstance(card.metrics, dict | None) or not isinstance(card.training, dict):
-        faults.append("metrics and training must be tables of facts")
-    for name, low, high in (
-        ("size", 2, 4096),
-        ("canvas", 2, 16384),
-        ("head_out", 1, 65536),
-        ("tap", 0, 16),
-        ("head_layers", 1, 16),
-    ):
+    """What card says that cannot be, in words."""
+    classes, counts, temperature = card.classes, card.labels_a_class, card.temperature
+    named = all(isinstance(name, str) for name in classes)
+    tables = isinstance(card.metrics, dict | None) and isinstance(card.training, dict)
+    rules = {
+        "classes must be a list of names": named,
+        "two classes have the same name": not named or len(set(classes)) == len(classes),
+        f"num_classes is {num_classes!r}, but {len(classes)} classes are named": num_classes == len(classes),
+        f"encoder is {card.encoder!r}, it must be a name": isinstance(card.encoder, str),
+        f"kind is {card.kind!r}, allowed are {', '.join(KINDS)}": card.kind in KINDS,
+        f"whole_head is {card.whole_head!r}, it must be true or false": isinstance(card.whole_head, bool),
+        f"balanced is {card.balanced!r}, it must be true or false": isinstance(card.balanced, bool),
+        "metrics and training must be tables of facts": tables,
+    }
+    for name, (low, high) in LIMITS.items():
         value = getattr(card, name)
-        if name == "canvas" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            faults.append(f"{name} is {value!r}, allowed are {low} to {high}")
-    counts = card.labels_a_class
-    if len(counts) not in (0, len(card.classes)) or not all(type(n) is int and 0 <= n < 2**53 for n in counts):
-        faults.append(f"labels_a_class is {list(counts)!r:.80}, it must be a number of labels for each class")
-    temperature = card.temperature
-    if not isinstance(temperature, int | float) or not math.isfinite(temperature) or temperature <= 0:
-        faults.append(f"temperature is {temperature!r}, it must be a positive number")
-    return faults
+        holds = (type(value) is int and low <= value <= high) or (name == "canvas" and value is None)
+        rules[f"{name} is {value!r}, allowed are {low} to {high}"] = holds
+    fits = len(counts) in (0, len(classes)) and all(type(n) is int and 0 <= n < 2**53 for n in counts)
+    rules[f"labels_a_class is {list(counts)!r:.80}, it must be a number of labels for each class"] = fits
+    positive = isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0
+    rules[f"temperature is {temperature!r}, it must be a positive number"] = positive
+    return [words for words, holds in rules.items() if not holds]
 
 
 def _rebuilt(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> tuple[Classifier, ProjectionHead | None]:

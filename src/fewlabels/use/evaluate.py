@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
 
@@ -71,7 +71,8 @@ def measure(probabilities: Floats, labels: Integers, classes: Sequence[str]) -> 
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)  # (N, K)
     labels = np.asarray(labels, dtype=np.int64)  # (N,)
-    _check(probabilities, labels, classes)
+    if not np.isfinite(probabilities).all():
+        raise DataError("some probabilities are not finite numbers", fix="check the model; do not trust its output")
     n, k = probabilities.shape
     rows = np.arange(n)
     predicted = probabilities.argmax(axis=1)  # (N,)
@@ -83,7 +84,7 @@ def measure(probabilities: Floats, labels: Integers, classes: Sequence[str]) -> 
         "n": n,
         "classes": [str(name) for name in classes],
         "top1": _proportion(int(np.trace(confusion)), n),
-        "per_class": (per_class := _per_class(confusion, classes)),
+        "per_class": (per_class := _per_class(labels, predicted, classes)),
         "mean_recall": float(np.mean([row["recall"] for row in per_class if row["n"]])),
         "confusion": confusion.tolist(),
         "ece": sum(b["n"] / n * abs(b["accuracy"] - b["confidence"]) for b in bins if b["n"]),
@@ -117,45 +118,18 @@ def reliability(confidence: Floats, is_correct: npt.NDArray[np.bool_]) -> list[d
     return bins
 
 
-def _check(probabilities: Floats, labels: Integers, classes: Sequence[str]) -> None:
-    shape = probabilities.shape
-    if len(shape) != 2 or shape[0] != len(labels) or shape[1] != len(classes):
-        raise DataError(
-            f"probabilities of shape {shape} for {len(labels):,} labels and {len(classes):,} classes",
-            why="there must be one row for each label and one column for each class",
-            fix="pass what predict_proba returned for exactly these images",
-        )
-    if not shape[0]:
-        raise DataError("there are no labeled images to measure on", fix="give images with labels")
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise DataError(
-            f"labels run from {labels.min()} to {labels.max()}, allowed are 0 to {len(classes) - 1}",
-            why="accuracy is only defined on labeled images",
-            fix="leave out the images with label -1",
-        )
-    if not np.isfinite(probabilities).all():
-        raise DataError("some probabilities are not finite numbers", fix="check the model; do not trust its output")
-
-
 def _proportion(correct: int, n: int) -> dict[str, Any]:
     low, high = wilson_interval(correct, n)
     return {"accuracy": correct / n, "interval": [low, high], "correct": correct, "n": n}
 
 
-def _per_class(confusion: Integers, classes: Sequence[str]) -> list[dict[str, Any]]:
-    def share(part: int, whole: int) -> float | None:
-        return part / whole if whole else None
-
-    hits, true, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+def _per_class(labels: Integers, predicted: Integers, classes: Sequence[str]) -> list[dict[str, Any]]:
+    numbers = precision_recall_fscore_support(labels, predicted, labels=np.arange(len(classes)), zero_division=np.nan)
+    *shares, counts = (column.tolist() for column in numbers)
+    known = [[None if math.isnan(share) else share for share in column] for column in shares]
     return [
-        {
-            "name": str(name),
-            "precision": share(int(hits[i]), int(guessed[i])),
-            "recall": share(int(hits[i]), int(true[i])),
-            "f1": share(2 * int(hits[i]), int(true[i] + guessed[i])),
-            "n": int(true[i]),
-        }
-        for i, name in enumerate(classes)
+        {"name": str(name), "precision": precision, "recall": recall, "f1": f1, "n": int(n)}  # a float of absent ones
+        for name, precision, recall, f1, n in zip(classes, *known, counts, strict=True)
     ]
 
 
@@ -163,10 +137,8 @@ def _per_class(confusion: Integers, classes: Sequence[str]) -> list[dict[str, An
 
 
 def most_frequent(labels: Integers, num_classes: int) -> npt.NDArray[np.float32]:
-    """(K,) share of each class among labels >= 0: the prediction of somebody who never looks at the image."""
-    labels = np.asarray(labels)
-    counts = np.bincount(labels[labels >= 0], minlength=num_classes).astype(np.float32)
-    return np.asarray(counts / max(counts.sum(), 1.0), dtype=np.float32)
+    """(K,) share of each class among labels (n,): the prediction of somebody who never looks at the image."""
+    return np.asarray(np.bincount(labels, minlength=num_classes) / len(labels), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -241,32 +213,19 @@ def cross_validated(features: Floats, labels: Integers) -> dict[str, Any]:
     Stratified folds, as many as the smallest class has images (at most 10). An image that is alone in its class is
     always wrong; with such classes the largest class decides the folds, so 1,000 labels are not 1,000 fits.
     Returns accuracy, interval (Wilson, pooled over folds; the folds share training images, so it is a little
-    narrow), folds, n, reason; accuracy and interval are None with a reason where it is impossible. Each fit sees
-    fewer labels than there are, so the number is on the low side.
+    narrow) and n; accuracy and interval are None where the labels name one class or each has one label only. Each fit
+    sees fewer labels than there are, so the number is on the low side.
     """
-    labels = np.asarray(labels)
-    features, labels = np.asarray(features)[labels >= 0], labels[labels >= 0]
-    n = len(labels)
-    classes, counts = np.unique(labels, return_counts=True)
-    nothing = {"accuracy": None, "interval": None, "folds": 0, "n": n}
-    if len(classes) < 2:
-        return nothing | {"reason": "the labels name fewer than two classes"}
-    if counts.max() < 2:
-        return nothing | {"reason": "every class has one label only, so none can be left out"}
-    left_out = folds(labels)
+    n, classes = len(labels), np.unique(labels)
+    if len(classes) < 2 or not (left_out := folds(labels)):
+        return {"accuracy": None, "interval": None, "n": n}
     num_classes = int(classes.max()) + 1
     correct = 0
     for test in left_out:
         train = np.setdiff1d(np.arange(n), test)
         fitted = logistic_regression(features[train], labels[train], num_classes=num_classes)
         correct += int((fitted.predict_proba(features[test]).argmax(axis=1) == labels[test]).sum())
-    return {
-        "accuracy": correct / n,
-        "interval": wilson_interval(correct, n),
-        "folds": len(left_out),
-        "n": n,
-        "reason": "",
-    }
+    return {"accuracy": correct / n, "interval": wilson_interval(correct, n), "n": n}
 
 
 def folds(labels: Integers) -> list[Integers]:
@@ -291,7 +250,8 @@ def too_weak(features: Floats, labels: Integers) -> str:
     self-training gained 1.2 points. For digits and Fashion-MNIST it was for none.
     """
     _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    told = cross_validated(features, np.where(counts[place] > 1, labels, -1))
+    some = counts[place] > 1
+    told = cross_validated(features[some], labels[some])
     chance = 1 / max(1, int((counts > 1).sum()))
     least = chance + LEAST * (1 - chance)
     if told["interval"] is None or told["interval"][1] >= least:
@@ -309,17 +269,15 @@ def spread(ids: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
 
 
 def nearest_neighbours(features: Floats, labels: Integers, k: int = 10) -> float | None:
-    """Leave-one-out accuracy of the weighted k-nearest-neighbour vote; None with fewer than two labeled rows.
+    """Leave-one-out accuracy of the weighted k-nearest-neighbour vote; None with fewer than two rows.
 
-    features: (N, D); rows with label -1 are passed over. Neighbours by cosine similarity s, each voting with
-    exp(s / 0.1) (Wu et al. 2018, section 3.4). Rows of length 1 are sqrt(2 - 2 s) apart.
+    features: (N, D). Neighbours by cosine similarity s, each voting with exp(s / 0.1) (Wu et al. 2018, section 3.4).
+    Rows of length 1 are sqrt(2 - 2 s) apart.
     """
-    labels = np.asarray(labels)
-    rows = _unit(np.asarray(features)[labels >= 0]).astype(np.float32)  # (N, D)
-    labels = labels[labels >= 0]
     n = len(labels)
     if n < 2:
         return None
+    rows = _unit(features).astype(np.float32)  # (N, D)
     apart, nearest = NearestNeighbors(n_neighbors=min(k, n - 1), algorithm="brute").fit(rows).kneighbors()  # (N, k)
     votes = np.zeros((n, int(labels.max()) + 1))
     np.add.at(votes, (np.arange(n)[:, None], labels[nearest]), np.exp(-(apart**2) / 2 / VOTE_TEMPERATURE))

@@ -18,7 +18,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +64,7 @@ def export(model: Model, folder: str | os.PathLike[str], *, format: str) -> Path
     model.check_classifies()
     if format == "onnx" and sum(p.nbytes for p in model.network.parameters()) > LARGEST_ONNX:
         raise UsageError("the model is too large for one ONNX file, which holds 2 GiB", fix="use --format torch")
-    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
-    _require(needed)
+    _require(("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ())
     target = Path(folder) / FORMATS[format]
     if target.parent.exists() and not target.parent.is_dir():
         raise CannotCreate(f"{folder} is a file", why="a program is written into a folder", fix="give another --out")
@@ -209,10 +207,9 @@ def _compare(program: Program, run: Arrays, target: Path) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters print pages on stdout, where a program expects the result."""
-    chatter: Any = io.StringIO()
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "torch._export")]
     before = [logger.level for logger in loggers]
-    with contextlib.redirect_stdout(chatter), warnings.catch_warnings():
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -122,3 +122,9 @@ def _bad_images(path: Path) -> list[tuple[str, str]]:
 def is_number(value: Any) -> bool:
     """Whether value is a finite number and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def short(text: str, most: int = 48) -> str:
+    """text in at most `most` characters."""
+    text = str(text)
+    return text if len(text) <= most else text[: most - 3] + "..."

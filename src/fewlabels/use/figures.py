@@ -24,6 +24,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fewlabels.use.facts import short
+
 Floats = npt.NDArray[np.floating[Any]]
 
 # Placeholder -> CSS variable. No figure draws these colours for their own sake.
@@ -79,8 +81,8 @@ def losses(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> Markup:
     """One panel a stage. stages: title -> {"step": (P,), "loss": (P,)}."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 2.5), layout="constrained")
-        panels = figure.subplots(1, max(len(stages), 1), squeeze=False)[0]
-        for axes, (title, curve) in zip(panels, stages.items(), strict=False):
+        panels = figure.subplots(1, len(stages), squeeze=False)[0]
+        for axes, (title, curve) in zip(panels, stages.items(), strict=True):
             steps, values = _thinned(np.asarray(curve["step"], float), np.asarray(curve["loss"], float))
             axes.plot(steps, values, color=ACCENT)
             axes.set_title(title)
@@ -107,7 +109,7 @@ def probes(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Mar
 def reliability(bins: Sequence[Mapping[str, Any]]) -> Markup:
     """Confidence against accuracy, as `measure` bins them; the size of a dot is its share of the images."""
     used = [b for b in bins if b["n"]]
-    total = sum(b["n"] for b in used) or 1
+    total = sum(b["n"] for b in used)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 4.3), layout="constrained")
         axes = figure.subplots()
@@ -149,7 +151,7 @@ def feature_map(points: Floats, labels: npt.NDArray[np.integer[Any]], classes: S
             if len(classes) <= MOST_NAMED:
                 x, y = np.median(here, axis=0)
                 axes.text(
-                    x, y, _short(classes[number]), ha="center", va="center", fontsize=10,
+                    x, y, short(classes[number], 26), ha="center", va="center", fontsize=10,
                     fontweight="bold",
                     bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.78, "boxstyle": "round,pad=0.25"},
                 )  # fmt: skip
@@ -181,10 +183,6 @@ def _colour(number: int, num_classes: int) -> str:
     return to_hex(matplotlib.colormaps["hsv"](number / num_classes))
 
 
-def _short(name: str, most: int = 24) -> str:
-    return name if len(name) <= most else name[: most - 1] + "..."
-
-
 def _quiet_axes(axes: Axes) -> None:
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -192,9 +190,7 @@ def _quiet_axes(axes: Axes) -> None:
 
 
 def _thinned(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
-    """Means over equal stretches, at most CURVE_POINTS of them; what is not finite is left out."""
-    finite = np.isfinite(values) & np.isfinite(steps)
-    steps, values = steps[finite], values[finite]
+    """Means over equal stretches, at most CURVE_POINTS of them."""
     if len(steps) <= CURVE_POINTS:
         return steps, values
     cuts = np.linspace(0, len(steps), CURVE_POINTS + 1).astype(int)[:-1]

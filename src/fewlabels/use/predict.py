@@ -115,8 +115,7 @@ class Model:
     def each(self, images: Any, *, keep: Sequence[bool] | None = None) -> Iterator[Prediction]:
         """One Prediction an image, in order, in bounded memory. Images with keep[i] False are not even decoded."""
         self.check_classifies()
-        for name, row, error in self._stream(as_source(images), self._probabilities, keep):
-            yield Prediction(name, row, error)
+        return self._stream(as_source(images), self._probabilities, keep)
 
     # --- inside ---
 
@@ -137,15 +136,11 @@ class Model:
         return features.float()
 
     def _all(self, images: Any, function: Callable[[Tensor], Tensor]) -> npt.NDArray[np.float32]:
-        rows, faults = [], []
-        for name, row, error in self._stream(as_source(images), function, None):
-            if row is None:
-                faults.append(f"{name}: {error}")
-            else:
-                rows.append(row)
-        if faults:
+        found = list(self._stream(as_source(images), function))
+        rows = [one.probabilities for one in found if one.probabilities is not None]
+        if faults := [f"{one.name}: {one.error}" for one in found if one.probabilities is None]:
             raise DataError(
-                f"{len(faults):,} of {len(faults) + len(rows):,} images cannot be read",
+                f"{len(faults):,} of {len(found):,} images cannot be read",
                 details=faults,
                 why="there would be fewer predictions than images",
                 fix="leave these out, or use `fewlabels predict`, which keeps a row with the reason for each",
@@ -153,8 +148,9 @@ class Model:
         return np.stack(rows)
 
     def _stream(
-        self, source: Source, function: Callable[[Tensor], Tensor], keep: Sequence[bool] | None
-    ) -> Iterator[tuple[str, npt.NDArray[np.float32] | None, str]]:
+        self, source: Source, function: Callable[[Tensor], Tensor], keep: Sequence[bool] | None = None
+    ) -> Iterator[Prediction]:
+        """What function makes of each image, in the place of its probabilities."""
         wanted = itertools.repeat(True) if keep is None else iter(keep)
         entries = zip(source.names, source.payloads(), wanted, strict=False)
         with ThreadPoolExecutor(runtime.threads(), thread_name_prefix="decode") as pool:
@@ -162,7 +158,7 @@ class Model:
                 decoded = list(pool.map(self._decode, [p if k else None for _, p, k in chunk]))
                 rows = self._rows(decoded, function)
                 for (name, _, _), image, row in zip(chunk, decoded, rows, strict=True):
-                    yield name, row, image if isinstance(image, str) else ""
+                    yield Prediction(name, row, image if isinstance(image, str) else "")
 
     def _decode(self, payload: Any) -> npt.NDArray[np.uint8] | str | None:
         """(H, W, 3) uint8 no larger than in training, or the reason why not; None stays None."""
@@ -243,7 +239,8 @@ def as_source(images: Any) -> Source:
                 f"an array of shape {images.shape} is a picture with an alpha channel, or gray ones of four pixels",
                 fix="give images[..., :3]; or the gray ones as (N, H, W, 1)",
             )
-        return open_source(images[None] if _is_one_image(images) else images)
+        is_one = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] == 3)  # no gray ones are 3 px wide
+        return open_source(images[None] if is_one else images)
     if isinstance(images, list | tuple) and any(isinstance(image, Image.Image | np.ndarray) for image in images):
         return _in_memory(images)
     return open_source(images)
@@ -282,11 +279,6 @@ class Pictures(Part):
     def stamps(self) -> Iterator[bytes]:
         """None: predictions are not resumed."""
         return iter(())
-
-
-def _is_one_image(images: npt.NDArray[Any]) -> bool:
-    """(H, W) or (H, W, 3); an array (N, H, W) of gray images three pixels wide does not occur."""
-    return images.ndim == 2 or (images.ndim == 3 and images.shape[-1] == 3)
 
 
 # --- predictions as a table --------------------------------------------------------------------------------

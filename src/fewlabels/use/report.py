@@ -26,7 +26,7 @@ from fewlabels.data.pixels import open_store
 from fewlabels.errors import DataError, FewlabelsError, MissingInput
 from fewlabels.runfolder import duration
 from fewlabels.use import figures
-from fewlabels.use.facts import Facts, is_number, part, read
+from fewlabels.use.facts import Facts, is_number, part, read, short
 
 LARGEST_THUMB = 96  # pixels
 MOST_MISTAKES, MOST_CONFUSIONS, MOST_CLASSES, MOST_BAD = 18, 12, 60, 10
@@ -47,7 +47,6 @@ def write(run: Path) -> Path:
 
     Raises MissingInput if run is no run folder, DataError if results.json is of another version.
     """
-    run = Path(run)
     if not any((run / name).is_file() for name in ("resolved.json", "status.json", "results.json")):
         raise MissingInput(
             f"{run} is not a run folder",
@@ -379,12 +378,6 @@ def commands(run: str, results: Facts) -> list[tuple[str, str]]:
 def percent(share: float) -> str:
     """0.881 -> "88.1 %"."""
     return f"{100 * share:.1f} %"
-
-
-def short(text: str, most: int = 48) -> str:
-    """text in at most `most` characters."""
-    text = str(text)
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _count(n: int, what: str) -> str:
