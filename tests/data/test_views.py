@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -415,6 +417,30 @@ def test_the_exported_evaluation_takes_any_shape(kind: str, size: int) -> None:
         expected = views.evaluate(images, torch.tensor([[height, width]]).expand(count, 2), size=size, kind=kind)
         torch.testing.assert_close(exported(images), expected, atol=2e-6, rtol=0)
         torch.testing.assert_close(Evaluation(size, kind)(images), expected, atol=2e-6, rtol=0)
+
+
+def test_a_process_that_compiles_makes_the_views_of_one_that_loads_them(tmp_path: Path) -> None:
+    """To the last bit, or a run that is killed in its first process would go on as another one."""
+    if views.PLAIN:
+        pytest.skip("nothing is compiled")
+    program = """
+import hashlib, torch
+from fewlabels.data import fused, views
+pixels = torch.arange(8 * 3 * 40 * 40).mul(7919).remainder(256).byte().view(8, 3, 40, 40)
+made = [
+    views.pretrain(pixels, torch.full((8, 2), 40), torch.arange(8), size=size, epoch=1, seed=3, view=0, kind=kind)
+    for kind in views.KINDS for size in (24, 64)
+]
+print(fused._views.stats.cache_misses.total(), *[hashlib.sha256(view.numpy().tobytes()).hexdigest() for view in made])
+"""
+    surroundings = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    told = [
+        subprocess.run([sys.executable, "-c", program], env=surroundings, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    (compiled, *cold), (loaded, *warm) = (one.stdout.split() for one in told)
+    assert (compiled, loaded) == ("1", "0")
+    assert cold == warm
 
 
 # --- messages --------------------------------------------------------------------------------------------------

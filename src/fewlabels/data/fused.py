@@ -38,6 +38,9 @@ MARGIN = 4  # a blur takes four pairs of taps at a time, the last of them perhap
 # While this module compiles: without it LLVM does not use one instruction for three channels
 SLP_BEFORE, numba.config.SLP_VECTORIZE = numba.config.SLP_VECTORIZE, 1
 fast = numba.njit(nogil=True, cache=True, fastmath=True)
+# A function that LLVM does not inline by itself: the process that compiles would call a copy that was optimised alone,
+# one that loads numba's cache the copy in _views. They differed in the last bit, and with them two runs of one command
+inlined = numba.njit(nogil=True, cache=True, fastmath=True, forceinline=True)
 
 
 def make(pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: int, kind: Kind, radius: int) -> Tensor:
@@ -199,7 +202,7 @@ def _down_columns(narrow, first, weights, out):
             out[x] = (ZERO if start else out[x]) + p * a[x] + q * b[x] + r * c[x] + s * d[x]
 
 
-@fast
+@inlined
 def _warp(image, affine, out):
     """resample.warp() of one image (3, S, S)."""
     size = image.shape[-1]
