@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,13 @@ def written(network: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def folder(written: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(written, tmp_path / "model"))
+
+
+def test_a_pipe_in_place_of_a_description_is_not_waited_for(folder: Path) -> None:
+    (folder / artefact.DESCRIPTION).unlink()
+    os.mkfifo(folder / artefact.DESCRIPTION)
+    with pytest.raises(DataError, match="not a plain file"):
+        artefact.read_card(folder)
 
 
 def test_written_is_read_back_exactly(written: Path, network: Classifier) -> None:
