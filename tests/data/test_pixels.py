@@ -134,22 +134,26 @@ def test_all_orientations_of_a_photo_are_one_upright_photo(awful: Path) -> None:
 # --- facts about one picture -------------------------------------------------------------------------------------
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
-    levels = np.array([[0, 257 * 10], [30000, 65535]], np.uint16)
+@pytest.mark.parametrize("peak", [200, 255, 256, 4095, 4096, 65535])
+def test_sixteen_bits_are_scaled_and_not_clipped(peak: int) -> None:
+    """A peak beside a power of two makes no picture darker: the white is its own."""
+    levels = np.array([[0, peak // 2], [peak // 5, peak]], np.uint16)
     image = decode.decode(encoded(Image.fromarray(levels)))
-    assert image[:, :, 0].tolist() == [[0, 10], [117, 255]]
-    twelve = np.array([[0, 4095], [2048, 100]], np.uint16)
-    assert decode.decode(encoded(Image.fromarray(twelve)))[:, :, 0].tolist() == [[0, 255], [128, 6]]
+    assert np.abs(image[:, :, 0] - np.array([[0, 127.5], [51, 255]])).max() < 1.5
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ([[0.0, 0.5], [1.0, 0.2]], [[0, 128], [255, 51]]),
+        ([[0.0, 0.5], [1.0001, 0.2]], [[0, 127], [255, 51]]),
         ([[0.0, 128.0], [255.0, 7.0]], [[0, 128], [255, 7]]),
+        ([[0.0, 0.0], [0.0, 0.0]], [[0, 0], [0, 0]]),
+        ([[7.0, 7.0], [7.0, 7.0]], [[255, 255], [255, 255]]),
+        ([[-4.0, -2.0], [-3.0, -4.0]], [[0, 255], [128, 0]]),
         ([[-1.0, 0.0], [1.0, 0.0]], [[0, 128], [255, 128]]),
         ([[np.nan, 0.5], [1.0, np.inf]], [[128, 128], [255, 128]]),
-        ([[-3.0, -3.0], [-3.0, -3.0]], [[128, 128], [128, 128]]),
+        ([[-3.0, -3.0], [-3.0, -3.0]], [[0, 0], [0, 0]]),
     ],
 )
 def test_float_pictures(values: list[list[float]], expected: list[list[int]]) -> None:
@@ -195,6 +199,39 @@ def test_a_giant_header_is_refused_before_decoding() -> None:
     raw = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT"
     with pytest.raises(decode.BadPicture, match="64 megapixels"):
         decode.decode(raw)
+
+
+def test_a_large_photo_is_read_at_a_smaller_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_MEGAPIXELS", 0.2)  # 400 x 600 stands for 108 megapixels
+    monkeypatch.setattr(decode, "MAX_PHOTO", 0.3)
+    photo = Image.fromarray(np.tile(np.linspace(0, 255, 600).astype(np.uint8)[None, :, None], (400, 1, 3)))
+    raw = encoded(photo, "JPEG", quality=95)
+    image = decode.decode(raw, 60)
+    assert image.shape == (40, 60, 3)
+    assert np.abs(image[20, :, 0] - np.linspace(0, 255, 60)).max() < 8
+    assert decode.header_size(raw) == (400, 600)
+    scans = raw.replace(b"\xff\xda\x00\x0c\x03", b"\xff\xda\x00\x0c\x01")  # libjpeg would hold it whole
+    larger = encoded(photo.resize((700, 500)), "JPEG")
+    refused = [(raw, None), (raw, 200), (scans, 60), (larger, 60), (encoded(photo), 60)]
+    for payload, canvas in [*refused, (encoded(photo, "JPEG", progressive=True), 60)]:
+        with pytest.raises(decode.BadPicture, match="megapixels"):
+            decode.decode(payload, canvas)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.ENOMEM, errno.ESTALE, errno.EACCES])
+def test_a_failing_disk_is_no_bad_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fail(_: Path) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    Image.new("RGB", (8, 6)).save(tmp_path / "1.png")
+    np.save(tmp_path / "2.npy", np.zeros((2, 8, 6), np.uint8))
+    arrays = open_source(tmp_path / "2.npy").parts[0]
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", lambda self, *_: fail(self))
+    with pytest.raises(decode.BadPicture if code == errno.EACCES else StorageError, match=os.strerror(code)):
+        decode.decode(tmp_path / "1.png")
+    with pytest.raises(DataError if code == errno.EACCES else StorageError, match=os.strerror(code)):
+        next(arrays.payloads())
 
 
 def test_strictness_does_not_depend_on_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:

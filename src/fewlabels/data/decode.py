@@ -13,6 +13,7 @@ Shapes: H, W a picture's height and width.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import io
@@ -28,7 +29,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
 from fewlabels.errors import StorageError
 
@@ -48,8 +49,11 @@ Payload = Path | bytes | npt.NDArray[np.uint8] | Image.Image | Inside
 Pixels = npt.NDArray[np.uint8]
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "ICO", "AVIF")
-MAX_MEGAPIXELS = 64  # 12,000 x 12,000 in a PNG of a few KB took 707 MB resident; cameras stop at about 60
+MAX_MEGAPIXELS = 64  # 12,000 x 12,000 in a PNG of a few KB took 707 MB resident; most cameras stop at about 60
+MAX_PHOTO = 200  # megapixels of a JPEG that is scaled down row by row as it is read; phones make 108 and 200
 MAX_BYTES = 512 << 20
+# What opening or reading a file says where not the file is at fault, but the disk, its server or this machine
+FAILING = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 AT_ONCE = 4 << 20  # bytes of a file that is read whole: Pillow asks for headers in dozens of small reads
 GAP = 3.0  # a picture of twice this many times the target is first averaged in whole blocks (Pillow's reducing_gap)
 ORIENTATION = 0x0112  # the EXIF tag
@@ -81,7 +85,7 @@ def decode(payload: Payload, canvas: int | None = None) -> Pixels:
 
     payload: a file, a file's bytes, a PIL image, or pixels (H, W) or (H, W, 1 or 3) uint8. canvas: the longer side is
     scaled down to it, never up, both sides staying at least 1. Never raises anything else but KeyboardInterrupt and its
-    like, and StorageError for bytes that do not arrive from a URL.
+    like, and StorageError for bytes that do not arrive from a URL or a failing disk.
     """
     try:
         with strict_pillow():
@@ -92,12 +96,16 @@ def decode(payload: Payload, canvas: int | None = None) -> Pixels:
                 with _lock:  # the same one may come twice at once, and Pillow reads its file when pixels are asked for
                     image = payload.copy()
                 return _pixels(image, canvas, _orientation(payload))  # a copy leaves out what was set in memory
-            with _open(payload) as stream, _identified(stream) as image:
+            with _open(payload) as stream, _identified(stream, canvas) as image:
                 pixels = _plain_jpeg(image, stream, canvas)
                 return _pixels(image, canvas) if pixels is None else pixels
     except (BadPicture, StorageError):
         raise
     except Exception as error:  # decoders let any kind out: ValueError, SyntaxError, struct.error, MemoryError ...
+        if isinstance(error, OSError) and error.errno in FAILING:
+            what = "a picture" if isinstance(payload, bytes | np.ndarray | Image.Image) else payload
+            fix = "run the same command again: it goes on from the last save"
+            raise StorageError(f"{what} could not be read: {error.strerror}", why="it may be sound", fix=fix) from error
         raise BadPicture(_reason(error)) from error
 
 
@@ -108,7 +116,7 @@ def header_size(payload: Payload) -> tuple[int, int] | None:
     if isinstance(payload, Image.Image):
         return payload.height, payload.width
     try:
-        with strict_pillow(), _open(payload) as stream, _identified(stream) as image:
+        with strict_pillow(), _open(payload) as stream, _identified(stream, canvas=1) as image:
             return image.height, image.width
     except StorageError:
         raise
@@ -141,7 +149,14 @@ def strict_pillow() -> Iterator[None]:
     global _users  # noqa: PLW0603 - the count belongs to the process, as the settings do
     with _lock:
         if _users == 0:
-            _enter()
+            Image.init()
+            _undo.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
+            _undo.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+            Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
+            _undo.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
         _users += 1
     try:
         yield
@@ -150,17 +165,6 @@ def strict_pillow() -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 _undo.close()
-
-
-def _enter() -> None:
-    Image.init()
-    _undo.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
-    _undo.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
-    _undo.enter_context(warnings.catch_warnings())
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def _open(payload: Path | bytes | Inside) -> BinaryIO:
@@ -182,22 +186,40 @@ def _open(payload: Path | bytes | Inside) -> BinaryIO:
     return payload.open("rb") if status.st_size > AT_ONCE else io.BytesIO(payload.read_bytes())
 
 
-def _identified(stream: BinaryIO) -> ImageFile.ImageFile:
+def _identified(stream: BinaryIO, canvas: int | None) -> ImageFile.ImageFile:
     try:
         image = Image.open(stream, formats=tuple(name for name in FORMATS if name in Image.OPEN))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        stream.seek(0)
+        if stream.read(2) != b"\xff\xd8":
+            raise
+        stream.seek(0)
+        image = JpegImagePlugin.JpegImageFile(stream)
     except UnidentifiedImageError:
         stream.seek(0)
         raise BadPicture(_what_it_is(stream.read(512))) from None
-    _check_size(image)
+    _check_size(image, MAX_PHOTO if _is_drafted(image, canvas) and _is_in_one_scan(image) else MAX_MEGAPIXELS)
     return image
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_size(image: Image.Image, most: int = MAX_MEGAPIXELS) -> None:
     megapixels = image.width * image.height / 1e6
-    if megapixels > MAX_MEGAPIXELS:
-        raise BadPicture(f"{megapixels:,.0f} megapixels, more than the {MAX_MEGAPIXELS} allowed")
+    if megapixels > most:
+        raise BadPicture(f"{megapixels:,.0f} megapixels, more than the {most} allowed")
     if min(image.size) < 1:
         raise BadPicture("a picture of no pixels")
+
+
+def _is_drafted(image: Image.Image, canvas: int | None) -> bool:
+    """Whether libjpeg scales it down while reading, which it does for Pillow only."""
+    height, width = fitted(image.height, image.width, canvas)
+    return image.format == "JPEG" and min(image.height // (2 * height or 1), image.width // (2 * width or 1)) > 1
+
+
+def _is_in_one_scan(image: Any) -> bool:
+    """Whether a JPEG just opened can be decoded row by row; for several scans libjpeg holds all of its coefficients."""
+    image.fp.seek(-4 - 2 * image.layers, os.SEEK_CUR)  # to the number of channels in the first scan
+    return not image.info.get("progressive") and image.fp.read(1)[0] == image.layers
 
 
 def _what_it_is(start: bytes) -> str:
@@ -268,8 +290,8 @@ def _plain_jpeg(image: ImageFile.ImageFile, stream: BinaryIO, canvas: int | None
     """
     height, width = fitted(image.height, image.width, canvas)
     whole = (height, width) == (image.height, image.width)
-    drafted = min(image.height // (2 * height), image.width // (2 * width)) > 1  # libjpeg scales for Pillow only
-    if image.format != "JPEG" or image.mode != "RGB" or drafted or not (whole or _compiled(image, height, width)):
+    shrink = None if whole else _compiled(image, height, width)
+    if image.format != "JPEG" or image.mode != "RGB" or _is_drafted(image, canvas) or not (whole or shrink):
         return None
     import torch
     from torchvision.io import decode_jpeg  # 1 s to import, and `--help` reads no picture
@@ -281,7 +303,6 @@ def _plain_jpeg(image: ImageFile.ImageFile, stream: BinaryIO, canvas: int | None
         return None
     if pixels.shape != (image.height, image.width, 3):
         return None
-    shrink = None if whole else _compiled(image, height, width)
     pixels = shrink.shrink(pixels, height, width) if shrink else pixels
     turn = UPRIGHT.get(_orientation(image))
     return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
@@ -323,16 +344,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """image as L, LA, RGB or RGBA, so that scaling averages colours and not palette numbers."""
     mode, transparent = image.mode, "transparency" in image.info
     if mode.startswith(("I", "F")):
-        return _from_levels(np.asarray(image), bits=_declared_bits(image), clear=image.info.get("transparency"))
-    if mode == "L" and not transparent:
-        return image
+        return _from_levels(np.asarray(image), image.info.get("transparency"))
     if mode in ("RGBA", "LA"):
         return image
     if mode in ("PA", "La", "RGBa") or transparent:
         return image.convert("RGBA")
-    if mode in ("1", "L"):
-        return image.convert("L")
-    return image if mode == "RGB" else image.convert("RGB")
+    return image if mode in ("L", "RGB") else image.convert("L" if mode == "1" else "RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -343,33 +360,20 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _declared_bits(image: Image.Image) -> int | None:
-    """The bits of a TIFF's samples; 12-bit ones arrive in 16-bit numbers."""
-    bits = getattr(image, "tag_v2", {}).get(258, (None,))
-    return bits[0] if isinstance(bits, tuple) and isinstance(bits[0], int) else None
+def _from_levels(levels: npt.NDArray[Any], clear: object) -> Image.Image:
+    """(H, W) of 16- or 32-bit numbers or fractions -> 8-bit grey. Pillow's own conversion clips at 255: all white.
 
-
-def _from_levels(levels: npt.NDArray[Any], *, bits: int | None, clear: object) -> Image.Image:
-    """(H, W) of 16- or 32-bit numbers -> 8-bit grey. Pillow's own conversion clips at 255: all white.
-
-    The white point is the smallest of 8, 12 and 16 bits that holds the brightest pixel, because microscopes and
-    scanners write 12 bits into 16-bit files, which x/257 would turn black; numbers from 0 to 1 are fractions.
-    Anything else is stretched from its darkest to its brightest pixel. clear: the level that means transparent.
+    The brightest pixel becomes white, and zero, or the darkest below it, black: microscopes and scanners write 12 bits
+    into 16-bit files, and fractions know no white. Departure: it is lost how bright one picture is beside another. To
+    guess the bits from the peak made two shots of one scene differ 16 times. clear: the level that means transparent.
     """
     values = levels.astype(np.float64)
     finite = np.isfinite(values)
     if not finite.any():
         raise BadPicture("no pixel is a finite number")
     values = np.where(finite, values, values[finite].min())
-    low, high = float(values.min()), float(values.max())
-    if levels.dtype.kind == "f" and low >= 0 and high <= 1:
-        values *= 255
-    elif low >= 0 and high <= 65535:
-        steps = [255, 4095, 65535] if bits != 12 else [4095, 65535]
-        values *= 255 / next(step for step in steps if high <= step)
-    else:
-        values = (values - low) * (255 / (high - low)) if high > low else np.full_like(values, 128)
-    grey = np.rint(values).astype(np.uint8)
+    low, high = min(float(values.min()), 0.0), float(values.max())
+    grey = np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8)
     if isinstance(clear, int):
         grey[levels == clear] = 255
     return Image.fromarray(grey)

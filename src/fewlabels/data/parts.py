@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewlabels import checkpoint
-from fewlabels.data.decode import Payload
+from fewlabels.data.decode import FAILING, Payload
 from fewlabels.data.places import is_url, stamp
 from fewlabels.errors import DataError, FewlabelsError, StorageError, nearest
 
@@ -103,8 +103,7 @@ class Array(Part):
 
     def at(self, row: int) -> Payload:
         """A view."""
-        image: npt.NDArray[np.uint8] = self.images[row]
-        return image
+        return cast(npt.NDArray[np.uint8], self.images[row])
 
     def stamps(self) -> Iterator[bytes]:
         """The pixels themselves."""
@@ -170,14 +169,11 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> No
     """Refuse what are not images, saying what is allowed."""
     got = f"{where}: an array of {dtype} with shape {shape}"
     if dtype != np.uint8:
-        hint = "multiply values from 0 to 1 by 255 and " if dtype.kind == "f" else ""
-        are_names = dtype.kind in "OU"
-        fix = (
-            "give paths of pictures as a list: images.tolist()"
-            if are_names
-            else f"{hint}convert with .astype(np.uint8)"
-        )
-        raise DataError(got, why=f"images are {ALLOWED_ARRAYS}", fix=fix)
+        paths = "give paths of pictures as a list: images.tolist()"
+        fraction = "multiply values from 0 to 1 by 255 and convert with .astype(np.uint8)"
+        special = {"b": "convert with images.astype(np.uint8) * 255", "f": fraction, "O": paths, "U": paths}
+        whole = "multiply by 255 / images.max(), unless values are 0 to 255 already, and convert with .astype(np.uint8)"
+        raise DataError(got, why=f"images are {ALLOWED_ARRAYS}", fix=special.get(dtype.kind, whole))
     channels_first = len(shape) == 4 and shape[1] in (1, 3)
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
         fix = "move the channels last: images.transpose(0, 2, 3, 1)" if channels_first else "reshape the array"
@@ -262,10 +258,11 @@ def _whole(path: Path, member: str) -> npt.NDArray[Any]:
 
 
 def damaged(path: str | Path, error: Exception) -> FewlabelsError:
-    """A DataError, a StorageError for what did not arrive from a URL, or the FewlabelsError that it is already."""
+    """A DataError, a StorageError for what did not arrive, or the FewlabelsError that it is already."""
     if isinstance(error, FewlabelsError):
         return error
-    if is_url(str(path)) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+    away = is_url(str(path)) and not isinstance(error, FileNotFoundError)
+    if isinstance(error, OSError) and (away or error.errno in FAILING):
         return StorageError(f"{path} could not be read: {error}", fix="run the same command again")
     return DataError(
         f"{path} cannot be read: {' '.join(str(error).split())}",

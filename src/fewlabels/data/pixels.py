@@ -99,9 +99,7 @@ class PixelFile:
 
     def _compare(self, image: npt.NDArray[np.uint8], row: int) -> None:
         height, width = self.extents[row].tolist()
-        upright = np.stack(
-            tuple(image[:, :height, :width]), axis=-1
-        )  # (h, w, 3), 3 times as fast as transpose and copy
+        upright = np.stack(tuple(image[:, :height, :width]), axis=-1)  # (h, w, 3), 3 times as fast as a transposed copy
         if pixel_hash(upright) == self.hashes[row].tobytes():
             self.compared[row] = True
             return

@@ -53,14 +53,9 @@ class OnDemand:
 
     def fill(self, pixels: npt.NDArray[np.uint8], rows: Sequence[int]) -> None:
         """Write the images of these rows into pixels (B, 3, C, C), which are zeros. Raises DataError."""
-        threads = min(self.threads, len(rows))
-        with strict_pillow():
-            if threads <= 1:
-                for canvas, row in zip(pixels, rows, strict=True):
-                    self._fill_one(canvas, row)
-                return
-            with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-                list(pool.map(self._fill_one, pixels, rows))  # the first that fails cancels those that wait
+        threads = max(1, min(self.threads, len(rows)))
+        with strict_pillow(), ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+            list(pool.map(self._fill_one, pixels, rows))  # the first that fails cancels those that wait
 
     def _fill_one(self, canvas: npt.NDArray[np.uint8], row: int) -> None:
         picture = self.at(row)
