@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fewlabels.data import pixels
-from fewlabels.data.labels import Dataset, assemble, keep_labels, read_images
+from fewlabels.data.labels import Dataset, _near_duplicates, assemble, keep_labels, read_images
 from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, UsageError
 
@@ -98,6 +98,19 @@ def test_leaks_are_taken_out_of_training(tmp_path: Path) -> None:
     assert data.understood.labeled == 18
     assert "2 left out because they are also held out" in data.understood.line()
     assert "also held out, left out of training: image-000004, image-000011" in data.understood.notes[0]
+
+
+def test_each_held_out_picture_counts_once(tmp_path: Path) -> None:
+    held = noise(6, 1)
+    held[4], held[5] = held[1], held[2]
+    data = dataset(tmp_path, noise(8), [0, 1] * 4, test=(held, [0, -1, 0, 1, 1, 0]))
+    assert data.held_out.tolist() == [8, 10, 11, 12]  # the labeled one of two
+    assert (data.understood.held_out, data.understood.test, data.understood.images) == (4, 4, 14)
+    assert "4 held-out test images" in data.understood.line()
+    assert "held out more than once, which counts once: 2 copies" in data.understood.notes
+    with pytest.raises(DataError, match="two different labels") as refused:
+        dataset(tmp_path, noise(8), [0, 1] * 4, test=(held, [0, -1, 0, 1, 1, 1]))
+    assert refused.value.details == ('"image-000002" is "0" and "image-000005" is "1"',)
 
 
 def test_one_picture_with_two_labels_is_refused(tmp_path: Path) -> None:
@@ -196,6 +209,21 @@ def test_each_held_out_image_of_the_same_hash_is_compared(tmp_path: Path) -> Non
     for order in ([0, 1], [1, 0]):
         (note,) = dataset(tmp_path / str(order[0]), train, test=held[order]).understood.notes
         assert note.endswith(f"image-000004 like image-{order.index(1):06}")
+
+
+def test_a_photo_saved_anew_is_found_among_many_with_blank_corners(tmp_path: Path) -> None:
+    """Bits of the hash flip, and of the quarters that do not most are those of all images."""
+    rng = np.random.default_rng(2)
+    thumbs = np.zeros((3000, 8, 9), np.uint8)
+    thumbs[:, 2:7, 2:7] = rng.integers(0, 250, (3000, 5, 5))
+    thumbs[:1000, 2:7, 2:7] = thumbs[2000:, 2:7, 2:7] + rng.integers(0, 3, (1000, 5, 5)).astype(np.uint8)
+    splits = np.repeat([0, 2], [2000, 1000]).astype(np.int8)
+    for groups, found in ((np.arange(3000), 1000), (np.arange(3000) % 2000, 0)):
+        notes = _near_duplicates(thumbs, splits, groups, [f"{i}" for i in range(3000)])
+        assert notes == [f"{found:,} training images nearly the same as a held-out one (kept): "
+                         "0 like 2000; 1 like 2001; 2 like 2002; ..."][: bool(found)]  # fmt: skip
+    hashes = np.packbits((thumbs[:, :, 1:] > thumbs[:, :, :-1]).reshape(3000, 64), axis=1)
+    assert (hashes[:1000] != hashes[2000:]).any(axis=1).sum() > 50  # those that were missed
 
 
 def test_flat_and_tiny_images_raise_no_alarm(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ SPLIT_WORDS = {number: word for word, number in SPLIT_NUMBERS.items()} | {LEAKED
 NAMED = 3  # examples in a note
 FLAT = 10.0  # standard deviation of a thumbnail below which all pictures look alike
 CLOSE = 3.0  # mean grey levels between the thumbnails of one photo saved twice
-MOST_ALIKE = 100  # held-out images of one hash that are looked at
+MOST_ALIKE = 32  # held-out images with the same quarter of a hash that are compared
+ROWS = 1 << 16  # training images compared at once
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Understood:
 
     images: int
     train: int
-    val: int
+    val: int  # pictures, as of test and held_out: a copy does not count again
     test: int
     labeled: int  # training images with a label
     classes: dict[str, int]  # labeled training images of each class
@@ -88,13 +89,12 @@ class Dataset:
 
     @property
     def held_out(self) -> Ints:
-        """Rows of the test images with a label; without any, of the validation images."""
-        return _held_out(self.splits, self.labels)
+        """Rows of the test images with a label, each picture once; without any, of the validation images."""
+        return self.once(_held_out(self.splits, self.labels))
 
     def once(self, ids: Ints) -> Ints:
         """ids without those that are, pixel for pixel, images that come before among them."""
-        keys = np.ascontiguousarray(self.store.hashes[ids]).view("V32").reshape(-1)
-        return ids[np.sort(np.unique(keys, return_index=True)[1])]
+        return ids[np.sort(np.unique(_identical(self.store.hashes[ids]), return_index=True)[1])]
 
     @property
     def num_classes(self) -> int:
@@ -137,6 +137,9 @@ def assemble(
     splits, leaked = _without_leaks(groups, splits)
     train = splits == TRAIN
     notes = [f"also held out, left out of training: {_few([names[i] for i in leaked])}"] if len(leaked) else []
+    val, test = (len(np.unique(groups[splits == split])) for split in (VAL, TEST))
+    copies = int(np.isin(splits, (VAL, TEST)).sum()) - val - test
+    notes += [f"held out more than once, which counts once: {_count(copies, 'copy', 'copies')}"] if copies else []
     if not train.any():
         raise DataError(
             f"{source.description}: every training image is also held out",
@@ -151,11 +154,11 @@ def assemble(
     understood = Understood(
         images=len(names),
         train=int(train.sum()),
-        val=int((splits == VAL).sum()),
-        test=int((splits == TEST).sum()),
+        val=val,
+        test=test,
         labeled=int(counts.sum()),
         classes=dict(zip(classes, counts.tolist(), strict=True)),
-        held_out=len(_held_out(splits, labels)),
+        held_out=len(np.unique(groups[_held_out(splits, labels)])),
         unreadable=len(bad),
         duplicates=int(train.sum()) - len(np.unique(groups[train])),
         leaks=len(leaked),
@@ -249,12 +252,11 @@ def _known(known: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:
 def _check_conflicts(
     groups: Ints, labels: Ints, splits: npt.NDArray[np.int8], source: Source, kept: Ints, classes: Sequence[str]
 ) -> None:
-    """Refuse identical training pictures with different labels."""
-    rows = np.flatnonzero((splits == TRAIN) & (labels >= 0))
-    first: dict[int, int] = {}
+    """Refuse identical pictures with different labels, among the training images or among the held-out ones."""
+    first: dict[tuple[int, bool], int] = {}
     conflicts = []
-    for row in rows.tolist():
-        other = first.setdefault(int(groups[row]), row)
+    for row in np.flatnonzero(labels >= 0).tolist():
+        other = first.setdefault((int(groups[row]), splits[row] == TRAIN), row)
         if labels[other] != labels[row]:
             pair = [f'{source.named(int(kept[i]))} is "{classes[labels[i]]}"' for i in (other, row)]
             conflicts.append(" and ".join(pair))
@@ -262,7 +264,7 @@ def _check_conflicts(
         raise DataError(
             f"{_count(len(conflicts), 'picture')} with two different labels: the pixels are the same",
             details=conflicts,
-            why="one of the two labels is wrong, and it would be learned",
+            why="one of the two labels is wrong, and it would be learned or count as an error",
             fix="correct or empty the wrong label of each pair",
         )
 
@@ -288,13 +290,11 @@ def _check_learnable(
         )
     if held and not trained:
         leaked = int(((splits == LEAKED) & (labels >= 0)).sum())
+        same = f"; {_count(leaked, 'labeled training image')} are the same pictures as held-out ones"
         raise DataError(
             f"{source.description}: only held-out images are labeled",
             details=[f'"{classes[k]}"' for k in sorted(held)],
-            why="labels of held-out images measure the result and are never learned from"
-            + (
-                f"; {_count(leaked, 'labeled training image')} are the same pictures as held-out ones" if leaked else ""
-            ),
+            why="labels of held-out images measure the result and are never learned from" + (same if leaked else ""),
             fix="label some training images that are not held out",
         )
     if len(trained) == 1:
@@ -346,25 +346,35 @@ def _without_leaks(groups: Ints, splits: npt.NDArray[np.int8]) -> tuple[npt.NDAr
 def _near_duplicates(
     thumbs: npt.NDArray[np.uint8], splits: npt.NDArray[np.int8], groups: Ints, names: Sequence[str]
 ) -> list[str]:
-    """A note on training images that look like a held-out one: same difference hash and nearly the same thumbnail.
+    """A note on training images that look like a held-out one: the same in a quarter of the difference hash (saving a
+    photo anew flips bits here and there), and nearly the same thumbnail.
 
-    Flat pictures are passed over, all of them look alike. Nothing is removed: two photos of one scene may be meant.
+    Where corners are blank many share a quarter: the MOST_ALIKE nearest in brightness are compared. Flat pictures are
+    passed over, all of them look alike. Nothing is removed: two photos of one scene may be meant.
     """
     train, held = np.flatnonzero(splits == TRAIN), np.flatnonzero(np.isin(splits, (VAL, TEST)))
     if not len(thumbs) or not len(held):
         return []
-    bits = thumbs[:, :, 1:] > thumbs[:, :, :-1]  # (N, 8, 8)
-    keys = np.packbits(bits.reshape(len(thumbs), 64), axis=1).view(np.uint64).reshape(-1)  # (N,)
+    bits = np.packbits((thumbs[:, :, 1:] > thumbs[:, :, :-1]).reshape(len(thumbs), 64), axis=1)  # (N, 8) bytes
     varied = thumbs.reshape(len(thumbs), -1).std(axis=1, dtype=np.float32) >= FLAT
     train, held = train[varied[train]], held[varied[held]]
-    held = held[np.argsort(keys[held], kind="stable")]
-    begins, ends = (np.searchsorted(keys[held], keys[train], side=side) for side in ("left", "right"))
-    pairs = []
-    for row in np.flatnonzero(ends > begins).tolist():
-        image, alike = train[row], held[begins[row] : min(ends[row], begins[row] + MOST_ALIKE)]
-        apart = np.abs(thumbs[alike].astype(np.float32) - thumbs[image]).mean(axis=(1, 2))
-        twins = alike[(apart <= CLOSE) & (groups[alike] != groups[image])]
-        pairs += [f"{names[image]} like {names[twins[0]]}"] if len(twins) else []
+    sums = thumbs.sum(axis=2, dtype=np.int16)  # (N, 8), no further apart than thumbnails, and cheaper to compare
+    light, reach = sums.sum(axis=1, dtype=np.int64), int(CLOSE * thumbs[0].size)  # (N,) below 2**15
+    like: dict[int, int] = {}
+    for quarter in bits.view(np.uint16).T:  # (N,)
+        keys = quarter.astype(np.int64) << 15 | light
+        held = held[np.argsort(keys[held], kind="stable")]
+        for rows in np.array_split(train, len(train) // ROWS + 1):
+            low, middle, high = (np.searchsorted(keys[held], keys[rows] + away) for away in (-reach, 0, reach + 1))
+            low, high = np.maximum(low, middle - MOST_ALIKE // 2), np.minimum(high, middle + MOST_ALIKE // 2)
+            one = np.repeat(rows, high - low)  # (pairs,) and beside it the held-out ones from low to high of each row
+            other = held[np.arange(len(one)) + np.repeat(high - np.cumsum(high - low), high - low)]
+            near = np.abs(sums[one] - sums[other]).sum(axis=1) <= reach
+            one, other = one[near], other[near]
+            apart = np.abs(thumbs[one].astype(np.int16) - thumbs[other]).mean(axis=(1, 2))
+            twins = (apart <= CLOSE) & (groups[one] != groups[other])
+            like |= dict(zip(one[twins].tolist(), other[twins].tolist(), strict=True))
+    pairs = [f"{names[row]} like {names[like[row]]}" for row in sorted(like)]
     words = f"{_count(len(pairs), 'training image')} nearly the same as a held-out one (kept): {_few(pairs, '; ')}"
     return [words] if pairs else []
 
