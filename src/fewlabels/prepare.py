@@ -26,7 +26,7 @@ from fewlabels.config import Recipe
 from fewlabels.data import decode, labels, pixels, streamed, views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.source import Source
-from fewlabels.data.sources import open_source
+from fewlabels.data.sources import check_classes, open_source
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, duration, say
@@ -295,7 +295,10 @@ def open_images(asked: Asked) -> Source:
         raise MissingInput("no images were given", fix="give a folder, a CSV, a parquet or npz file, or an array")
     if not (isinstance(asked.seed, int) and 0 <= asked.seed < 2**32):
         raise UsageError(f"seed {asked.seed!r} cannot be used", fix="give a whole number from 0 to 4294967295")
-    return open_source(asked.images, asked.labels, test=asked.test)
+    source = open_source(asked.images, asked.labels, test=asked.test)
+    if asked.until != "pretrain":
+        check_classes(source)
+    return source
 
 
 def compile_views(device: torch.device) -> None:

@@ -252,6 +252,8 @@ def test_packed_class_folders(tmp_path: Path) -> None:
         ("a.tar/photos/train/unlabeled/2.jpg", None, "train"),
         ("a.tar/photos/test/dog/3.jpg", "dog", "test"),
     ]
+    write_tar(tmp_path / "a.tar", dict.fromkeys(("none/1.jpg", "crack/2.jpg"), b""))  # classes, as on a disk
+    assert open_source(tmp_path / "a.tar").labels == ("none", "crack")
     write_tar(tmp_path / "a.tar", dict.fromkeys(("all/1.jpg", "all/2.jpg"), b""))
     assert set(open_source(tmp_path / "a.tar").labels) == {None}
 
@@ -348,11 +350,13 @@ def test_shards_of_a_folder_are_known_by_the_same_names_however_it_is_called(
 
 
 def test_a_shards_own_name_tells_its_split_before_its_folders(tmp_path: Path) -> None:
-    for name in ("my-test-set/train-0.tar", "my-test-set/1.tar", "train/val-0.tar", "x{0..1}.tar"):
+    names = ("my-test-set/train-0", "my-test-set/1", "train/val-0", "x{0..1}", "testing-0", "my-test-set/training-1")
+    for name in (f"{name}.tar" for name in names):
         write_tar(tmp_path / name, {f"{name}.jpg": b""})
     splits = {name.split(".tar/")[0]: split for name, _, split in content(open_source(tmp_path))}
     assert splits == {
-        "my-test-set/train-0": "train", "my-test-set/1": "test", "train/val-0": "val", "x{0..1}": "train"
+        "my-test-set/train-0": "train", "my-test-set/1": "test", "train/val-0": "val", "x{0..1}": "train",
+        "testing-0": "test", "my-test-set/training-1": "train",
     }  # fmt: skip
     assert len(open_source(tmp_path / "x{0..1}.tar")) == 1, "a file of that very name"
 
@@ -549,6 +553,11 @@ def test_an_index_is_read_once_for_each_state_of_a_shard(
     assert len(scanned) == 2 * SHARDS + 1
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert open_source(forms["labels"]).names[-1] == "shard-002.tar/new.png"
+    monkeypatch.delenv("XDG_CACHE_HOME")  # nobody's home, as of a number without a name in a container
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert open_source(forms["labels"]).names[-1] == "shard-002.tar/new.png"
+    assert not (tmp_path / "~").exists()
 
 
 # --- behind a URL ------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from PIL import Image
 from fewlabels.data import decode, sources
 from fewlabels.data.parts import Files
 from fewlabels.data.source import Source, join, unlabeled
-from fewlabels.data.sources import open_source
+from fewlabels.data.sources import check_classes, open_source
+from fewlabels.data.tables import SPLITS
 from fewlabels.errors import DataError, MissingInput, UsageError
 
 GREEN = np.full((6, 8, 3), (20, 200, 30), np.uint8)
@@ -98,7 +99,7 @@ def test_a_split_called_train_beside_other_folders_is_refused_too(tmp_path: Path
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("split", ["test", "Val"])
+@pytest.mark.parametrize("split", ["test", "Val", "Testing"])
 def test_a_split_beside_classes_is_not_trained_on_as_a_class(split: str, tmp_path: Path) -> None:
     for name in (f"{split}/cat/a.png", "cat/b.png", "dog/c.png"):
         picture(tmp_path / name)
@@ -109,7 +110,11 @@ def test_a_split_beside_classes_is_not_trained_on_as_a_class(split: str, tmp_pat
     for name in ("cat", "dog"):
         (tmp_path / name).rename(tmp_path / "train" / name)
     splits = {name: split for name, _, split in content(open_source(tmp_path))}
-    assert splits == {f"{split}/cat/a.png": split.lower(), "train/cat/b.png": "train", "train/dog/c.png": "train"}
+    assert splits == {
+        f"{split}/cat/a.png": SPLITS[split.lower()],
+        "train/cat/b.png": "train",
+        "train/dog/c.png": "train",
+    }
 
 
 def test_clutter_is_passed_over_and_false_pictures_are_not(tmp_path: Path) -> None:
@@ -201,6 +206,9 @@ def test_a_csv_reaches_images_through_links_and_in_other_spellings(tmp_path: Pat
     alone = tmp_path / "disk" / "real" / "labels.csv"  # a table that is the images, too
     alone.write_text(f"image,label\n{tmp_path / 'lnk'}/a.png,x\n")
     assert open_source(tmp_path / "lnk" / "labels.csv").labels == ("x",)
+    alone.write_text("image,label\né.png,y\n", encoding="utf-8")
+    (tmp_path / "disk" / "real" / "é.png").unlink()
+    assert content(open_source(alone)) == [(decomposed, "y", "train")]
 
 
 def test_a_class_may_be_called_none_where_its_folder_is(tmp_path: Path) -> None:
@@ -233,8 +241,11 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
 def test_class_folders_that_differ_in_case_are_refused(tmp_path: Path) -> None:
     picture(tmp_path / "train/Cat/a.png")
     picture(tmp_path / "test/cat/b.png")
-    with pytest.raises(DataError, match="look like one class"):
-        open_source(tmp_path)
+    with pytest.raises(DataError, match="look like one class") as refused:
+        check_classes(open_source(tmp_path))
+    assert refused.value.details == ('"cat" (as "test/cat/b.png") and "Cat" (as "train/Cat/a.png")',)
+    for labels in (["x", "y"], ["a", "A"]):  # not the folders' names, and letters
+        check_classes(open_source(tmp_path, labels))
 
 
 def test_a_list_of_paths_and_a_single_picture(tmp_path: Path) -> None:
@@ -359,6 +370,8 @@ def test_a_few_bytes_that_stand_for_gigabytes_are_refused(tmp_path: Path, stack:
     ("images", "words"),
     [
         (np.zeros((2, 4, 4, 3), np.float32), "multiply values from 0 to 1 by 255"),
+        (np.zeros((2, 4, 4), np.uint16), r"255 / images\.max\(\)"),
+        (np.zeros((2, 4, 4), bool), r"astype\(np\.uint8\) \* 255"),
         (np.zeros((2, 4, 4), np.int64), "astype"),
         (np.zeros((2, 3, 4, 4), np.uint8), "transpose"),
         (np.zeros((4, 4), np.uint8), "reshape"),
@@ -427,12 +440,14 @@ def test_sequences_of_labels(stack: np.ndarray) -> None:
 def test_wrong_sequences_of_labels(stack: np.ndarray) -> None:
     with pytest.raises(DataError, match=r"3 labels for 7 images"):
         open_source(stack, [1, 2, 3])
-    wrong = [-2, 1.5, "nan", "Cat", "cat", "a\x1bb", [1]]
+    wrong = [-2, 1.5, "nan", "cat", "cat", "a\x1bb", [1]]
     with pytest.raises(DataError) as refused:
         open_source(stack, wrong)
-    assert len(refused.value.details) == 6
-    for place in ("label 0: -2", "label 1: 1.5", "label 2:", "label 5:", "label 6: a list", '"Cat" and "cat"'):
+    assert len(refused.value.details) == 5
+    for place in ("label 0: -2", "label 1: 1.5", "label 2:", "label 5:", "label 6: a list"):
         assert any(place in detail for detail in refused.value.details), place
+    with pytest.raises(DataError, match=r'"Cat" .* and "cat"'):
+        check_classes(open_source(stack, ["Cat", "cat"] + [None] * 5))
 
 
 def test_labels_of_a_folder_are_replaced(tmp_path: Path) -> None:
@@ -561,6 +576,32 @@ def test_wrong_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_source(tmp_path / "a.parquet")
 
 
+def test_parquet_without_the_columns_that_are_known(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    raw = picture(tmp_path / "x.png").read_bytes()
+    for name in ("a", "b"):
+        images = [{"bytes": raw, "path": path} for path in ("1.png", "1.png", "/home/me/2.png")]
+        pq.write_table(pa.table({"image": images, "fine_label": [0, 1, 0]}), tmp_path / f"{name}.parquet")
+    source = open_source(tmp_path / "a.parquet")
+    assert source.names == ("a.parquet:0", "a.parquet:1", "/home/me/2.png")
+    (note,) = source.notes
+    assert note == (
+        "there is no column label, so nothing is labeled by fine_label; rename the one that tells the class"
+    )
+    (tmp_path / "labels.csv").write_text("image,label\na.parquet:1,cat\n/home/me/2.png,dog\n")
+    assert open_source(tmp_path / "a.parquet", tmp_path / "labels.csv").labels == (None, "cat", "dog")
+    (tmp_path / "d").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.parquet").rename(tmp_path / f"d/{name}.parquet")
+    assert open_source(tmp_path / "d").notes == (note,), "once, however many files there are"
+    named = {"class_names": json.dumps(["A", "a", "cat", "Cat"])}
+    table = pa.table({"image": [raw] * 4, "label": [0, 1, 2, 3]}).replace_schema_metadata(named)
+    pq.write_table(table, tmp_path / "e.parquet")
+    check_classes(open_source(tmp_path / "e.parquet"))  # who declares both means both
+
+
 def test_cifar_parquet(shared_data: Path) -> None:
     source = open_source(shared_data / "cifar10-jpeg/test.parquet")
     assert len(source) == 10_000
@@ -593,6 +634,23 @@ def test_a_list_finds_the_synset_in_the_name(tmp_path: Path) -> None:
         picture(tmp_path / "images" / name)
     (tmp_path / "list.txt").write_text("n00000001_5.JPEG\n\nn00000002_1.JPEG")
     assert open_source(tmp_path / "images", tmp_path / "list.txt").labels == ("n00000001", "n00000002")
+
+
+def test_folders_in_a_list_count_unless_they_are_another_places(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "cat/7.png", "dog/1.png", "2.png"):
+        picture(tmp_path / "images" / name)
+
+    def told(*lines: str) -> dict[str, str | None]:
+        (tmp_path / "list.txt").write_text("\n".join(lines))
+        return {name: label for name, label, _ in content(open_source(tmp_path / "images", tmp_path / "list.txt"))}
+
+    both = {"2.png": None, "cat/1.png": "cat", "cat/7.png": None, "dog/1.png": "dog"}
+    assert told("cat/1.png", "dog/1.png") == both
+    assert told("cat/1.png", "7.png")["cat/7.png"] == "cat"
+    assert told("elsewhere/7.png")["cat/7.png"] == "cat"
+    with pytest.raises(DataError) as caught:
+        told("cat/1.png", "dog/7.png")
+    assert caught.value.details == ('line 2: "dog/7.png" is the name of no images',)
 
 
 def test_all_faults_of_a_list_are_told(tmp_path: Path) -> None:
@@ -667,9 +725,8 @@ def test_parquet_files_are_one_set(tmp_path: Path) -> None:
     raw = picture(tmp_path / "x.png").read_bytes()
     for name, label in (("a", "cat"), ("b", "Cat")):
         pq.write_table(pa.table({"image": [raw], "label": [label]}), tmp_path / f"d/{name}.parquet")
-    with pytest.raises(DataError) as refused:
-        open_source(tmp_path / "d")
-    assert "look like one class" in refused.value.details[0]
+    with pytest.raises(DataError, match="look like one class"):
+        check_classes(open_source(tmp_path / "d"))
     for name, label in (("a", "cat"), ("b", "cow")):  # names decide, whatever is declared
         table = pa.table({"image": [raw], "label": [label]})
         declared = {"class_names": json.dumps(["cat", "unlabeled"])}

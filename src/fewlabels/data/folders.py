@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 from fewlabels.data.decode import picture_magic
-from fewlabels.data.tables import SPLITS, twins
+from fewlabels.data.tables import SPLITS
 from fewlabels.errors import DataError, StorageError, printable
 
 # also the pictures that we cannot read, so that they are named and not passed over in silence
@@ -110,17 +110,9 @@ def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
         if in_splits and folders and folders[0].casefold() in SPLITS:
             split = SPLITS[folders.pop(0).casefold()]
         is_class = bool(folders) and folders[0].casefold() not in UNLABELED
-        labels.append(printable(folders[0]) if is_class else None)
+        labels.append((printable(folders[0]).strip() or None) if is_class else None)  # as a label in a table is read
         found.append(split)
-    alike = twins(dict.fromkeys(label for label in labels if label))
-    if alike:
-        raise DataError(
-            f"{root}: class folders that look like one class",
-            details=[f'"{one}" and "{other}"' for one, other in alike],
-            why="two spellings of one class would be learned as two classes",
-            fix="merge or rename the folders",
-        )
-    return [(label and label.strip()) or None for label in labels], found  # as a label in a table is read
+    return labels, found
 
 
 def _are_classes(splits: Set[str], others: Set[str], paths: list[str]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
@@ -169,9 +170,7 @@ def open_parquet(place: str) -> Source:
                     why=f"its columns are {', '.join(schema.names)}",
                     fix="rename the column that holds the encoded pictures to image, and their classes to label",
                 )
-            labels = None
-            if "label" in schema.names:
-                labels = file.read(columns=["label"]).column(0).to_pylist()
+            labels = file.read(columns=["label"]).column(0).to_pylist() if "label" in schema.names else None
             kind = schema.field(column).type
             fields = [field.name for field in kind] if str(kind).startswith("struct") else []
             if "bytes" not in fields and str(kind) not in ("binary", "large_binary"):
@@ -180,18 +179,19 @@ def open_parquet(place: str) -> Source:
                     why="it must hold encoded pictures: binary, or a struct with the field bytes",
                     fix="write each picture's JPEG or PNG bytes into it",
                 )
-            names: list[str | None] = [None] * rows
-            if "path" in fields:
-                names = [
-                    value and value["path"] for value in file.read(columns=[f"{column}.path"]).column(0).to_pylist()
-                ]
-            shown = (name or f"{place.rpartition('/')[2]}:{row}" for row, name in enumerate(names))
+            paths = file.read(columns=[f"{column}.path"]).column(0).to_pylist() if "path" in fields else [None] * rows
+            names = [value and value["path"] for value in paths]
+            once, file = Counter(names), place.rpartition("/")[2]  # a name that comes twice could be in no table
+            shown = (name if name and once[name] == 1 else f"{file}:{row}" for row, name in enumerate(names))
             ends = tuple(accumulate(int(group.num_rows) for group in groups))
             chunks = [_chunk(group, column) for group in groups]
             small = all(c.compression == "UNCOMPRESSED" or c.total_uncompressed_size <= LARGEST_GROUP for c in chunks)
             part = Parquet(place, column, ends, small)
             source = unlabeled(f"parquet {printable(place)}", tuple(map(printable, shown)), part)
-            source = replace(source, classes=_class_names(schema.metadata or {}))
+            passed = ", ".join(printable(name) for name in schema.names if name != column)
+            words = f"there is no column label, so nothing is labeled by {passed}; rename the one that tells the class"
+            notes = (words,) if passed and labels is None else ()
+            source = replace(source, classes=_class_names(schema.metadata or {}), notes=notes)
     except UNREADABLE as error:
         raise damaged(place, error) from error
     if not rows:

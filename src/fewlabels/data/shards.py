@@ -37,7 +37,7 @@ from fewlabels.errors import DataError, MissingInput, printable
 
 ENDINGS = (".tar", ".parquet")
 BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
-SPLIT = re.compile(r"(?:^|[-_./])(train|val|valid|validation|test)(?![a-z])")
+SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(tables.SPLITS)})(?![a-z])")
 LABELS = (".cls", ".json", ".txt")  # the first that any shard has counts
 LARGEST_LABEL = 1 << 20
 CAPTION_WORDS = 5  # class names have fewer
@@ -158,7 +158,9 @@ def open_tars(shards: Shards, where: str) -> Source:
     source = unlabeled(f"tar {where} ({len(shards.places):,} files{texts})", tuple(map(printable, names)), part)
     passed = sum(index["passed"] for index in found)
     words = f"{passed:,} pictures beside another of their sample (1.seg.png beside 1.png) are passed over"
-    return with_sequence(replace(source, splits=tuple(splits), notes=(words,) if passed else ()), labels)
+    source = replace(source, splits=tuple(splits), notes=(words,) if passed else ())
+    # A folder may be called none; what a member says so is no class
+    return with_sequence(source, labels) if kind and not captions else replace(source, labels=tuple(labels))
 
 
 def _below_shared(members: Sequence[str]) -> list[str]:
@@ -193,15 +195,17 @@ def _index(shard: str, state: bytes) -> dict[str, Any]:
     """
     where = shard if places.is_url(shard) else str(Path(shard).absolute())
     key = hashlib.sha256(b"\0".join([str(VERSION).encode(), os.fsencode(where), state])).hexdigest()[:32]
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewlabels" / "shards" / f"{key}.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - "~" of nobody stays
+    kept = Path(cache) / "fewlabels" / "shards" / f"{key}.json"
     found: dict[str, Any] = {}
     with suppress(*checkpoint.UNREADABLE):
         found = checkpoint.read_sealed(kept)
     if not found:
         found = places.patiently(shard, lambda: _read(shard))
         with suppress(OSError, ValueError):  # a home that cannot be written costs time; labels may be no JSON
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_sealed(kept, found)
+            if kept.is_absolute():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_sealed(kept, found)
     return found | {"spans": np.array(found["spans"], np.int64).reshape(-1, 2)}
 
 
@@ -209,10 +213,8 @@ def _read(shard: str) -> dict[str, Any]:
     try:
         with places.open_file(shard) as file:
             return _scan(file, shard)
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise damaged(shard, error) from error
-    except OSError as error:
-        if places.is_url(shard) and not isinstance(error, FileNotFoundError):
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        if places.is_url(shard) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # to be tried again
         raise damaged(shard, error) from error
 

@@ -85,5 +85,5 @@ def join(*sources: Source) -> Source:
         classes=first.classes if all(each.classes == first.classes for each in sources) else None,
         parts=tuple(chain.from_iterable(each.parts for each in sources)),
         lines=np.concatenate(lines),
-        notes=tuple(chain.from_iterable(each.notes for each in sources)),
+        notes=tuple(dict.fromkeys(chain.from_iterable(each.notes for each in sources))),
     )

@@ -43,6 +43,21 @@ def open_source(images: Any, labels: Any = None, *, test: Any = None) -> Source:
     return source
 
 
+def check_classes(source: Source) -> None:
+    """Refuse two names that one class may have, unless both are declared. Only where labels are learned from."""
+    first: dict[str, int] = {}
+    for i, label in enumerate(source.labels):
+        first.setdefault(label or "", i)
+    alike = [pair for pair in tables.twins(first) if not {*pair} <= {*(source.classes or ())}]
+    if alike:
+        raise DataError(
+            f"{source.description}: classes that look like one class",
+            details=[" and ".join(f'"{name}" (as {source.named(first[name])})' for name in pair) for pair in alike],
+            why="two spellings of one class would be learned as two classes",
+            fix="write each class in one way: merge or rename folders, or correct the labels",
+        )
+
+
 def _open(images: Any) -> Source:
     if isinstance(images, np.ndarray):
         return _array(images)
@@ -124,32 +139,30 @@ def _paths(images: Sequence[Any]) -> Source:
 
 
 def _csv(path: Path) -> Source:
-    """The images that a labels CSV names, each once, in the order of their first line."""
+    """The images that a labels CSV names, each once, in the order of names: lines sorted anew are the same set."""
     table = tables.read_table(path)
     root = Path(os.path.realpath(path.parent))
-    inside = tables.Finder([root], ())
+    finder = tables.Finder([root], ())
     numbers: dict[str, int] = {}
 
-    def find(image: str) -> int | str:
-        for spelled in dict.fromkeys((image, image.strip(), image.strip().replace("\\", "/"))):
-            plain = os.path.normpath(root / spelled)
-            for file in (plain, tables.through_links(plain)):
-                if file.startswith(f"{str(root).rstrip(os.sep)}{os.sep}") and os.path.lexists(file):
-                    return numbers.setdefault(file, len(numbers))
-        return inside(image)
+    def look(path: str) -> int | None:
+        inside = path.startswith(f"{str(root).rstrip(os.sep)}{os.sep}") and os.path.lexists(path)
+        return numbers.setdefault(path, len(numbers)) if inside else None
 
     near = (os.path.relpath(path, root) for path in root.rglob("*") if folders.is_picture(str(path)))
-    answers = tables.match(table, find, lambda: near)
-    files = tuple(numbers)
+    finder.look = look
+    answers = tables.match(table, finder, lambda: near)
+    files = sorted(numbers, key=os.fsencode)
+    said = [answers[numbers[file]] for file in files]
     return Source(
         description=f"labels CSV {printable(str(path))}",
         names=tuple(printable(os.path.relpath(file, root)) for file in files),
-        labels=tuple(answers[i].label for i in range(len(files))),
-        splits=tuple(answers[i].split or "train" for i in range(len(files))),
+        labels=tuple(row.label for row in said),
+        splits=tuple(row.split or "train" for row in said),
         classes=None,
         parts=(Files(files),),
         folder=root,
-        lines=np.array([answers[i].line for i in range(len(files))], dtype=np.int32),
+        lines=np.array([row.line for row in said], dtype=np.int32),
     )
 
 
@@ -183,9 +196,6 @@ def _shards(images: str | Path) -> Source:
     if len(set(joined.names)) < len(joined):  # else no table could name them
         names = (f"{file}/{n}" for file, source in zip(found.names, opened, strict=True) for n in source.names)
         joined = replace(joined, names=tuple(map(printable, names)))
-    if alike := tables.twins(dict.fromkeys(label for label in joined.labels if label is not None)):
-        details = [f'the classes "{one}" and "{other}" look like one class' for one, other in alike]
-        raise DataError(f"classes of {shown} differ in spelling only", details=details, fix="write each in one way")
     return joined
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from fewlabels.errors import DataError, MissingInput, StorageError, nearest, printable
 
 COLUMNS = ("image", "label", "split")
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLITS |= {"test": "test", "testing": "test"}  # Training/ beside Testing/ is how Kaggle's sets come
 MISSING_WORDS = {"nan", "nat", "none", "null", "na", "n/a", "<na>", "-1", "-1.0", "?", "unlabeled", "unlabelled"}
 SPREADSHEET_ERRORS = {"#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#num!", "#null!"}
 WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx, .ods and .xls begin
@@ -96,12 +97,6 @@ def read_table(path: Path, classes: Collection[str | None] = ()) -> Table:
         raise DataError(f"{path} has no header", why="nothing is in it but blank lines", fix=f"write it: {FORMAT}")
     if not table.rows and not table.faults:
         table.fault(len(lines), "there is a header but not a single image below it")
-    by_text: dict[str, int] = {}
-    for row in table.rows:
-        if row.label is not None:
-            by_text.setdefault(row.label, row.line)
-    for one, other in twins(by_text):
-        table.fault(by_text[other], f'class "{other}" and class "{one}" (line {by_text[one]}) look like one class')
     return table
 
 
@@ -172,8 +167,9 @@ def twins(labels: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _folded(label: str) -> str:
-    """label without case, outer quotes, zeros around a whole number ("01", "1.0"), one kind of space ("polar_bear")."""
-    text = unicodedata.normalize("NFKC", label).casefold().strip("'\"`\u2018\u2019\u201c\u201d")
+    """label without case, unless it is a letter (EMNIST), outer quotes, zeros ("01", "1.0"), kinds of space ("a_b")."""
+    text = unicodedata.normalize("NFKC", label)
+    text = (text if len(text) == 1 else text.casefold()).strip("'\"`\u2018\u2019\u201c\u201d")
     text = " ".join(re.sub(r"(?<=\w)[-_](?=\w)", " ", text).split())
     number = re.fullmatch(r"0*(\d+?)(?:\.0+)?", text)
     return number[1] if number else text or label
@@ -231,8 +227,7 @@ def _header(table: Table, line: int, cells: list[str]) -> list[str]:
     for name in COLUMNS:
         if order.count(name) > 1:
             table.fault(line, f'the column "{name}" is there {order.count(name)} times')
-    for name in COLUMNS[:2]:
-        if name not in order:
+        elif name not in order and name != "split":
             table.fault(line, f'the column "{name}" is missing')
     table.refuse()
     return order
@@ -266,6 +261,7 @@ class Finder:
 
     def __init__(self, folders: Iterable[Path], files: Iterable[str]) -> None:
         self.folders = [os.path.realpath(folder) for folder in folders]
+        self.look: Callable[[str], int | None] = lambda path: self.number.get(path, self.number.get(_composed(path)))
         self.number: dict[str, int] = {}
         self.by_name: dict[str, list[int]] = {}
         for index, file in enumerate(files):
@@ -283,11 +279,12 @@ class Finder:
     def __call__(self, image: str) -> int | str:
         """The image's number, or why there is none ("" = unknown)."""
         inside, plain = False, image.strip()
-        for spelled in dict.fromkeys((image, plain, plain.replace("\\", "/"), _composed(plain))):
+        apart = unicodedata.normalize("NFD", plain)  # as macOS writes accents
+        for spelled in dict.fromkeys((image, plain, plain.replace("\\", "/"), _composed(plain), apart)):
             paths = [os.path.normpath(os.path.join(folder, spelled)) for folder in self.folders]  # noqa: PTH118
             for path in itertools.chain(paths, map(through_links, paths)):
                 inside = inside or any(path.startswith(f"{folder.rstrip('/')}/") for folder in self.folders)
-                number = self.number.get(path, self.number.get(_composed(path)))
+                number = self.look(path)
                 if number is not None:
                     return number if number >= 0 else f'several images are called "{spelled}"'
             same_name = self.by_name.get(spelled, [])

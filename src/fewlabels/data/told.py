@@ -30,14 +30,10 @@ def with_labels(source: Source, labels: Any) -> Source:
     nothing = tables.Row(0, "", None, None, sound=True)
     found, lost = [], set()
     for i, (own, split) in enumerate(zip(source.labels, source.splits, strict=True)):
-        if i in rows:
-            found.append(rows[i])
-        elif split != "train" and own in told:  # held out, and of a class of the table's: its place says which
-            found.append(replace(nothing, label=own))
-        else:
-            found.append(nothing)
-            if own and split != "train":
-                lost.add(own)
+        measured = split != "train" and own in told  # held out, and of a class of the table's: its place says which
+        found.append(rows.get(i) or (replace(nothing, label=own) if measured else nothing))
+        if own and split != "train" and found[-1] is nothing:
+            lost.add(own)
     note = f"not measured, since {path.name} has no such class: held-out images in {', '.join(sorted(lost)[:20])}"
     return replace(
         source,
@@ -46,11 +42,7 @@ def with_labels(source: Source, labels: Any) -> Source:
         splits=tuple(row.split or split for row, split in zip(found, source.splits, strict=True)),
         classes=None,
         lines=np.array([row.line for row in found], dtype=np.int32),
-        notes=(
-            *source.notes,
-            *_overruled(source, found),
-            *([note] if lost else []),
-        ),
+        notes=(*source.notes, *_overruled(source, found), *([note] if lost else [])),
     )
 
 
@@ -74,7 +66,7 @@ def _finder(source: Source, path: Path) -> tables.Finder:
     """Finds the images that the table in path names: files by their paths, others by their names."""
     parts = [part for part in source.parts if isinstance(part, Files)]
     if len(parts) < len(source.parts):
-        return tables.Finder([Path("/")], (f"/{name}" for name in source.names))
+        return tables.Finder([Path("/")], (f"/{name.lstrip('/')}" for name in source.names))
     files = (file for part in parts for file in part.paths)
     if source.folder is None:  # absolute, as what is known of real folders outlives a change of the working one
         return tables.Finder([path.parent], (tables.through_links(str(Path(file).absolute())) for file in files))
@@ -89,16 +81,20 @@ def _with_list(source: Source, path: Path) -> Source:
     image's place (its class folder), or the synset that the name begins with. Held-out images keep their labels.
     """
     lines = [line.strip() for line in tables.read_text(path).splitlines()]
-    places: dict[str, list[int]] = {}
+    whole: dict[str, list[int]] = {}
+    files: dict[str, list[int]] = {}
     for i, name in enumerate(source.names):
-        places.setdefault(name.rsplit("/", 1)[-1], []).append(i)
+        whole.setdefault(name, []).append(i)
+        files.setdefault(name.rsplit("/", 1)[-1], []).append(i)
+    known = any("/" in line and line in whole for line in lines)  # else folders in the list are those of another place
     chosen: list[str | None] = [
         label if split != "train" else None for label, split in zip(source.labels, source.splits, strict=True)
     ]
     faults = []
     for number, name in enumerate(lines, start=1):
-        found = places.get(name.rsplit("/", 1)[-1], [])
-        synset = re.match(r"(n\d{8})_", name)
+        file = name.rsplit("/", 1)[-1]
+        found = whole.get(name) or ([] if known and file != name else files.get(file, []))
+        synset = re.match(r"(n\d{8})_", file)
         label = source.labels[found[0]] if len(found) == 1 else None
         if name and len(found) != 1:
             faults.append(f'line {number}: "{name}" is the name of {len(found) or "no"} images')
@@ -142,8 +138,6 @@ def with_sequence(source: Source, labels: Iterable[Any]) -> Source:
         if not known:
             names[type(value), value], fault = class_of(value, source.classes)
             faults += [f"label {i}: {fault}"] if fault else []
-    alike = tables.twins(dict.fromkeys(name for name in names.values() if name is not None))
-    faults += [f'the classes "{one}" and "{other}" look like one class' for one, other in alike]
     if faults:
         raise DataError(
             f"{len(faults):,} fault{'s' if len(faults) > 1 else ''} in the labels of {source.description}",
@@ -151,9 +145,7 @@ def with_sequence(source: Source, labels: Iterable[Any]) -> Source:
             why="a label that is guessed would be learned",
             fix='use whole numbers or class names, and -1, None or "" for unlabeled images',
         )
-    declared = (
-        source.classes if source.classes and all(n is None or n in source.classes for n in names.values()) else None
-    )
+    declared = source.classes if all(name is None or name in classes for name in names.values()) else None
     return replace(source, labels=tuple(names[type(value), value] for value in values), classes=declared)
 
 
