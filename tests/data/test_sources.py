@@ -16,12 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fewlabels.asked import Asked
 from fewlabels.data import decode, sources
 from fewlabels.data.parts import Files
 from fewlabels.data.source import Source, join, unlabeled
 from fewlabels.data.sources import check_classes, open_source
 from fewlabels.data.tables import SPLITS
 from fewlabels.errors import DataError, MissingInput, UsageError
+from fewlabels.prepare import open_images
 
 GREEN = np.full((6, 8, 3), (20, 200, 30), np.uint8)
 
@@ -246,6 +248,10 @@ def test_class_folders_that_differ_in_case_are_refused(tmp_path: Path) -> None:
     assert refused.value.details == ('"cat" (as "test/cat/b.png") and "Cat" (as "train/Cat/a.png")',)
     for labels in (["x", "y"], ["a", "A"]):  # not the folders' names, and letters
         check_classes(open_source(tmp_path, labels))
+    asked = Asked(images=tmp_path, out=tmp_path / "run")
+    with pytest.raises(DataError, match="look like one class"):
+        open_images(asked)
+    assert len(open_images(replace(asked, until="pretrain"))) == 2  # names of folders that nobody learns
 
 
 def test_a_list_of_paths_and_a_single_picture(tmp_path: Path) -> None:
