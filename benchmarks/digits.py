@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import fewlabels as fl
-import harness
+from benchmarks import harness
 
 PICTURE = Path(__file__).parents[1] / "docs" / "digits.svg"
 

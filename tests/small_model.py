@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
+from fewlabels import checkpoint
+from fewlabels.data import labels, pixels
+from fewlabels.data.source import Source
 from fewlabels.model import layers
 from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
+from fewlabels.use import artefact
 from fewlabels.use.artefact import Card
 from fewlabels.use.predict import Model
 
@@ -51,6 +58,18 @@ def small_card(*, tap: int = 1, **changes: object) -> Card:
 def small_model(**changes: object) -> Model:
     """A Model in memory."""
     return Model(small_network(), small_card(**changes), device="cpu")
+
+
+def run_of(folder: Path, source: Source, classes: Sequence[str], *, canvas: int = 16, **recipe: object) -> Path:
+    """A run folder that says which images it was trained on, with the model of small_network; returns RUN/model."""
+    store, kept, _ = pixels.build(source, folder / "data", working_size=canvas, bad_csv=folder / "bad.csv", threads=1)
+    dataset = labels.assemble(source, store, kept)
+    labels.write_images(dataset, folder / "images.csv")
+    facts = {"asked": {"recipe": "smoke"}, "recipe": recipe, "precision": "fp32", "inputs": {}}
+    facts |= {"format_version": 1, "understood": asdict(dataset.understood)}
+    checkpoint.write_json(folder / "resolved.json", facts)
+    network = small_network(num_classes=max(1, len(classes)))
+    return artefact.save(folder / "model", network, small_card(classes=tuple(classes), canvas=canvas))
 
 
 def count_parameters(module: torch.nn.Module) -> int:

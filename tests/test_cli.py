@@ -196,6 +196,17 @@ def test_balanced_reaches_the_model_of_every_command_that_uses_one(
     assert seen == [True, True, False, False]
 
 
+def test_an_export_lies_where_no_later_fit_removes_it(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model folder is replaced as a whole, and the export in it went with it."""
+    monkeypatch.setattr(export, "export", lambda model, folder, **_: folder)
+    for place, beside in ((run, run / "export"), (run / "model", run / "model-export")):
+        assert answer(capsys, "export", str(place))[:2] == (0, f"{beside}\n")
+    monkeypatch.chdir(run / "model")
+    assert answer(capsys, "export", ".")[:2] == (0, f"{run / 'model-export'}\n")
+
+
 def test_without_held_out_images_it_says_how_to_measure(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,7 +351,7 @@ def test_predictions_of_what_are_no_pictures(
     code, _, told = answer(capsys, "predict", str(run), table, "--out", table)
     assert (code, "are the images themselves" in told) == (2, True)
     code, _, told = answer(capsys, "predict", str(run), picture, picture, "--out", picture)
-    assert (code, "is a picture" in told) == (2, True)
+    assert (code, f"{picture} is there already" in told) == (73, True)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
     code, _, told = answer(capsys, "predict", str(run), str(tmp_path / "a.png"), "--out", out)
     assert (code, "none of the 1 images could be read" in told) == (65, True)

@@ -53,6 +53,15 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_fences_begin_lines_and_are_balanced(page: str) -> None:
+    """A block that was wrapped into a paragraph swallowed the next heading, and its commands ran nowhere."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    fences = [line for line in lines if "```" in line]
+    assert [line for line in fences if not re.fullmatch(r"```\w*", line)] == []
+    assert all(line == "```" for line in fences[1::2]) and len(fences) % 2 == 0
+
+
 def blocks(page: str) -> list[tuple[str, str]]:
     """(language, text) of every fenced block."""
     return re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

@@ -18,13 +18,16 @@ import tensorbundle_writer as writer
 from conftest import same, shapes_images
 from fewlabels import cli, config
 from fewlabels.asked import Asked, resolve
-from fewlabels.data import views
+from fewlabels.data import labels, pixels, views
+from fewlabels.data.sources import open_source
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.model.reference import load_reference
 from fewlabels.recipes import Facts
 from fewlabels.use import artefact, evaluate
+from fewlabels.use.facts import without_learned
 from fewlabels.use.imported import import_reference
 from model.test_reference import variables
+from small_model import run_of
 
 NAMES = ["zero", "one", "two", "three"]
 
@@ -212,6 +215,30 @@ def test_a_model_that_learned_these_labels_is_not_judged_on_them(photos: Path, t
     assert {row["key"]: row for row in other.metrics["rows"]}["tap0_logistic"]["cross_validated"]
 
 
+def test_held_out_images_that_the_given_run_has_learned_do_not_count(tmp_path: Path) -> None:
+    """100 % of them were right, and 74 % of new ones. Also where that run had begun with the one that learned them."""
+    images, classes = shapes_images(40, size=16)
+    once = run_of(tmp_path / "once", open_source(images[:32], [*classes[:16], *[-1] * 16]), NAMES)
+    again = run_of(tmp_path / "again", open_source(images[20:22], [0, 1]), NAMES, pretrained=str(once))
+    bare = run_of(tmp_path / "bare", open_source(images[:32], [*classes[:16], *[-1] * 16]), ())
+    rows, held = np.r_[:8, 12:28], np.r_[8:12, 28:40]  # 4 were learned, 4 seen, 8 are new
+    source = open_source(images[rows], classes[rows], test=(images[held], classes[held]))
+    store, kept, _ = pixels.build(source, tmp_path / "data", working_size=16, bad_csv=tmp_path / "b", threads=1)
+    dataset = labels.assemble(source, store, kept)
+    for given, learned, saw in ((once, 4, 4), (again, 4, 4), (bare, 0, 8)):
+        found = without_learned(dataset, given)
+        assert found.understood.held_out == len(found.held_out) == 16 - learned
+        assert set(dataset.held_out) - set(found.held_out) == set(range(24, 24 + learned))
+        assert (found.labels[:24] == dataset.labels[:24]).all()
+        told = dict(note.rsplit(": ", 1) for note in found.understood.notes if str(given) in note)
+        assert [told[f"held-out images that {given} was trained on without their labels"]] == [str(saw)]
+        assert told.get(f"held-out images that do not count, since {given} has learned their labels", "0") == str(
+            learned
+        )
+    shutil.rmtree(tmp_path / "once" / "data")
+    assert "again/model does not say whether" in without_learned(dataset, again).understood.notes[-1]
+
+
 def test_a_student_that_begins_as_its_frozen_teacher_learns(model: Path, unlabeled: Path, tmp_path: Path) -> None:
     card = fl.load(model).card
     run = fl.fit(
@@ -309,6 +336,16 @@ def test_an_encoder_without_classifier(unlabeled: Path, photos: Path, tmp_path: 
         fl.fit(unlabeled, out=tmp_path / "run", recipe="smoke", pretrained=str(folder))
     run = fl.fit(photos, out=tmp_path / "labeled", recipe="smoke", pretrained=str(folder))
     assert run.model.classes == tuple(sorted(NAMES))
+    notes = json.loads((run.path / "resolved.json").read_text())["understood"]["notes"]
+    assert f"{folder} does not say whether it knows more of the held-out images" in notes
+    text = (folder / "README.md").read_text()
+    for words in (
+        "pipeline_tag: image-feature-extraction",
+        "# Image encoder",
+        "Not measured here: it does not classify",
+    ):
+        assert words in text
+    assert "one of its classes" not in text
 
 
 def test_a_run_that_only_pretrained_is_one(unlabeled: Path, photos: Path, tmp_path: Path) -> None:
@@ -345,3 +382,23 @@ def test_an_output_that_is_something_else_is_left_alone(published: Path, tmp_pat
         with pytest.raises(CannotCreate, match="holds something else"):
             import_reference(published, out)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("strange", ["thesis.tex", "photos/1.jpg", "model.json", "README.md"])
+def test_only_a_whole_model_and_nothing_else_is_replaced(published: Path, tmp_path: Path, strange: str) -> None:
+    """TensorFlow.js calls its model model.json too: the folder of such an app was deleted."""
+    (tmp_path / "m" / strange).parent.mkdir(parents=True)
+    (tmp_path / "m" / strange).write_text("precious")
+    (tmp_path / "m" / ("manifest.json" if strange == "model.json" else "model.json")).write_text("{}")
+    with pytest.raises(CannotCreate, match="holds something else"):
+        import_reference(published, tmp_path / "m")
+    assert (tmp_path / "m" / strange).read_text() == "precious"
+
+
+def test_classes_without_names_are_the_numbers_that_labels_are(tmp_path: Path) -> None:
+    """They were "00" to "11", and an array's labels are 0 to 11: every class was unknown."""
+    folder, card, _ = import_reference(writer.write(tmp_path / "twelve", variables(classes=12)), tmp_path / "m")
+    assert card.classes == tuple(map(str, range(12)))
+    images, _ = shapes_images(24)
+    assert evaluate.evaluate_run(fl.load(folder), images, np.arange(24) % 12)["n"] == 24
+    assert "Not measured here: no labeled images were held out." in (folder / "README.md").read_text()

@@ -102,9 +102,8 @@ def _check(command: Fit) -> None:
 def _evaluate(command: Evaluate) -> None:
     from fewlabels.use import evaluate, predict
 
-    measured = evaluate.evaluate_run(
-        predict.load(command.run, balanced=command.balanced), command.images, command.labels
-    )
+    model = predict.load(command.run, balanced=command.balanced)
+    measured = evaluate.evaluate_run(model, command.images, command.labels)
     print(json.dumps(measured) if command.json else evaluate.format_table(measured))
 
 
@@ -136,9 +135,10 @@ def _is_stdout(out: str) -> bool:
 def _export(command: Export) -> None:
     from fewlabels.use import export, predict
 
-    folder = Path(command.out) if command.out else Path(command.run) / "export"
-    model = predict.load(command.run, balanced=command.balanced)
-    _say(str(export.export(model, folder, format=command.format)))
+    model, run = predict.load(command.run, balanced=command.balanced), Path(command.run)
+    is_model = model.path == run  # `fit` and `import` replace such a folder as a whole
+    beside = run.resolve().with_name(f"{run.resolve().name}-export") if is_model else run / "export"
+    _say(str(export.export(model, Path(command.out or beside), format=command.format)))
 
 
 def _report(command: Report) -> None:

@@ -121,7 +121,7 @@ class Export(Use):
     format: typing.Literal["onnx", "torch"] = "onnx"
     """onnx (model.onnx) or torch (model.pt2, a torch.export program)."""
     out: str | None = None
-    """Folder to write into. Left out: RUN/export."""
+    """Folder to write into. Left out: RUN/export, or MODEL-export beside a model folder."""
 
 
 @dataclass(kw_only=True)

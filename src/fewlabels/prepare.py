@@ -31,6 +31,7 @@ from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, duration, say
 from fewlabels.use import artefact, compare, propagate
+from fewlabels.use.facts import without_learned
 
 SAVING = ("pretrain", "finetune", "supervised", "distill_self", "distill")  # stages with checkpoints
 SURVEYED = 32  # images looked at to choose a recipe
@@ -334,6 +335,8 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
     first = resolve(asked, rough, stored, begun)
     known = artefact.read_card(Path(first.pretrained)).classes if first.pretrained is not None else ()
     dataset = store_images(source, folder, first, asked.max_bad, known)
+    if first.pretrained is not None:
+        dataset = without_learned(dataset, Path(first.pretrained))
     if first.pretrained is not None and not known and not len(dataset.labeled):
         raise DataError(
             f"there is nothing to do: no labels, and {first.pretrained} has no classifier that could teach",

@@ -54,6 +54,27 @@ def test_a_self_trained_network_is_right_as_often_as_it_is_sure(
         comparison.names = compare.NAMES
 
 
+@pytest.mark.parametrize(("unlabeled", "first"), [(100, 100), (99, 0)])
+def test_labels_known_by_heart_say_nothing_of_how_sure_to_be(
+    unlabeled: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 100 of 300 images labeled, the calibration error on new ones was 26 %, and 21 by the others alone."""
+    logits = np.zeros((100 + unlabeled, 4), dtype=np.float32)
+    logits[:100, 0], logits[100:, 0] = 20.0, 2.0
+    monkeypatch.setattr(compare, "outputs", lambda _, ids, *__: [logits[ids]])
+    monkeypatch.setattr(compare, "costs", lambda *_: {})
+    rows = np.arange(len(logits))
+    dataset: Any = SimpleNamespace(
+        labeled=rows[:100], held_out=rows[:0], labels=rows % 4, train=rows, num_classes=4, once=lambda ids: ids
+    )
+    nothing: Any = SimpleNamespace(eval=lambda: None)
+    comparison = compare.Comparison(dataset, nothing)
+    comparison.expected = 0.6
+    softened = np.exp(logits / comparison.network("finetune", nothing)[2])
+    mean = (softened.max(axis=1) / softened.sum(axis=1))[first:].mean()
+    assert mean == pytest.approx(0.6, abs=0.01)
+
+
 def test_where_labels_were_spread_they_say_how_good_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is left out once and given by the others; image 70 is the same picture as 60, and takes no part."""
     features, ring = rings(50)

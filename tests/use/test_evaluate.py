@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
 from conftest import shapes_images
-from fewlabels import checkpoint
+from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError
-from fewlabels.use import evaluate
+from fewlabels.use import evaluate, predict
 from fewlabels.use.predict import Model
-from small_model import small_model
+from small_model import run_of, small_model
 
 
 @pytest.fixture(scope="module")
@@ -298,39 +299,22 @@ def test_evaluate_run_measures_labeled_images_and_names_the_rest(tmp_path: Path,
     assert found["top1"]["accuracy"] == pytest.approx(np.mean(right))
 
 
-def test_evaluate_run_says_that_these_are_the_training_images(tmp_path: Path, model: Model) -> None:
+def test_evaluate_run_says_how_many_of_these_are_training_images(tmp_path: Path, model: Model) -> None:
+    """However they are given, and from wherever: it compared paths, and a copy or a list went unnoticed."""
     folder = _folder(tmp_path / "images", 8)
     assert not evaluate.evaluate_run(model, folder)["trained_on"]
-    inside = Model(model.network, model.card, path=tmp_path / "run" / "model")
-    (tmp_path / "run").mkdir()
-    checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": {"images": str(folder)}})
-    (tmp_path / "link").symlink_to("images")
-    for place in (folder, str(folder), tmp_path / "run" / ".." / "images", str(tmp_path / "link")):
-        found = evaluate.evaluate_run(inside, place)
-        assert found["trained_on"]
-    table = tmp_path / "labels.csv"
-    inputs = {"images": str(folder), "labels": str(table)}
-    checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": inputs})
-    for name in ("test/cat", "deep/Val"):
-        (folder / name).mkdir(parents=True)
-    (folder / "test.tar").touch()
-    for place in (table, folder, folder / "red disc", folder / "deep"):
-        assert inside.trained_on(place), place
-    for place in (
-        folder / "test",
-        folder / "test/cat",
-        folder / "deep/Val",
-        folder / "test.tar",
-        tmp_path / "run",
-        tmp_path,
-    ):
-        assert not inside.trained_on(place), place
-    shutil.rmtree(folder / "deep")
-    shutil.rmtree(folder / "test")
-    checkpoint.write_json(tmp_path / "run" / "resolved.json", {"inputs": {"images": "s3://bucket/{0..9}.tar"}})
-    assert inside.trained_on("s3://bucket/{0..9}.tar")
-    assert not inside.trained_on("s3://bucket/{0..8}.tar")
-    assert "was trained on these images" in evaluate.format_table(found)
+    source = open_source(folder)
+    trained = replace(source, splits=("train",) * 6 + ("test",) * 2, labels=(None,) * 8)
+    inside = predict.load(run_of(tmp_path / "run", trained, model.classes), device="cpu")
+    shutil.copytree(folder, tmp_path / "copy")
+    names = [str(tmp_path / "copy" / name) for name in source.names]
+    table = tmp_path / "other.csv"
+    table.write_text("image,label\n" + "".join(f"{n},{y}\n" for n, y in zip(names, source.labels, strict=True)))
+    for images, own in ((folder, None), (tmp_path / "copy", None), (table, None), (names, source.labels)):
+        found = evaluate.evaluate_run(inside, images, own)
+        assert (found["n"], found["trained_on"]) == (8, 6)
+    assert "it was trained on 6 of these images" in evaluate.format_table(found)
+    assert not evaluate.evaluate_run(inside, names[6:], source.labels[6:])["trained_on"]
 
 
 def test_evaluate_run_takes_the_test_split_where_there_is_one(tmp_path: Path, model: Model) -> None:

@@ -153,6 +153,7 @@ def test_onnx_is_one_file_with_its_facts_inside(onnx_file: Path) -> None:
     facts = {entry.key: entry.value for entry in proto.metadata_props}
     assert json.loads(facts["classes"]) == list(CLASSES)
     assert json.loads(facts["preprocessing"]) == {"inside": True, "size": 16, "kind": "photo", "longest_side": 48}
+    assert json.loads(export._facts(small_model(canvas=None))["preprocessing"])["longest_side"] == 1024
     assert facts["temperature"] == "1.5"
     shape = [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
     assert shape[1] == 3 and all(isinstance(shape[i], str) for i in (0, 2, 3))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from conftest import shapes_images
 from fewlabels.data import tables, views
-from fewlabels.errors import DataError, MissingInput, UsageError
+from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.use import artefact, predict
 from fewlabels.use.predict import Model
 from small_model import CLASSES, METRICS, small_card, small_model, small_network
@@ -238,8 +238,8 @@ def test_names_of_files_and_classes_cannot_become_formulas(tmp_path: Path) -> No
 
 
 def test_a_table_is_written_whole_or_not_at_all(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out.csv"
-    out.write_text("before")
+    out, before = tmp_path / "out.csv", "image,label,confidence,p:a,error\n"
+    out.write_text(before)
     with pytest.raises(UsageError, match="is a folder"):
         predict.write_predictions(model, np.zeros((1, 8, 8, 3), np.uint8), tmp_path)
 
@@ -249,8 +249,20 @@ def test_a_table_is_written_whole_or_not_at_all(model: Model, tmp_path: Path, mo
     monkeypatch.setattr(model, "_rows", stop)
     with pytest.raises(KeyboardInterrupt):
         predict.write_predictions(model, np.zeros((1, 8, 8, 3), np.uint8), out)
-    assert out.read_text() == "before"
+    assert out.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out.csv"]
+
+
+@pytest.mark.parametrize("text", ["image,label\na.png,cat\n", "image,label,split\n", "my notes"])
+def test_a_file_that_is_no_table_of_predictions_is_kept(model: Model, tmp_path: Path, text: str) -> None:
+    """A labels table, the work of days, was replaced without a word."""
+    (tmp_path / "out.csv").write_text(text)
+    with pytest.raises(CannotCreate, match="is there already"):
+        predict.write_predictions(model, np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == text
+    (tmp_path / "out.csv").write_text("")
+    for _ in range(2):  # an empty file holds nothing, and predictions are made anew
+        assert predict.write_predictions(model, np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "out.csv")["images"] == 1
 
 
 def test_a_pipe_is_written_to_and_stays(model: Model, tmp_path: Path) -> None:
@@ -305,3 +317,4 @@ def test_pictures_that_are_not_there_are_no_unreadable_ones(model: Model, tmp_pa
 def test_a_list_of_gray_arrays_with_a_channel(model: Model) -> None:
     gray = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
     assert (model.predict_proba(list(gray)) == model.predict_proba(list(gray[..., 0]))).all()
+    assert (model.predict_proba(gray[0]) == model.predict_proba(gray[:1])).all(), "one image, not eight of one pixel"

@@ -185,6 +185,17 @@ def test_the_remark_is_honest_when_a_baseline_wins(run: Path) -> None:
     close = verdict(0.8, 0.82, 100)
     assert 'A cheap baseline wins: "tap1_logistic" (82.0 %) is 2.0 points better' in close and "may be chance" in close
     assert "use the baseline, or train longer" in verdict(0.7, 0.9, 1000)
+    for apart, says in (
+        (0.0, "only as good as"),
+        (0.17, 'A cheap baseline wins: "pixels" (95.0 %) is 17.0 points better'),
+    ):
+        rows = [
+            {"key": key, "name": name, "accuracy": share, "low": share, "high": share, "cross_validated": True, "n": 99}
+            for key, name, share in (("pixels_logistic", "pixels", 0.95), ("tap0_logistic", "tap 0", 0.95 - apart))
+        ]
+        rows.append({**rows[0], "key": "distill", "accuracy": None, "low": None, "high": None, "n": 0})
+        assert says in (told := str(report.methods(results | {"rows": rows})["verdict"])), "nothing is held out"
+    assert "than logistic regression on its features" in told
     low, high = evaluate.wilson_interval(96, 120)
     results["rows"].append(
         {"key": "tap4_logistic", "name": "the winner", "accuracy": 1.0, "low": low, "high": high, "n": 120}

@@ -29,6 +29,8 @@ from fewlabels.model.encoder import encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
 
 WEIGHTS, DESCRIPTION, MANIFEST, README = "weights.safetensors", "model.json", "manifest.json", "README.md"
+FILES = {WEIGHTS, DESCRIPTION, MANIFEST, README}
+LEAST_CANVAS = 1024  # where training kept images as they came: 64 of them still fit in 200 MB
 LIMITS = {"size": (2, 4096), "canvas": (2, 16384), "head_out": (1, 65536), "tap": (0, 16), "head_layers": (1, 16)}
 
 
@@ -67,6 +69,11 @@ class Card:
         """K."""
         return len(self.classes)
 
+    @property
+    def longest_side(self) -> int:
+        """Larger pictures are brought down to it first, as they were for training."""
+        return self.canvas or max(LEAST_CANVAS, 4 * self.size)
+
 
 def build(card: Card) -> tuple[Classifier, ProjectionHead | None]:
     """The network of card with new weights, and the head it was pretrained with as far as it is kept."""
@@ -89,7 +96,8 @@ def save(folder: Path, network: Classifier, card: Card, head: ProjectionHead | N
         description["num_classes"] = card.num_classes
         checkpoint.write_json(temporary / DESCRIPTION, description)
         digest = checkpoint.file_digest(temporary / WEIGHTS)
-        checkpoint.write_text(temporary / README, model_card(card, parameters=_count(tensors), digest=digest))
+        parameters = sum(t.numel() for n, t in tensors.items() if not re.search(r"running_|num_batches", n))
+        checkpoint.write_text(temporary / README, model_card(card, parameters=parameters, digest=digest))
     return folder
 
 
@@ -270,20 +278,17 @@ def _check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path
         )
 
 
-def _count(tensors: Mapping[str, Tensor]) -> int:
-    return sum(t.numel() for name, t in tensors.items() if not re.search(r"running_|num_batches", name))
-
-
 # --- the model card ----------------------------------------------------------------------------------------
 
 
 def model_card(card: Card, *, parameters: int, digest: str) -> str:
     """README.md in the Hugging Face front-matter form, from measured figures only."""
+    task, named = ("image-classification", "classifier") if card.classes else ("image-feature-extraction", "encoder")
     front = [
         "---",
         "library_name: fewlabels",
-        "pipeline_tag: image-classification",
-        "tags: [image-classification, semi-supervised-learning, self-supervised-learning, simclrv2]",
+        f"pipeline_tag: {task}",
+        f"tags: [{task}, semi-supervised-learning, self-supervised-learning, simclrv2]",
         *_model_index(card),
         "---",
     ]
@@ -291,13 +296,13 @@ def model_card(card: Card, *, parameters: int, digest: str) -> str:
         f"Sorts an image into one of {card.num_classes:,} classes." if card.classes else "Gives features of an image."
     )
     body = [
-        "# Image classifier made with fewlabels",
+        f"# Image {named} made with fewlabels",
         "",
         f"{does} {card.encoder}, {parameters:,} parameters, images at {card.size} x {card.size} pixels.",
         "",
         "## How good it is",
         "",
-        *_quality(card.metrics),
+        *_quality(card),
         "",
         "## What it was trained on",
         "",
@@ -318,10 +323,7 @@ def model_card(card: Card, *, parameters: int, digest: str) -> str:
         "",
         "## Limits",
         "",
-        "* It always answers with one of its classes, also for an image that shows none of them.",
-        "* The figures above hold for images like those it was measured on, not for others.",
-        f"* Probabilities are softmax(logits / {card.temperature:.4g})"
-        + ("; see the calibration error above." if card.metrics else "; how well they are calibrated is not known."),
+        *_limits(card),
         "",
         f"Written by fewlabels {_plain(card.version)} in file format {checkpoint.FORMAT_VERSION}. "
         f"SHA-256 of {WEIGHTS}: `{digest}`",
@@ -343,21 +345,30 @@ def _model_index(card: Card) -> list[str]:
     ]
 
 
-def _quality(metrics: dict[str, Any] | None) -> list[str]:
+def _quality(card: Card) -> list[str]:
+    metrics = card.metrics
     if not metrics:
-        return ["Not measured: there were no labeled images beside those it was trained on."]
+        why = "no labeled images were held out" if card.classes else "it does not classify"
+        return [f"Not measured here: {why}."]
     top1 = metrics["top1"]
     low, high = top1["interval"]
-    lines = [
+    weakest = min((row for row in metrics["per_class"] if row["n"]), key=lambda row: row["recall"])
+    return [
         f"* accuracy {top1['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}, on {top1['n']:,} held-out images",
         f"* expected calibration error {metrics['ece']:.1%}, negative log-likelihood {metrics['nll']:.3f}",
+        f"* weakest class `{_plain(weakest['name'])}`: {weakest['recall']:.1%} of {weakest['n']:,} images found",
     ]
-    weakest = sorted((row for row in metrics["per_class"] if row["recall"] is not None), key=lambda r: r["recall"])
-    lines += [
-        f"* weakest class `{_plain(row['name'])}`: {row['recall']:.1%} of {row['n']:,} images found"
-        for row in weakest[:1]
+
+
+def _limits(card: Card) -> list[str]:
+    if not card.classes:
+        return ["* It names no classes: fine-tune it, or use its features."]
+    return [
+        "* It always answers with one of its classes, also for an image that shows none of them.",
+        "* Figures above hold for images like those it was measured on, not for others.",
+        f"* Probabilities are softmax(logits / {card.temperature:.4g})"
+        + ("; see the calibration error above." if card.metrics else "; how well they are calibrated is not known."),
     ]
-    return lines
 
 
 def _plain(value: object) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,7 @@ def tapped(encoder: nn.Module, head: ProjectionHead | None) -> Callable[[Tensor]
     """The encoder's features and the output of every layer of the head: taps 0, 1, ..."""
     encoder.eval()
     layers = list(head.eval().layers) if head is not None else []
-
-    def function(view: Tensor) -> list[Tensor]:
-        found = [encoder(view)]
-        for layer in layers:
-            found.append(layer(found[-1]))
-        return found
-
-    return function
+    return lambda view: list(accumulate(layers, lambda below, layer: layer(below), initial=encoder(view)))
 
 
 def known_features(dataset: Dataset, encoder: nn.Module, setting: Setting) -> tuple[Floats, np.ndarray]:
@@ -236,12 +230,16 @@ class Comparison:
 
         Trained on soft targets or for a few steps, a network says nothing of how sure to be (54 % calibration error
         on digits). With labels too few to hold out, its temperature is the one at which its mean confidence on
-        training images equals the accuracy that is expected of it. A self-trained network may be far better than frozen
-        features: it is expected to be right as often as it is sure, if that is more (digits, 20 labels: sure 94 to
-        97 %, right 97 to 99; Fashion-MNIST, 40 labels: sure 78 to 85 %, right 67 to 74), and so is its student.
+        training images, unlabeled ones where there are some, since it knows the others by heart (digits, 100 labels
+        of 300: calibration error 26 %, without them 21), equals the accuracy that is expected of it. A self-trained
+        network may be far better than frozen features: it is expected to be right as often as it is sure, if that is
+        more (digits, 20 labels: sure 94 to 97 %, right 97 to 99; Fashion-MNIST, 40 labels: sure 78 to 85 %, right 67
+        to 74), and so is its student.
         """
         network.eval()
-        some = evaluate.spread(self.dataset.train, evaluate.CALIBRATION_IMAGES)
+        others = np.setdiff1d(self.dataset.train, self.dataset.labeled)
+        some = others if len(others) >= evaluate.LEAST_UNLABELED else self.dataset.train
+        some = evaluate.spread(some, evaluate.CALIBRATION_IMAGES)
         (logits,) = outputs(self.dataset, some, self.setting, lambda view: [network(view)])
         if self.names[key] == SELF_TRAINED and not self.learned_before:
             sure = torch.from_numpy(logits).softmax(dim=1).amax(dim=1) >= SURE

@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -26,6 +25,7 @@ from fewlabels.data import parts
 from fewlabels.data.source import Source
 from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, printable
+from fewlabels.use import facts
 from fewlabels.use.predict import Model
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -37,6 +37,7 @@ VOTE_TEMPERATURE = 0.1  # of the weighted kNN vote; Wu et al. 2018 (arXiv 1805.0
 COLDEST, HOTTEST = 0.05, 20.0
 MAX_FOLDS = 10
 CALIBRATION_IMAGES = 2000  # of the training images, for the mean confidence
+LEAST_UNLABELED = 100  # of these that do without the labeled ones, of which a network is sure
 PROBED_IMAGES = 5000  # labeled images that cross-validation and kNN look at
 FITTED_IMAGES = 50_000  # labeled images that logistic regression is fitted on: 2,048 features of them take 3 GB
 LEAST = 0.45  # of the way from chance to all right, that features must come for self-training
@@ -102,20 +103,18 @@ def measure(probabilities: Floats, labels: Integers, classes: Sequence[str]) -> 
 def reliability(confidence: Floats, is_correct: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
     """Confidence (N,) against accuracy in NUM_BINS bins (low, high]; the first bin also holds 0."""
     place = np.clip(np.ceil(np.asarray(confidence, dtype=np.float64) * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
-    bins = []
-    for index in range(NUM_BINS):
-        here = place == index
-        count = int(here.sum())
-        bins.append(
-            {
-                "low": index / NUM_BINS,
-                "high": (index + 1) / NUM_BINS,
-                "n": count,
-                "confidence": float(confidence[here].mean()) if count else None,
-                "accuracy": float(is_correct[here].mean()) if count else None,
-            }
-        )
-    return bins
+    counts = np.bincount(place, minlength=NUM_BINS).tolist()
+    sums = [np.bincount(place, weights=of, minlength=NUM_BINS).tolist() for of in (confidence, is_correct)]
+    return [
+        {
+            "low": index / NUM_BINS,
+            "high": (index + 1) / NUM_BINS,
+            "n": n,
+            "confidence": sure / n if n else None,
+            "accuracy": right / n if n else None,
+        }
+        for index, (n, sure, right) in enumerate(zip(counts, *sums, strict=True))
+    ]
 
 
 def _proportion(correct: int, n: int) -> dict[str, Any]:
@@ -314,8 +313,8 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
     """`measure` of model on labeled images of any source, with what was passed over.
 
     A source with splits is measured on its labeled test images, else on its val images, else on all. Adds "images"
-    (the source), "split", "unlabeled", "unreadable" (name and reason) and "trained_on": whether these are the images
-    that the run of the model was trained on.
+    (the source), "split", "unlabeled", "unreadable" (name and reason) and "trained_on": how many of them the run
+    of the model was trained on.
     """
     model.check_classifies()
     source = open_source(images, labels)
@@ -324,15 +323,15 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
     there = [name for name in ("test", "val", "train") if name in source.splits]
     # Images to train on never stand in for held-out ones without labels
     split = next((name for name in there if name in labeled and name != "train"), there[0] if there else "train")
-    rows, truth, unreadable, unlabeled = [], [], [], 0
-    for index, prediction in enumerate(
-        model.each(source, keep=[s == split and n >= 0 for s, n in zip(source.splits, numbers, strict=True)])
-    ):
+    rows, truth, digests, unreadable, unlabeled = [], [], [], [], 0
+    keep = [s == split and n >= 0 for s, n in zip(source.splits, numbers, strict=True)]
+    for index, prediction in enumerate(model.each(source, keep=keep, digests=True)):
         if prediction.error:
             unreadable.append({"name": prediction.name, "reason": prediction.error})
         elif prediction.probabilities is not None:
             rows.append(prediction.probabilities)
             truth.append(numbers[index])
+            digests.append(prediction.digest)
         elif source.splits[index] == split:
             unlabeled += 1
     if not rows:
@@ -342,13 +341,14 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
             fix="use class folders or a CSV with the columns image,label",
         )
     result = measure(np.stack(rows), np.asarray(truth), model.classes)
+    seen = facts.learned(model.path, model.card.longest_side)[0] if model.path else np.zeros(0, "V32")
     return result | {
         "balanced": model.card.balanced,
         "images": source.description,
         "split": split,
         "unlabeled": unlabeled,
         "unreadable": unreadable,
-        "trained_on": split == "train" and isinstance(images, str | Path) and model.trained_on(images),
+        "trained_on": int(np.isin(np.frombuffer(b"".join(digests), "V32"), seen).sum()),
     }
 
 
@@ -380,8 +380,10 @@ def format_table(measurement: dict[str, Any]) -> str:
     lines.append(f"mean over classes   {100 * measurement['mean_recall']:.1f} % (of their recalls)")
     lines.append(f"calibration error   {100 * measurement['ece']:.1f} % (expected, {NUM_BINS} bins)")
     lines.append(f"log loss, Brier     {measurement['nll']:.3f}, {measurement['brier']:.3f}")
-    if measurement.get("trained_on"):
-        lines.append("note                the model was trained on these images: new ones will be judged worse")
+    if learned := measurement.get("trained_on"):
+        lines.append(
+            f"note                it was trained on {learned:,} of these images: new ones will be judged worse"
+        )
     if measurement.get("unlabeled"):
         lines.append(f"unlabeled           {measurement['unlabeled']:,} images passed over")
     if measurement.get("unreadable"):

@@ -53,8 +53,8 @@ class Program(nn.Module):
 def export(model: Model, folder: str | os.PathLike[str], *, format: str) -> Path:
     """Write folder/model.onnx or folder/model.pt2 and return its path. format: "onnx" or "torch".
 
-    `predict` first brings a picture larger than those of training down to their longest side (card.canvas); the program
-    scales it in one step, and its probabilities may then differ by some hundredths.
+    `predict` first brings a picture larger than those of training down to their longest side (card.longest_side); the
+    program scales it in one step, and its probabilities may then differ by some hundredths.
 
     Raises UsageError for an unknown format or missing packages, DataError if the exported program does not agree
     with the Python model to 1e-4 on each probability.
@@ -94,7 +94,7 @@ def _facts(model: Model) -> dict[str, str]:
         "input": "images: uint8 (B, 3, H, W), RGB, upright, values 0 to 255, H and W at least 2",
         "output": "probabilities: float32 (B, K), columns in the order of classes",
         "preprocessing": json.dumps(
-            {"inside": True, "size": card.size, "kind": card.kind, "longest_side": card.canvas}
+            {"inside": True, "size": card.size, "kind": card.kind, "longest_side": card.longest_side}
         ),
         "encoder": card.encoder,
         "temperature": repr(card.temperature),
@@ -103,18 +103,15 @@ def _facts(model: Model) -> dict[str, str]:
 
 
 def _require(packages: tuple[str, ...]) -> None:
-    missing = []
-    for package in packages:
-        try:
+    try:
+        for package in packages:
             importlib.import_module(package)
-        except ImportError:
-            missing.append(package)
-    if missing:
+    except ImportError as error:
         raise UsageError(
-            f"export to ONNX needs the packages {', '.join(missing)}",
+            f"export to ONNX needs the packages {', '.join(packages)} ({error})",
             why="they are not installed with fewlabels, since most people do not need them",
             fix='pip install "fewlabels[export]"',
-        )
+        ) from error
 
 
 def _dynamic() -> dict[str, dict[int, torch.export.Dim]]:
@@ -181,7 +178,6 @@ def _write_torch(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
 def _compare(program: Program, run: Arrays, target: Path) -> None:
     """DataError unless run and program agree on random images of all TRIALS."""
     rng = np.random.default_rng(0)
-    worst, where = 0.0, ""
     for batch, height, width in TRIALS:
         # Blocks of colour, not noise: noise averages to the same gray in every view and would compare nothing
         coarse = rng.integers(0, 256, (batch, 3, 5, 4), dtype=np.uint8)
@@ -190,31 +186,24 @@ def _compare(program: Program, run: Arrays, target: Path) -> None:
         with torch.inference_mode():
             expected = program(torch.from_numpy(images)).numpy()
         found = np.asarray(run(images))
-        if found.shape != expected.shape:
-            worst, where = float("inf"), f"{batch} images of {height} x {width}"
-            break
-        difference = float(np.abs(found - expected).max())
-        if not difference <= worst:
-            worst, where = difference, f"{batch} images of {height} x {width}"
-    if not worst <= TOLERANCE:
-        raise DataError(
-            f"the exported {target.name} differs from the model by {worst:.2g} in a probability ({where})",
-            why=f"more than {TOLERANCE:g} means that it is not the same model; nothing was written",
-            fix="use another --format, and report this with the versions of torch and onnxruntime",
-        )
+        apart = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
+        if not apart <= TOLERANCE:
+            raise DataError(
+                f"the exported {target.name} differs from the model by {apart:.2g} in a probability "
+                f"({batch} images of {height} x {width})",
+                why=f"more than {TOLERANCE:g} means that it is not the same model; nothing was written",
+                fix="use another --format, and report this with the versions of torch and onnxruntime",
+            )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters print pages on stdout, where a program expects the result."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "torch._export")]
-    before = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
+            logging.disable(before)

@@ -33,12 +33,12 @@ def import_reference(
     path, ema, tap: as for load_reference. classes: a text file with one class name a line in the order of the
     classifier's outputs, or one of the reference's lists of ImageNet files (n01440764_10026.JPEG), whose synsets in
     order are ImageNet's classes. Left out, the classes are called by their numbers.
-    Raises as load_reference, CannotCreate where `out` holds something else, DataError for names that do not fit.
+    Raises as load_reference, CannotCreate where `out` holds more than a model, DataError for names that do not fit.
     """
     folder = Path(out)
-    is_model = (folder / artefact.DESCRIPTION).is_file()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_model):
-        raise CannotCreate(f"{folder} holds something else", fix="give a new folder as --out")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (there and there != artefact.FILES):
+        raise CannotCreate(f"{folder} holds something else than a model", fix="give a new folder as --out")
     found = load_reference(Path(path), ema=ema, tap=tap)
     network = found.classifier or Classifier(found.encoder, found.projection_head, tap=found.tap, num_classes=1)
     count = network.linear.out_features if found.classifier else 0
@@ -49,7 +49,7 @@ def import_reference(
         whole_head=head is not None,
         head_layers=len(head.layers) if head is not None else Card.head_layers,
         head_out=head.out_features if head is not None else Card.head_out,
-        classes=_names(Path(classes), count) if classes is not None else _numbers(count),
+        classes=_names(Path(classes), count) if classes is not None else tuple(map(str, range(count))),
         size=SMALL if found.name.endswith("_small") else LARGE,
         kind="reference_tf1" if found.tensorflow == 1 else "reference",
         training={
@@ -87,10 +87,6 @@ def facts(folder: Path, card: Card, found: Reference) -> dict[str, Any]:
         "model": str(folder), "encoder": card.encoder, "classes": card.num_classes, "tap": found.tap,
         "why_tap": found.why, "step": found.step, "tensorflow": found.tensorflow, "unread": list(found.unread),
     }  # fmt: skip
-
-
-def _numbers(count: int) -> tuple[str, ...]:
-    return tuple(f"{k:0{len(str(count - 1))}d}" for k in range(count))
 
 
 def _names(path: Path, count: int) -> tuple[str, ...]:

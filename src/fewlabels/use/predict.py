@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,40 +26,40 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data import decode, views
-from fewlabels.data.folders import is_picture
 from fewlabels.data.parts import Part
 from fewlabels.data.places import real
 from fewlabels.data.shards import ENDINGS as SHARDS
 from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.sources import open_source
-from fewlabels.data.tables import SPLITS, cell
-from fewlabels.errors import DataError, MissingInput, UsageError, printable
+from fewlabels.data.streamed import pixel_hash
+from fewlabels.data.tables import cell
+from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError, printable
 from fewlabels.model.heads import Classifier
-from fewlabels.runfolder import read_json
 from fewlabels.use import artefact
 from fewlabels.use.artefact import Card
 
 CHUNK = 64
-LEAST_CANVAS = 1024  # where training kept images as they came: 64 of them still fit in 200 MB
+BEGINS = b"image,label,confidence,"  # a table of predictions
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What the model says about one image: probabilities (K,), or None with the reason in `error`.
 
-    Both are empty for an image that was not asked for.
+    Both are empty for an image that was not asked for. digest: the SHA-256 of its pixels, where that was asked for.
     """
 
     name: str
     probabilities: npt.NDArray[np.float32] | None
     error: str = ""
+    digest: bytes = b""
 
 
 class Model:
     """A trained classifier: `fl.load(folder)` or `run.model`.
 
     Wherever images are taken: a path or a list of paths, a folder, CSV, parquet or npz file, uint8 arrays
-    (N, H, W[, 3]) or one image (H, W[, 3]), a PIL image or a list of them, or an opened source.
+    (N, H, W[, 1 or 3]) or one image (H, W[, 1 or 3]), a PIL image or a list of them, or an opened source.
     """
 
     def __init__(self, network: Classifier, card: Card, *, path: Path | None = None, device: str = "auto") -> None:
@@ -82,17 +82,6 @@ class Model:
         """Side of the view that the network sees, in pixels."""
         return self.card.size
 
-    def trained_on(self, images: str | Path) -> bool:
-        """Whether `images` is the path or URL of the images or labels that the run this model lies in was given, or a
-        folder in those images that lies in no split of held-out ones.
-        """
-        inputs = (read_json(self.path.parent / "resolved.json") or {}).get("inputs") if self.path else None
-        given = inputs if isinstance(inputs, dict) else {}
-        trained, here = [real(str(given[name])) for name in ("images", "labels") if name in given], real(str(images))
-        inner = here.removeprefix(f"{trained[0]}/") if trained and os.path.isdir(here) else here  # noqa: PTH112
-        held = any(SPLITS.get(folder.casefold(), "train") != "train" for folder in inner.split("/"))
-        return here in trained or (inner != here and not held)
-
     @property
     def metrics(self) -> dict[str, Any] | None:
         """What was measured on the run's held-out images, None if there were none."""
@@ -112,10 +101,10 @@ class Model:
         """Output of the encoder, (N, D) float32. Raises like `predict`."""
         return self._all(images, self._features)
 
-    def each(self, images: Any, *, keep: Sequence[bool] | None = None) -> Iterator[Prediction]:
+    def each(self, images: Any, *, keep: Sequence[bool] | None = None, digests: bool = False) -> Iterator[Prediction]:
         """One Prediction an image, in order, in bounded memory. Images with keep[i] False are not even decoded."""
         self.check_classifies()
-        return self._stream(as_source(images), self._probabilities, keep)
+        return self._stream(as_source(images), self._probabilities, keep, digests=digests)
 
     # --- inside ---
 
@@ -148,8 +137,9 @@ class Model:
         return np.stack(rows)
 
     def _stream(
-        self, source: Source, function: Callable[[Tensor], Tensor], keep: Sequence[bool] | None = None
-    ) -> Iterator[Prediction]:
+        self, source: Source, function: Callable[[Tensor], Tensor], keep: Sequence[bool] | None = None, *,
+        digests: bool = False,
+    ) -> Iterator[Prediction]:  # fmt: skip
         """What function makes of each image, in the place of its probabilities."""
         wanted = itertools.repeat(True) if keep is None else iter(keep)
         entries = zip(source.names, source.payloads(), wanted, strict=False)
@@ -158,14 +148,15 @@ class Model:
                 decoded = list(pool.map(self._decode, [p if k else None for _, p, k in chunk]))
                 rows = self._rows(decoded, function)
                 for (name, _, _), image, row in zip(chunk, decoded, rows, strict=True):
-                    yield Prediction(name, row, image if isinstance(image, str) else "")
+                    digest = pixel_hash(image) if digests and isinstance(image, np.ndarray) else b""
+                    yield Prediction(name, row, image if isinstance(image, str) else "", digest)
 
     def _decode(self, payload: Any) -> npt.NDArray[np.uint8] | str | None:
         """(H, W, 3) uint8 no larger than in training, or the reason why not; None stays None."""
         if payload is None:
             return None
         try:
-            return decode.decode(payload, self.card.canvas or max(LEAST_CANVAS, 4 * self.size))
+            return decode.decode(payload, self.card.longest_side)
         except decode.BadPicture as error:
             return str(error)
 
@@ -239,7 +230,7 @@ def as_source(images: Any) -> Source:
                 f"an array of shape {images.shape} is a picture with an alpha channel, or gray ones of four pixels",
                 fix="give images[..., :3]; or the gray ones as (N, H, W, 1)",
             )
-        is_one = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] == 3)  # no gray ones are 3 px wide
+        is_one = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] in (1, 3))  # no gray ones are so narrow
         return open_source(images[None] if is_one else images)
     if isinstance(images, list | tuple) and any(isinstance(image, Image.Image | np.ndarray) for image in images):
         return _in_memory(images)
@@ -300,39 +291,29 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
         raise MissingInput(f"{len(missing):,} of the pictures are not there", details=missing, fix="correct the paths")
     if other := [path for path in listed if os.path.isdir(path) or path.lower().endswith((".csv", *SHARDS))]:  # noqa: PTH112
         raise UsageError("several images must be pictures", details=other, fix="give a folder or a table alone")
-    if out.is_file() and is_picture(str(out)):
-        raise UsageError(f"{out} is a picture", fix="give another file for the predictions")
     if out.is_dir():
         raise UsageError(f"{out} is a folder", fix=f"give a file name, such as {out / 'predictions.csv'}")
-    counts = dict.fromkeys(model.classes, 0)
-    unreadable = 0
+    counts, images = dict.fromkeys(model.classes, 0), 0
     with checkpoint.storage_errors(out):
+        if str(out.absolute().parent) not in checkpoint.STREAMS and out.is_file() and not _is_ours(out):
+            why = "it does not begin as a table of predictions does, which would be replaced"
+            raise CannotCreate(f"{out} is there already", why=why, fix="give another file for the predictions")
         out.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.text_file(out) as file:
-        for prediction in _write_rows(file, model, source):
-            if prediction.probabilities is None:
-                unreadable += 1
-            else:
-                counts[model.classes[int(prediction.probabilities.argmax())]] += 1
-    predicted = sum(counts.values())
-    return {
-        "out": str(out),
-        "images": predicted + unreadable,
-        "predicted": predicted,
-        "unreadable": unreadable,
-        "counts": counts,
-    }
-
-
-def _write_rows(file: TextIO, model: Model, source: Source) -> Iterator[Prediction]:
-    writer = csv.writer(file)
-    writer.writerow(["image", "label", "confidence", *(f"p:{name}" for name in map(printable, model.classes)), "error"])
-    for prediction in model.each(source):
-        row = prediction.probabilities
-        if row is None:
-            writer.writerow([cell(prediction.name), "", "", *[""] * len(model.classes), cell(prediction.error)])
-        else:
-            best = int(row.argmax())
-            numbers = [f"{p:.6f}" for p in row]
+        writer, names = csv.writer(file), [f"p:{name}" for name in map(printable, model.classes)]
+        writer.writerow(["image", "label", "confidence", *names, "error"])
+        for images, prediction in enumerate(model.each(source), 1):  # noqa: B007
+            row = prediction.probabilities
+            if row is None:
+                writer.writerow([cell(prediction.name), "", "", *[""] * len(names), cell(prediction.error)])
+                continue
+            numbers, best = [f"{p:.6f}" for p in row], int(row.argmax())
             writer.writerow([cell(prediction.name), cell(model.classes[best]), numbers[best], *numbers, ""])
-        yield prediction
+            counts[model.classes[best]] += 1
+    done = sum(counts.values())
+    return {"out": str(out), "images": images, "predicted": done, "unreadable": images - done, "counts": counts}
+
+
+def _is_ours(table: Path) -> bool:
+    with table.open("rb") as file:
+        return file.read(len(BEGINS)) in (b"", BEGINS)

@@ -81,7 +81,7 @@ def render(run: Facts) -> str:
         progress=progress(run),
         headline=headline(run),
         methods=methods(results) if results else None,
-        taps=taps(results) if results else None,
+        taps=taps(results) if results else "",
         quality=quality(run),
         mistakes=mistakes(run),
         map=feature_map(run),
@@ -165,7 +165,6 @@ def methods(results: Facts) -> Facts:
             "is_final": row["key"] == results["final"],
             "is_baseline": bool(BASELINE.fullmatch(row["key"])),
             "range": _range(row),
-            "bar": _bar(row),
         }
         for row in results["rows"]
     ]
@@ -178,9 +177,14 @@ def methods(results: Facts) -> Facts:
 
 
 def verdict(rows: Sequence[Facts]) -> str:
-    """The deployed model against the best cheap baseline on the same images, also when the baseline wins."""
-    final = next((row for row in rows if row["is_final"] and row["accuracy"] is not None), None)
-    rivals = [row for row in rows if row["is_baseline"] and row["accuracy"] is not None]
+    """The model, or where it could not be judged its features, against the best cheap baseline, also when that wins."""
+    judged = [row for row in rows if row["accuracy"] is not None]
+    final, who = next((row for row in judged if row["is_final"]), None), "the model"
+    rivals = [row for row in judged if row["is_baseline"]]
+    if final is None:
+        who = "logistic regression on its features"
+        final = max((r for r in judged if TAP.fullmatch(r["key"])), key=lambda row: row["accuracy"], default=None)
+        rivals = [row for row in rivals if not TAP.fullmatch(row["key"])]
     if final is None or not rivals:
         return ""
     best = max(rivals, key=lambda row: row["accuracy"])
@@ -189,32 +193,27 @@ def verdict(rows: Sequence[Facts]) -> str:
     beaten = f'"{best["name"]}" ({percent(best["accuracy"])})'
     if points > 0.05:
         doubt = "The intervals overlap, so part of it may be chance." if overlap else "The intervals do not touch."
-        return f"The model is {points:.1f} points better than the best cheap baseline, {beaten}. {doubt}"
+        return f"{who.capitalize()} is {points:.1f} points better than the best cheap baseline, {beaten}. {doubt}"
     if points > -0.05:
-        return f"The model is only as good as a cheap baseline, {beaten}. Here the long way did not pay."
+        return f"{who.capitalize()} is only as good as a cheap baseline, {beaten}. Here the long way did not pay."
     doubt = (
         "The intervals overlap, so it may be chance, but there is no sign that the long way paid."
         if overlap
         else "The intervals do not touch: use the baseline, or train longer and on more images."
     )
-    return f"A cheap baseline wins: {beaten} is {-points:.1f} points better than the model. {doubt}"
+    return f"A cheap baseline wins: {beaten} is {-points:.1f} points better than {who}. {doubt}"
 
 
-def taps(results: Facts) -> Facts | None:
-    """Logistic regression on each layer of the head, and whether the middle beats the head's input."""
-    rows = [
-        {**row, "tap": int(found[1]), "range": _range(row), "bar": _bar(row)}
-        for row in results["rows"]
-        if (found := TAP.fullmatch(row["key"])) and row["accuracy"] is not None
-    ]
+def taps(results: Facts) -> str:
+    """Whether the middle of the head beats its input, by logistic regression on each layer."""
+    rows = [row for row in results["rows"] if TAP.fullmatch(row["key"]) and row["accuracy"] is not None]
     if len(rows) < 2:
-        return None
-    best, first = max(rows, key=lambda row: row["accuracy"]), rows[0]
-    points = 100 * (best["accuracy"] - first["accuracy"])
-    sentence = "The head's input is the best place to start from here."
-    if best is not first:
-        sentence = f"Tap {best['tap']} is {points:.1f} points better than the head's input (tap {first['tap']})."
-    return {"rows": rows, "best": best["tap"], "sentence": sentence}
+        return ""
+    best, points = max(rows, key=lambda row: row["accuracy"]), [100 * row["accuracy"] for row in rows]
+    if best is rows[0]:
+        return "The head's input is the best place to start from here."
+    number, gain = TAP.sub(r"\1", best["key"]), max(points) - points[0]
+    return f"Tap {number} is {gain:.1f} points better than the head's input (tap 0)."
 
 
 def quality(run: Facts) -> Facts | None:
@@ -388,14 +387,3 @@ def _range(row: Facts) -> str:
     if row.get("low") is None or row.get("high") is None:
         return ""
     return f"{100 * row['low']:.1f} to {percent(row['high'])}"
-
-
-def _bar(row: Facts) -> Facts | None:
-    """Places of the dot and the interval, as percentages of the bar's width."""
-    if row["accuracy"] is None or row.get("low") is None or row.get("high") is None:
-        return None
-    return {
-        "dot": f"{100 * row['accuracy']:.2f}",
-        "left": f"{100 * row['low']:.2f}",
-        "width": f"{100 * (row['high'] - row['low']):.2f}",
-    }

@@ -25,12 +25,11 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from fewlabels import runtime
-from fewlabels.data import pixels
-from fewlabels.data.labels import LEAKED, SPLIT_WORDS, TEST, TRAIN, VAL, Dataset, read_images
+from fewlabels.data.labels import LEAKED, SPLIT_WORDS, TEST, TRAIN, VAL, Dataset
 from fewlabels.data.tables import FORMULA_STARTS
-from fewlabels.errors import DataError, MissingInput, UsageError
-from fewlabels.runfolder import RunFolder
+from fewlabels.errors import DataError, UsageError
 from fewlabels.use import artefact, compare, evaluate
+from fewlabels.use.facts import open_run
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.integer[Any]]
@@ -100,20 +99,6 @@ def suggest(run: Path, count: int, *, device: str = "auto") -> Suggestions:
     setting = compare.Setting(card.size, card.kind, place, runtime.precision(place, "fp32"))
     (features,) = compare.outputs(dataset, rows, setting, lambda view: [body(view)])
     return Suggestions(dataset, rows[choose(features, dataset.labels[rows], count)].tolist(), tested_apart)
-
-
-def open_run(run: Path) -> tuple[Dataset, bool]:
-    """The run's images with all that it knows of them, and whether its test images came by themselves."""
-    folder = RunFolder(run)
-    resolved = folder.resolved()
-    if resolved is None or not folder.images_file.is_file():
-        raise MissingInput(
-            f"{run} does not say which images it is of",
-            why="it is a model's folder, or a run of an older fewlabels",
-            fix="give the folder that was --out of `fewlabels fit`, or run that command again",
-        )
-    dataset = read_images(folder.images_file, pixels.open_store(folder.data), resolved["understood"])
-    return dataset, resolved.get("tested_apart", "test" in resolved["inputs"])
 
 
 def candidates(dataset: Dataset) -> tuple[Ints, Ints]:
