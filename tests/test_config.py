@@ -41,6 +41,7 @@ FACTS = recipes.Facts(images=9469, labeled=95, classes=10, side=160, gray=False,
         ({"kind": "foto"}, ['did you mean "photo"', "allowed: one of photo"]),
         ({"finetune": {"tap": 5}}, ["finetune.tap = 5", "3 layers"]),
         ({"pretrain": {"queue": 8}}, ["queue needs a momentum encoder"]),
+        ({"pretrain": {"chunk": 1}}, ["pretrain.chunk = 1", "0 or at least 2"]),
         ({"pretrain": {"views": 1, "smallest_crop": 0.0}}, ["pretrain.views = 1", "pretrain.smallest_crop = 0.0"]),
         ({"size": None}, ["size = None"]),
         ({"encoder": "timm:resnet18", "chunk_norm": "batch"}, ["batch norms of timm:resnet18 are its own"]),
@@ -125,6 +126,7 @@ def test_published_step_counts_follow(name: str, labels: int, steps: int, tap: i
     peak = 0.16 if name.split("_")[2:] in (["50"], ["101"], ["152"]) else 0.064
     assert plan.derive(recipe.finetune, labels, 1).peak == pytest.approx(peak)
     assert recipe.finetune.tap == tap
+    assert recipe.pretrain.queue == 65536
     assert (recipe.distill.self_temperature, recipe.distill.temperature) == (0.1, 1.0)
     if labels == IMAGENET:
         supervised = plan.baseline(recipe, labels, 1)
@@ -163,6 +165,15 @@ def test_equations_are_true() -> None:
     assert f"{derived.total_steps:,} = 9,469 images x {recipe.pretrain.epochs:g} epochs // {derived.batch} + 1" in sums
     assert derived.total_steps == int(9469 * recipe.pretrain.epochs) // derived.batch + 1
     assert derived.peak == pytest.approx(recipe.pretrain.learning_rate * math.sqrt(derived.batch))
+
+
+def test_a_memory_longer_than_the_data_is_the_users_alone() -> None:
+    recipe = recipes.named("paper_imagenet_50", FACTS)
+    assert recipe.pretrain.queue == FACTS.images
+    for queue, told in ((2 * FACTS.images, False), (65536, True)):
+        longer = config.override(recipe, {"pretrain": {"queue": queue}})
+        lines = plan.equations("pretrain", longer, plan.derive(longer.pretrain, FACTS.images, 1), 1)
+        assert any("memory 65,536 > 2 x 9,469 keys of an epoch" in line for line in lines) == told
 
 
 def test_more_views_than_two_are_said() -> None:

@@ -518,6 +518,8 @@ def test_drawings_do_not_teach_themselves_from_propagated_labels(
     wishes["distill"] = {**SMALL["distill"], "self_training": self_training}
     fl.fit(photos, out=tmp_path / "run", recipe="smoke", until="finetune", **wishes)
     assert bool(asked) == bool(told) == spreads
+    why = json.loads((tmp_path / "run" / "resolved.json").read_text())["why"]
+    assert any("finetune learn up to 5,000 images" in line for line in why) == spreads
 
 
 def test_a_network_that_teaches_itself(photos: Path, tmp_path: Path) -> None:

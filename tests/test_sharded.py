@@ -41,7 +41,7 @@ STAGES = {
 STEPS = dict.fromkeys(STAGES, 3) | {"sk": 6, "float32": 1}
 BODIES = {"sk": "resnet50_0.125x_sk_small", "float32": "resnet18_0.125x_small"}
 PLAIN = runtime.Precision(None, channels_last=True)
-AS_ON_A_CPU = muon._buckets
+AS_ON_A_CPU, AS_ON_GPUS = (muon.MOST_NUMBERS[kind] for kind in ("cpu", "cuda"))
 
 
 # --- the ranks' part -------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def trained(name: str, *, shard: bool) -> tuple[loop.TrainState, Job, list[float
     if name == "finetune":
         stage.network.encoder.freeze(1)  # type: ignore[operator, union-attr]
     PLAIN.layout(stage)
-    muon._buckets = muon._by_shape if name == "selftrain" else AS_ON_A_CPU  # as on GPUs
+    muon.MOST_NUMBERS["cpu"] = AS_ON_GPUS if name == "selftrain" else AS_ON_A_CPU
     schedule = Schedule(epochs=9, batch=16, optimizer=STAGES[name], learning_rate=0.1, scaling="none", warmup=0.0)
     job = Job(name=name, stage=stage, schedule=schedule, ids=torch.arange(16).numpy(), seed=3, identity={}, shard=shard)
     state = job.state()

@@ -172,6 +172,8 @@ class Recipe:
             )
         if self.pretrain.queue and not self.pretrain.momentum:
             faults.append("pretrain.queue needs a momentum encoder: set pretrain.momentum, e.g. 0.999")
+        if self.pretrain.chunk == 1:
+            faults.append("pretrain.chunk = 1; allowed: 0 or at least 2, as batch norm needs two images")
         if self.chunk_norm == "batch" and self.encoder.startswith("timm:"):
             faults.append(f'chunk_norm = "batch", but the batch norms of {self.encoder} are its own: use "chunk"')
         if self.distill.self_training and self.distill.teacher_epochs:

@@ -84,7 +84,9 @@ class Prepared:
     @property
     def reasons(self) -> list[str]:
         """Why the run looks as it does."""
-        return plan.reasons(self.followed, self.facts) + ([self.too_weak] if self.too_weak else [])
+        most = f"up to {propagate.FITTED_IMAGES:,} images"
+        found = plan.reasons(self.followed, self.facts) + ([self.too_weak] if self.too_weak else [])
+        return [f"labels are spread first: the steps of finetune learn {most}"] * self.spreads + found
 
     @property
     def followed(self) -> Recipe:

@@ -69,7 +69,7 @@ def simclrv2(facts: Facts) -> Recipe:
 
     Small images take the reference's CIFAR command (temperature 0.5, jitter 0.5, no blur, small stem); photos take
     the ImageNet settings. Batch and epochs are what the data and the machine can carry; the learning rate follows
-    the batch by the paper's square root.
+    the batch by the paper's square root. Gray images have our views: the official ones jitter hue and mirror letters.
     """
     small = facts.side <= 48
     size = _size(facts)
@@ -156,7 +156,8 @@ def paper_imagenet(network: str, facts: Facts) -> Recipe:
         size=224,
         kind="reference_tf1",
         working_size=320,
-        pretrain=PretrainRecipe(epochs=800, batch=4096, momentum=0.999, queue=65536),
+        # The paper's memory holds 3 % of an epoch's keys; one longer than the data would hold each image's own
+        pretrain=PretrainRecipe(epochs=800, batch=4096, momentum=0.999, queue=min(65536, facts.images)),
         finetune=FinetuneRecipe(
             epochs=60 if labels < 0.05 else 30, batch=1024, learning_rate=0.005 if plain else 0.002, warmup=0.0,
             weight_decay=0.0, tap=0 if labels > 0.5 else 1,

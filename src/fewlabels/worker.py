@@ -185,7 +185,7 @@ class Worker:
                 self.classifiers["finetune"] = classifier
         elif self.pretrained is None:
             stage = self._pretrain_stage()
-            self._train("pretrain", stage)
+            runner.run(self._job("pretrain", stage), self.workplace)
             self.pretrained = Pretrained(stage.encoder, stage.head)
         return self.pretrained
 
@@ -277,7 +277,7 @@ class Worker:
     def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:
         if student is None and self.prepared.self_trains:
             itself = self._self_train(name, teacher)
-            self._train(name, itself)
+            runner.run(self._job(name, itself), self.workplace)
             self.classifiers[name] = itself.average
         else:
             network, settings = self._student(name, student, self.pretrain()), self.recipe.distill
@@ -300,7 +300,7 @@ class Worker:
         """The baseline: the same network from random weights, on the labels alone."""
         fresh = self._pretrain_stage()
         stage = self._fresh_finetune("supervised", Pretrained(fresh.encoder, fresh.head))
-        self._train("supervised", stage)
+        runner.run(self._job("supervised", stage), self.workplace)
         self.classifiers["supervised"] = stage.network
 
     # --- training ---
@@ -315,9 +315,6 @@ class Worker:
             scores=self._feature_scores if name == "pretrain" and len(self.dataset.labeled) else None,
             shard=self.recipe.shard,
         )  # fmt: skip
-
-    def _train(self, name: str, stage: Stage) -> None:
-        runner.run(self._job(name, stage), self.workplace)
 
     def _feature_scores(self, stage: Stage) -> dict[str, float]:
         """kNN and linear accuracy on frozen features of labeled training images, left out in turn."""

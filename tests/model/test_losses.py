@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,6 +243,36 @@ def test_float32_tiles_are_close_to_float64():
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     for found, wanted in zip(gradients(ours, views), gradients(theirs, exact), strict=True):
         assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max()
+
+
+def test_kernels_are_launched_on_the_device_of_the_projections(monkeypatch):
+    """Triton takes the current device, which need not be theirs."""
+    entered: list[torch.device] = []
+    during: list[list[torch.device]] = []
+
+    class Noted(torch.cuda.device_of):
+        def __init__(self, rows: Tensor) -> None:
+            super().__init__(rows)
+            self.of = rows.device
+
+        def __enter__(self) -> None:
+            entered.append(self.of)
+            super().__enter__()
+
+        def __exit__(self, *raised: Any) -> None:
+            entered.pop()
+            super().__exit__(*raised)
+
+    def kernel(plain):
+        return lambda rows, *rest: during.append([*entered]) or plain(rows, *rest, rows.dtype)
+
+    kernels = SimpleNamespace(row_sums=kernel(contrast._row_sums), row_gradient=kernel(contrast._row_gradient))
+    views = [view.detach().float().requires_grad_() for view in projections(5, 3)]
+    expected = gradients(nt_xent(*views), views)
+    monkeypatch.setattr(torch.cuda, "device_of", Noted)
+    monkeypatch.setattr(contrast, "compiled", lambda *_: kernels)
+    torch.testing.assert_close(gradients(nt_xent(*views), views), expected)
+    assert during == [[torch.device("cpu")]] * 2
 
 
 def test_a_loss_that_is_scaled_scales_its_gradients():

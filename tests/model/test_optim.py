@@ -177,9 +177,7 @@ def test_muon_is_ten_lines_of_numpy_and_adamw(both_rounds, layout, alike, monkey
     sizes = []
     steps = Muon._step_of_kernels
     monkeypatch.setattr(Muon, "_step_of_kernels", lambda *a: sizes.append(len(a[1])) or steps(*a))
-    monkeypatch.setattr(
-        muon, "_buckets", lambda weights: muon._by_shape(weights) if alike > 1 else [[w] for w in weights]
-    )
+    monkeypatch.setitem(muon.MOST_NUMBERS, "cpu", muon.MOST_NUMBERS["cuda"] if alike > 1 else 1)
     optimizer = Muon(groups, lr=1.0)
     twin = nn.Parameter(parameters[3].detach().clone())
     adamw = torch.optim.AdamW([twin], lr=1.0, weight_decay=0.0)
@@ -271,7 +269,7 @@ def test_muon_takes_the_same_step_on_any_number_of_threads(monkeypatch):
 
 
 def test_kernels_that_step_together_have_a_limit(monkeypatch):
-    monkeypatch.setattr(muon, "MOST_NUMBERS", 20)
+    monkeypatch.setitem(muon.MOST_NUMBERS, "cpu", 20)
     small, large, other = [torch.zeros(2, 5)] * 5, [torch.zeros(4, 9)] * 2, [torch.zeros(5, 2)]
     buckets = muon._by_shape([*small[:3], *large, *other, *small[3:]])
     assert [(len(bucket), tuple(bucket[0].shape)) for bucket in buckets] == [

@@ -94,14 +94,9 @@ def on_rows(operation: Operation, images: Tensor, numbers: Tensor, chosen: Tenso
     On a CPU only the chosen rows are computed. On a GPU finding them would wait for the device, so all rows are.
     """
     if images.is_cuda:
-        return on_all_rows(operation, images, numbers, chosen)
+        return torch.where(chosen[:, None, None, None], operation(images, numbers), images)
     rows = chosen.nonzero()[:, 0]
     return images.index_copy_(0, rows, operation(images[rows], numbers[rows])) if len(rows) else images
-
-
-def on_all_rows(operation: Operation, images: Tensor, numbers: Tensor, chosen: Tensor) -> Tensor:
-    """on_rows() with fixed shapes and no waiting for the device."""
-    return torch.where(chosen[:, None, None, None], operation(images, numbers), images)
 
 
 def blur(images: Tensor, sigma: Tensor, *, radius: int, dark_border: bool) -> Tensor:

@@ -51,12 +51,9 @@ def make(pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: i
     made = torch.empty(len(pixels), 3, size, size)
     affine = torch.zeros(len(pixels), 2, 3) if placement.affine is None else placement.affine
     arrays = [part.contiguous().numpy() for part in (pixels, placement.box, placement.flip, affine)]
-    if strokes is None:
-        no, four = placement.flip.new_zeros(len(pixels)), torch.zeros(len(pixels), 4)
-        brush = (no, four.long(), four, no, no, four[:, 0])
-    else:
-        brush = (strokes.jitter, strokes.order, strokes.factors, strokes.gray, strokes.blur, strokes.sigma)
-    arrays += [part.contiguous().numpy() for part in brush]
+    no, four = placement.flip.new_zeros(len(pixels)), torch.zeros(len(pixels), 4)
+    unpainted = (no, four.long(), four, no, no, four[:, 0])
+    arrays += [part.contiguous().numpy() for part in (vars(strokes).values() if strokes else unpainted)]
     settings = (RESIZE[kind.resize], placement.affine is not None, kind.colour, radius, kind.official)
     threads = min(torch.get_num_threads(), len(pixels))
     edges = [len(pixels) * i // threads for i in range(threads + 1)]

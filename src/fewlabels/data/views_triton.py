@@ -15,7 +15,6 @@ number the lines of the view and of what is read. Pointers to numbers of images 
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -53,9 +52,7 @@ def make(pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: i
     rows = resample.centres(tall, None, out_size=size, resize=kind.resize)
     columns = resample.centres(wide, placement.flip, out_size=size, resize=kind.resize)
     source = Source(pixels.contiguous(), placement.box.contiguous(), torch.stack([rows, columns], dim=1))
-    brush = None
-    if strokes is not None:
-        brush = Brush(*(getattr(strokes, field.name).contiguous() for field in fields(strokes)))
+    brush = Brush(*(part.contiguous() for part in vars(strokes).values())) if strokes else None
     with torch.cuda.device_of(pixels), torch.autocast(pixels.device.type, enabled=False):
         if placement.affine is None:
             return _made(source, brush, size=size, kind=kind, radius=radius)

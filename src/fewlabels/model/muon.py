@@ -25,7 +25,9 @@ from fewlabels.model.grouped import GroupedOptimizer
 ROUNDS, NEWTON_SCHULZ = 5, (3.4445, -4.7750, 2.0315)
 LARGE_SIDE = 1024  # of a matrix whose products keep all threads of a CPU busy
 MOST_WORKERS = 16  # each holds what the products of a kernel need
-MOST_NUMBERS = 2**24  # of kernels that step together: there are several copies; larger ones wait for no launch
+# Of kernels of one shape that step together: on a GPU, which would wait for the launch of each one's small kernels, so
+# many that the larger ones wait for no launch (there are several copies); on a CPU each steps alone
+MOST_NUMBERS = {"cuda": 2**24, "cpu": 1}
 
 
 class Muon(GroupedOptimizer):
@@ -53,7 +55,7 @@ class Muon(GroupedOptimizer):
         alone = weights[0].is_cuda or runtime.is_sharded(weights[0])
         in_turn: list[Callable[[], None]] = []
         beside: list[Callable[[], None]] = []
-        for alike in sorted(_buckets(weights), key=lambda bucket: -bucket[0].numel()):  # the longest work first
+        for alike in sorted(_by_shape(weights), key=lambda bucket: -bucket[0].numel()):  # the longest work first
             rows, numbers = len(alike[0]), alike[0].numel()
             large = min(rows, numbers // rows) >= LARGE_SIDE
             (in_turn if alone or large else beside).append(functools.partial(self._step_of_kernels, alike, group))
@@ -123,16 +125,11 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="muon")
 
 
-def _buckets(weights: list[Any]) -> list[list[Any]]:
-    """weights that take their step together: on a GPU, which would wait for the launch of each one's small kernels."""
-    return _by_shape(weights) if weights[0].is_cuda else [[w] for w in weights]
-
-
 def _by_shape(weights: list[Any]) -> list[list[Any]]:
     found: dict[torch.Size, list[list[Any]]] = {}
     for w in weights:
         buckets = found.setdefault(w.shape, [[]])
-        if len(buckets[-1]) * w.numel() >= MOST_NUMBERS:
+        if len(buckets[-1]) * w.numel() >= MOST_NUMBERS[w.device.type]:
             buckets.append([])
         buckets[-1].append(w)
     return list(itertools.chain(*found.values()))
