@@ -186,6 +186,15 @@ def test_the_same_command_again_changes_nothing(run: fl.Run, photos: Path) -> No
     assert (run.path / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_and_so_on_another_number_of_processes(run: fl.Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose batches would be others, and so the steps; here multiples of 5."""
+    before = {p: p.stat().st_mtime_ns for p in run.path.rglob("step-*/*")}
+    fitted = plan.fitted_batch
+    monkeypatch.setattr(plan, "fitted_batch", lambda batch, images, ranks: fitted(batch, images, 5 * ranks))
+    fl.fit(photos, out=run.path, recipe="smoke", **SMALL)
+    assert {p: p.stat().st_mtime_ns for p in run.path.rglob("step-*/*")} == before
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -198,7 +198,7 @@ class Worker:
             job, at = self._job("finetune", Finetune(network, view=self._view("finetune"))), self.workplace
             saves, total = self.prepared.folder.stage("finetune"), job.derived.total_steps
             probed = self.recipe.finetune.start == "probe"  # where all saves are damaged it begins anew
-            done = runtime.from_main(getattr(checkpoint.latest(saves)[0], "step", 0)) if probed else total
+            done = runtime.from_main(runner.reached(checkpoint.latest(saves)[0], total)) if probed else total
             if done < total:
                 at = replace(at, dataset=self._spread())
                 if at.dataset is not self.dataset:  # as many steps of as many images
