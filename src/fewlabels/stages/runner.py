@@ -192,7 +192,7 @@ def reached(saved: checkpoint.Saved | None, total: int) -> int:
     """Where a stage goes on: as far as it was in the steps it had then, which other numbers of processes change."""
     if saved is None:
         return 0
-    before = saved.values.get("total_steps", total)  # an older version did not keep it
+    before: int = saved.values.get("total_steps", total)  # an older version did not keep it
     return min(total, saved.step * total // before)
 
 
