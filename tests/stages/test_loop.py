@@ -7,6 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,6 +180,26 @@ def test_a_damaged_checkpoint_is_passed_over_in_true_words(
         last = capsys.readouterr().err.splitlines()[-1]
         assert path.name in last
         assert words in last
+
+
+@pytest.mark.parametrize(
+    ("step", "of", "step_now"),
+    [(9, 9, 6), (5, 5, 6), (8, 9, 5), (2, 12, 1), (4, 6, 4), (6, None, 6), (7, None, 6), (5, None, 5)],
+)
+def test_a_stage_stands_where_it_stood_in_its_schedule(
+    dataset: labels.Dataset, tmp_path: Path, step: int, of: int | None, step_now: int
+) -> None:
+    """Another number of processes has other batches, so other steps; without their number it is an older version's."""
+    work = job("finetune", dataset, "sgd")
+    work = replace(work, schedule=replace(work.schedule, epochs=5.5))
+    assert work.derived.total_steps == 6
+    at = Workplace(RunFolder(tmp_path), dataset, CPU, FP32, Interrupts())
+    values = {"surroundings": runner._surroundings(work, at), "seconds": 3.0}
+    values |= {} if of is None else {"total_steps": of}
+    checkpoint.save(at.folder.stage("finetune"), step, work.state().tensors(), values)
+    state = work.state()
+    runner._resume(work, at, state)
+    assert state.step == step_now
 
 
 def test_a_stop_saves_first(dataset: labels.Dataset) -> None:
@@ -394,9 +415,11 @@ def test_buffers_come_back_in_the_layout_of_their_parameters(name: str) -> None:
 def test_tensors_of_another_network_are_refused(
     dataset: labels.Dataset, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], Any]
 ) -> None:
-    work, at = job("finetune", dataset, "lars"), Workplace(RunFolder(tmp_path), dataset, CPU, FP32, Interrupts())
+    at = Workplace(RunFolder(tmp_path / "my run"), dataset, CPU, FP32, Interrupts())
+    work = job("finetune", dataset, "lars")
     tensors = work.state().tensors()
     change(tensors)
     checkpoint.save(at.folder.stage("finetune"), 1, tensors, {"surroundings": {}, "seconds": 0.0})
-    with pytest.raises(DataError, match="of another network"):
+    with pytest.raises(DataError, match="of another network") as refused:
         runner._resume(work, at, work.state())
+    assert f"rm -r '{at.folder.stage('finetune')}' to do" in refused.value.fix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -187,6 +188,14 @@ def _surroundings(job: Job, at: Workplace) -> dict[str, Any]:
     return found | {"torch": torch.__version__} | ({"sharded": True} if job.sharded else {})
 
 
+def reached(saved: checkpoint.Saved | None, total: int) -> int:
+    """Where a stage goes on: as far as it was in the steps it had then, which other numbers of processes change."""
+    if saved is None:
+        return 0
+    before: int = saved.values.get("total_steps", total)  # an older version did not keep it
+    return min(total, saved.step * total // before)
+
+
 def _resume(job: Job, at: Workplace, state: TrainState) -> float:
     """Put the last good checkpoint into state; returns the seconds that were spent before it."""
     saved, passed_over = checkpoint.latest(at.folder.stage(job.name))
@@ -196,18 +205,18 @@ def _resume(job: Job, at: Workplace, state: TrainState) -> float:
     if saved is None:
         return 0.0
     try:
-        state.load(saved.step, saved.tensors)
+        state.load(reached(saved, job.derived.total_steps), saved.tensors)
         before, seconds = {**saved.values["surroundings"]}, float(saved.values["seconds"])
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"the checkpoints of {at.folder.stage(job.name)} are of another network: {error}",
             why="going on would mix two runs; nothing was changed",
-            fix=f"rm -r {at.folder.stage(job.name)} to do this stage anew, or give a new --out",
+            fix=f"rm -r {shlex.quote(str(at.folder.stage(job.name)))} to do this stage anew, or give a new --out",
         ) from error
     now = _surroundings(job, at)
     names = [name for name in now | before if before.get(name) != now.get(name)]
     moved = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]
-    if moved and saved.step < job.derived.total_steps:
+    if moved and state.step < job.derived.total_steps:
         say(f"  note: resuming elsewhere ({', '.join(moved)}): results will be close, not bit-identical")
     return seconds
 
@@ -230,6 +239,7 @@ def _listeners(
 
     def on_save(state: TrainState) -> None:
         values = {"identity": job.identity, "seconds": seconds(), "surroundings": _surroundings(job, at)}
+        values["total_steps"] = derived.total_steps
         state.stage.before_save()
         tensors = {name: runtime.whole_on_main(tensor) for name, tensor in state.tensors().items()}
         with runtime.main_first():
