@@ -303,14 +303,14 @@ def _make(
     with torch.autocast(pixels.device.type, enabled=False):  # bfloat16 would cost 1.6 grey levels
         for part in (slice(first, first + chunk) for first in range(0, len(pixels), chunk)):
             images = place(pixels[part], _rows(placement, part), size=size, kind=kind)
-            brush = None if strokes is None else _rows(strokes, part)
-            parts.append(images.clamp_(0, 1) if brush is None else paint(images, brush, blur=blur, kind=kind))
+            parts.append(paint(images, _rows(strokes, part), blur=blur, kind=kind) if strokes else images.clamp_(0, 1))
     return torch.cat(parts)
 
 
 def _rows(numbers: T, part: slice) -> T:
     """These rows of every tensor of a Placement or Paint."""
-    return type(numbers)(*(None if tensor is None else tensor[part] for tensor in vars(numbers).values()))
+    found = (None if tensor is None else tensor[part] for tensor in vars(numbers).values())
+    return type(numbers)(*found)  # type: ignore[arg-type]
 
 
 def _fused(device: torch.device) -> types.ModuleType | None:

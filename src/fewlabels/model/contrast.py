@@ -64,7 +64,8 @@ class _Contrast(torch.autograd.Function):
         # Bounded similarities need no maximum before exp, and then a tile's sums hold for its columns as well
         fast = unit and symmetric and _tile(anchors) < rows == len(candidates) and 1 / temperature <= SHIFTABLE
         kernels = compiled(anchors.device.type, anchors.shape[1], operands) if anchors.dtype == torch.float32 else None
-        with full_precision(anchors), torch.cuda.device_of(anchors):  # Triton launches on the current one
+        # Triton launches on the current device
+        with full_precision(anchors), torch.cuda.device_of(anchors):  # type: ignore[no-untyped-call]
             if kernels:
                 negatives = kernels.row_sums(anchors.to(operands), candidates.to(operands), temperature, own)
             elif fast:
@@ -83,7 +84,7 @@ class _Contrast(torch.autograd.Function):
         anchors, candidates, similarity, losses = ctx.saved_tensors
         temperature, own, operands, fast, symmetric, kernels = ctx.settings
         rows, sums = len(anchors), similarity + losses  # lse_i
-        with full_precision(anchors), torch.cuda.device_of(anchors):
+        with full_precision(anchors), torch.cuda.device_of(anchors):  # type: ignore[no-untyped-call]
             everyone = runtime.gather(sums) if symmetric else None
             if kernels:
                 rows_in, all_in = anchors.to(operands), candidates.to(operands)
