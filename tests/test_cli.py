@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from conftest import shapes_images
 from fewlabels import checkpoint, cli
 from fewlabels.asked import Asked, command_line, on_command_line
-from fewlabels.errors import DataError, UsageError
+from fewlabels.errors import DataError, Stopped, UsageError
 from fewlabels.use import export, predict
 
 TINY = ["--recipe", "smoke", "--pretrain.epochs", "1", "--distill.epochs", "1"]
@@ -377,7 +378,15 @@ def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.nda
     for ask in (fitted.predict, fitted.transform):
         with pytest.raises(UsageError, match=r"\(64, \d+\) are rows"):
             ask(images.reshape(64, -1))
-    assert 0 <= fitted.score(images, classes * 10) <= 1
+    right = fitted.predict(images) == classes * 10
+    assert fitted.score(images, classes * 10) == right.mean()
+    few = np.where(np.arange(64) < 7, classes * 10, -1)  # what has no label is not counted
+    for told in (few, np.array([str(v) if v >= 0 else -1 for v in few.tolist()], dtype=object)):
+        assert fitted.score(images, told) == right[:7].mean()
+    weighed = fitted.score(images, few, sample_weight=np.arange(64))
+    assert weighed == pytest.approx((right[:7] * np.arange(7)).sum() / 21)
+    with pytest.raises(DataError, match="y holds no label"):
+        fitted.score(images, np.full(64, -1))
     spaced = np.where(y < 0, "", np.char.add(y.astype(str), " "))  # names are told without spaces around them
     fractions = np.where(y < 0, np.nan, y)
     for told, names in ((spaced, ["0 ", "10 ", "20 ", "30 "]), (fractions, [0.0, 10.0, 20.0, 30.0])):
@@ -386,6 +395,22 @@ def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.nda
         assert (named.predict_proba(images) == fitted.predict_proba(images)).all()
     with pytest.raises(DataError, match="y holds no label"):
         made.fit(images, np.full(64, np.nan))
+
+
+def test_a_signal_ends_a_search_over_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """scikit-learn takes any Exception of a fit for a bad score, and goes on."""
+    from sklearn.model_selection import GridSearchCV
+
+    import fewlabels as fl
+    from fewlabels import estimator
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped(signal.SIGTERM, "here")
+
+    monkeypatch.setattr(estimator, "fit", stopped)
+    search = GridSearchCV(fl.FewLabelClassifier(), {"random_state": [0, 1]}, cv=2)
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM"):
+        search.fit(np.zeros((8, 4, 4), np.uint8), [0, 1] * 4)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ FACTS = recipes.Facts(images=9469, labeled=95, classes=10, side=160, gray=False,
         ({"finetune": {"tap": 5}}, ["finetune.tap = 5", "3 layers"]),
         ({"pretrain": {"queue": 8}}, ["queue needs a momentum encoder"]),
         ({"pretrain": {"views": 1, "smallest_crop": 0.0}}, ["pretrain.views = 1", "pretrain.smallest_crop = 0.0"]),
+        ({"pretrain": {"head_out": 10**12}}, ["head_out = 1000000000000; allowed: at least 2 and at most 65536"]),
+        ({"pretrain": {"queue": 10**12, "momentum": 0.9}}, ["queue = 1000000000000", "at most 4194304"]),
         ({"size": None}, ["size = None"]),
         ({"encoder": "timm:resnet18", "chunk_norm": "batch"}, ["batch norms of timm:resnet18 are its own"]),
     ],
@@ -203,6 +205,19 @@ def test_a_budget_is_kept(seconds: float, student: str | None) -> None:
     assert 0.5 * seconds < sum(costs.values()) < seconds
     assert 0.8 < costs["pretrain"] / (7 / 3 * (costs["distill"] + costs.get("distill_self", 0.0))) < 1.25
     assert {line.split(":")[0] for line in sums} >= {"pretrain", "distill"}
+
+
+@pytest.mark.parametrize("seconds", [0.01, 60.0, 600.0, 3600.0])
+def test_a_budget_is_kept_where_an_epoch_takes_days(seconds: float) -> None:
+    recipe, images = recipes.named("best", replace(FACTS, gray=False, side=400)), dict.fromkeys(PHOTOS, 1_281_167)
+    per_step = {"pretrain": 0.6, "finetune": 0.0, "supervised": 0.0, "distill": 0.25}
+    fitted, sums = plan.fit_budget(recipe, images, seconds, per_step, 1)
+    assert sum(plan.cost(fitted, images, per_step, 1).values()) < max(seconds, 2 * 0.6 + 2 * 0.25 + 0.01), "two steps"
+    for stage, share, line in zip(("pretrain", "distill"), (0.7, 0.3), sums, strict=True):
+        schedule = getattr(fitted, stage)
+        steps = schedule.epochs * 1_281_167 / schedule.batch
+        assert steps == pytest.approx(max(1.0, share * 0.9 * seconds / per_step[stage]), rel=1e-3)
+        assert line.startswith(f"{stage}: {schedule.epochs:g} epochs = "), "and no other number"
 
 
 def test_the_baseline_costs_what_its_own_steps_take() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from PIL import Image
 
 import fewlabels as fl
 from conftest import same, shapes_images
-from fewlabels import checkpoint, config, pipeline, plan, prepare, recipes, runtime
+from fewlabels import asked, checkpoint, config, pipeline, plan, prepare, recipes, runtime
 from fewlabels.asked import Asked
 from fewlabels.data import pixels, views
 from fewlabels.data.loader import Batch
@@ -785,7 +786,9 @@ def test_the_survey_looks_at_more_than_the_first_image(kind: str, tmp_path: Path
 
 
 def test_fewer_labels_than_processes_are_left_to_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timing the stages comes first, and must not fail with words on a batch that nobody asked for."""
+    """Timing the stages comes first, and must not fail with words on a batch that nobody asked for. And stages that are
+    not asked for need no images.
+    """
     images, _ = shapes_images(12, size=16)
     asked = Asked(
         images=images, labels=[0, 1, 1, *[None] * 9], out=tmp_path / "run", recipe="smoke", device="cpu",
@@ -796,8 +799,56 @@ def test_fewer_labels_than_processes_are_left_to_the_plan(tmp_path: Path, monkey
         prepared = prepare.prepare(asked, prepare.open_images(asked), folder, torch.device("cpu"))
     monkeypatch.setattr(runtime, "world_size", lambda: 4)
     assert list(Worker(prepared, Interrupts()).held()) == ["pretrain"]
-    with pytest.raises(UsageError, match="too few for 4 processes"):
-        prepare.equations(prepared)
+    assert not any(line.startswith("finetune") for line in prepare.equations(prepared))
+    assert pipeline._wanted_stages(replace(asked, until="pretrain"), prepared) == ["pretrain"]
+    with pytest.raises(UsageError, match="finetune needs at least 4 labeled images, not 3"):
+        pipeline._wanted_stages(asked, prepared)
+    monkeypatch.setattr(runtime, "world_size", lambda: 3)
+    assert pipeline._wanted_stages(asked, prepared) == list(plan.STAGES)
+    assert prepared.derived("finetune").batch == 3
+    own = replace(prepared, recipe=replace(prepared.recipe, encoder="timm:test_resnet"))
+    with pytest.raises(UsageError, match="finetune needs at least 6 labeled images, not 3"):
+        pipeline._wanted_stages(asked, own)
+
+
+def test_one_image_is_bad_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="pretrain needs at least 2 images, not 1"):
+        fl.fit(shapes_images(1)[0], out=tmp_path / "run", recipe="smoke", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("share", [float("nan"), -1, 1.5])
+def test_a_share_that_cannot_be_used(share: float, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="max_bad"):
+        prepare.open_images(Asked(images=shapes_images(4)[0], out=tmp_path, max_bad=share))
+
+
+def test_what_is_to_be_removed_can_be_pasted_and_is_no_more_than_changed(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    for stage, later in {"finetune": prepare.SAVING[1:], "distill": ("distill",)}.items():
+        with pytest.raises(CannotCreate) as refused:
+            prepare.check_identity({"seed": 1}, {"seed": 2}, stage, folder)
+        command = shlex.split(refused.value.fix.partition(", first ")[2])
+        assert command == ["rm", "-rf", *(str(folder / name) for name in later)]
+    with pytest.raises(CannotCreate) as refused:
+        prepare.check_identity({"seed": 1}, {"seed": 2}, "pretrain", folder)
+    assert "rm" not in refused.value.fix.split()
+
+
+def test_another_student_leaves_what_it_is_taught_by(tmp_path: Path) -> None:
+    one, other = ({"distill": {"student": name, "temperature": t}} for name, t in (("resnet18", 1.0), (None, 2.0)))
+    prepare.check_identity(one, other, "distill_self", tmp_path)
+    with pytest.raises(CannotCreate, match="distill stage"):
+        prepare.check_identity(one, other, "distill", tmp_path)
+
+
+def test_as_many_labels_in_other_classes_are_another_plan(tmp_path: Path) -> None:
+    """Also where pretraining has begun; an older version did not keep the number."""
+    facts = recipes.Facts(images=99, labeled=4, classes=2, side=32, gray=False, on_gpu=False, threads=2)
+    wishes = Asked(images=tmp_path, out=tmp_path)
+    stored = {"asked": wishes.wishes(), "understood": {"labeled": 4}, "facts": asked.of_images(facts)}
+    for other, begun, same_plan in ((facts, {"pretrain"}, True), (replace(facts, classes=3), {"pretrain"}, False)):
+        assert asked.same_plan(stored, wishes, other, begun) is same_plan
+        assert asked.same_plan({**stored, "facts": None}, wishes, other, begun)
 
 
 def test_reading_images_for_long_does_not_use_up_an_hour_that_nobody_asked_for(tmp_path: Path) -> None:

@@ -158,6 +158,18 @@ def test_what_is_no_json_of_facts_is_refused(tmp_path: Path, text: str) -> None:
         RunFolder(tmp_path).resolved()
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [('{"seconds": {"pretrain": 2.5}}', {"pretrain": 2.5}), ('{"seconds": []}', {}), ("[7]", {}), ("", {})],
+)
+def test_a_status_that_cannot_be_read_stops_no_run(tmp_path: Path, text: str, kept: dict[str, float]) -> None:
+    run = RunFolder(tmp_path)
+    run.status_file.write_text(text)
+    run.status("running", "finetune", seconds={"finetune": 1.0})
+    found = json.loads(run.status_file.read_text())
+    assert (found["state"], found["seconds"]) == ("running", kept | {"finetune": 1.0})
+
+
 def test_odd_bytes_in_a_path_come_back_from_json(tmp_path: Path) -> None:
     path = os.fsdecode(b"photos\xe9\xff \xc3\xa9")
     checkpoint.write_json(tmp_path / "resolved.json", BEGUN | {"inputs": {"images": path}})

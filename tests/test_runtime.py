@@ -126,6 +126,20 @@ def test_more_processes_than_gpus(name: str, rank: int, there: int, monkeypatch:
     assert f"torch sees {there}" in str(refused.value.fix)
 
 
+def test_one_gpu_is_not_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for processes in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert runtime.device("cuda") == torch.device("cuda:1")
+        if processes == "1":
+            assert runtime.device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(UsageError, match='"cuda:0" is one GPU for 2 processes'):
+        runtime.device("cuda:0")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes_is_not_waited_for_long(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     port = many_ranks.free_port()

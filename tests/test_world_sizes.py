@@ -31,9 +31,9 @@ BATCH, EPOCHS = 8, 3  # of 20 images: 2 steps an epoch, so that every permutatio
 STOPPED = 3
 
 
-def train(folder: Path, *, stop: bool = False, shard: bool = False) -> dict[str, Any]:
+def train(folder: Path, *, stop: bool = False, shard: bool = False, count: int = 20) -> dict[str, Any]:
     """A short pretraining in folder, from wherever that stands; the ids of every step and the losses."""
-    images, classes = shapes_images(20)
+    images, classes = shapes_images(count)
     source = sources.open_source(images, [None] * len(classes))
     with runtime.main_first():
         if runtime.is_main() and not (folder / "data").exists():
@@ -100,6 +100,12 @@ def test_any_number_of_processes_is_one(world: int, begun: dict[int, Path], alon
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_one_image_for_each_process_is_enough(world: int, begun: dict[int, Path], tmp_path: Path) -> None:
+    """Batch norm's statistics are those of all of them."""
+    assert told(begun[world])["one-each"] == pytest.approx(train(tmp_path / "run", count=world)["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_a_resume_on_more_processes_keeps_the_order(world: int, begun: dict[int, Path], alone: dict[str, Any]) -> None:
     """1 -> 2 and 2 -> 4 processes in the middle of the second epoch."""
     resumed = told(begun[world])["from-fewer"]
@@ -118,6 +124,7 @@ if __name__ == "__main__":
     runtime.start("cpu")
     place = Path(sys.argv[1])
     mine = {"whole": train(place / "whole"), "from-fewer": train(place / "from-fewer")}
+    mine["one-each"] = train(place / "one-each", count=runtime.world_size())["losses"]
     train(place / "part", stop=True)
     if runtime.is_main():
         (place / "told.json").write_text(json.dumps(mine))

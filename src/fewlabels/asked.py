@@ -181,14 +181,15 @@ def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Re
 
 
 def same_plan(stored: dict[str, Any], asked: Asked, facts: Facts, begun: set[str]) -> bool:
-    """Whether a stored plan may be used as it is: the same wishes for as many labels, and until a stage has saved
-    something, whose identity then tells, for images and a machine of the same kind. What an older version did not keep
-    counts as the same, and so does a recipe file that is gone.
+    """Whether a stored plan may be used as it is: the same wishes for as many labels in as many classes, and until a
+    stage has saved something, whose identity then tells, for images and a machine of the same kind. What an older
+    version did not keep counts as the same, and so does a recipe file that is gone.
     """
     wishes, before = asked.wishes(), stored["asked"]
     same = all(before.get(name, value) == value or (name == "file" and not value) for name, value in wishes.items())
     alike = bool(begun) or stored.get("facts") in (None, of_images(facts))
-    return same and alike and bool(stored["understood"]["labeled"] == facts.labeled)
+    classes = (stored.get("facts") or {}).get("classes", facts.classes)
+    return same and alike and bool((stored["understood"]["labeled"], classes) == (facts.labeled, facts.classes))
 
 
 def of_images(facts: Facts) -> dict[str, Any]:

@@ -54,13 +54,13 @@ class PretrainRecipe(Schedule):
 
     temperature: float = knob(0.1, "NT-Xent temperature", above=0)
     head_layers: int = knob(3, "layers of the projection head", least=1, most=8)
-    head_out: int = knob(128, "features that the contrastive loss sees", least=2)
+    head_out: int = knob(128, "features that the contrastive loss sees", least=2, most=65536)
     strength: float = knob(1.0, "strength of the colour jitter (0.5 for 32 px, 1.0 for photos)", least=0, most=1.25)
     blur: bool = knob(True, "Gaussian blur in half of the views")
     smallest_crop: float = knob(0.08, "smallest crop of a view, as a share of the image's area", least=0.08, most=1)
     views: int = knob(2, "views of an image, each two of them contrasted (paper: 2)", least=2)
     momentum: float = knob(0.0, "momentum encoder: decay of its moving average (paper 0.999); 0 = off", least=0, most=1)
-    queue: int = knob(0, "memory of past keys for the momentum encoder (paper 65536); 0 = none", least=0)
+    queue: int = knob(0, "past keys for the momentum encoder (paper 65536); 0 = none", least=0, most=1 << 22)
     chunk: int = knob(
         0, "images that the network is shown at once, where a batch needs too much memory; 0 = all", least=0
     )
@@ -190,14 +190,8 @@ SECTIONS = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": D
 def _allowed(options: Mapping[str, Any]) -> str:
     if "choices" in options:
         return "one of " + ", ".join(options["choices"])
-    words = []
-    if "above" in options:
-        words.append(f"above {options['above']}")
-    if "least" in options:
-        words.append(f"at least {options['least']}")
-    if "most" in options:
-        words.append(f"at most {options['most']}")
-    return " and ".join(words)
+    words = {"above": "above", "least": "at least", "most": "at most"}
+    return " and ".join(f"{word} {options[name]}" for name, word in words.items() if name in options)
 
 
 def _faults(part: Any, prefix: str) -> typing.Iterator[str]:
@@ -206,8 +200,6 @@ def _faults(part: Any, prefix: str) -> typing.Iterator[str]:
         value, options = getattr(part, item.name), item.metadata
         if dataclasses.is_dataclass(value):
             yield from _faults(value, f"{item.name}.")
-        elif value is None or not options:
-            continue
         elif "choices" in options:
             if value not in options["choices"]:
                 hint = nearest(str(value), options["choices"])
@@ -278,17 +270,11 @@ def _where_it_lives(name: str) -> str:
 
 def _as_type(value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) or (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise TypeError
+    if value is None and type(None) in options:
+        return None
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     wanted = next(option for option in options if option is not type(None))
-    if wanted is bool:
-        if isinstance(value, bool):
-            return value
-        raise TypeError
-    if isinstance(value, bool) or (wanted is str and not isinstance(value, str)):
+    if isinstance(value, bool) != (wanted is bool) or (wanted is str and not isinstance(value, str)):
         raise TypeError
     if wanted is int and float(value) != int(float(value)):
         raise ValueError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from fewlabels.data.told import class_of
-from fewlabels.errors import DataError, UsageError
+from fewlabels.errors import DataError, Stopped, UsageError
 from fewlabels.pipeline import fit
 from fewlabels.use.predict import Model
 
@@ -38,18 +39,16 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
     def fit(self, X: npt.NDArray[np.uint8], y: Any) -> FewLabelClassifier:
         """X: uint8 (N, H, W) or (N, H, W, 3); y: (N,) labels, -1 (or None, NaN, "") = unlabeled."""
         labels = np.asarray(y, dtype=object).tolist()
-        read = [class_of(value, None) for value in labels]
-        if not any(name or fault for name, fault in read):
-            raise DataError("y holds no label, only -1", fix="label some images; -1 means unlabeled")
-        by_name = {name: value for (name, _), value in zip(read, labels, strict=True)}
+        by_name = dict(zip(_names(labels), labels, strict=True))
         seed = 0 if self.random_state is None else self.random_state
+        place = tempfile.TemporaryDirectory(prefix="fewlabels-") if self.out is None else nullcontext(self.out)
+        try:
+            with place as out:
+                self.model_ = fit(X, labels, out=out, recipe=self.recipe, student=self.student, seed=seed).model
+        except Stopped as error:  # an Exception is a bad score to GridSearchCV, which goes on
+            raise KeyboardInterrupt(error.what) from error
         if self.out is not None:
-            run = fit(X, labels, out=self.out, recipe=self.recipe, student=self.student, seed=seed)
-            self.model_, self.run_dir_ = run.model, Path(self.out)
-        else:
-            with tempfile.TemporaryDirectory(prefix="fewlabels-") as folder:
-                run = fit(X, labels, out=Path(folder) / "run", recipe=self.recipe, student=self.student, seed=seed)
-                self.model_ = run.model
+            self.run_dir_ = Path(self.out)
         # scikit-learn's metrics take columns for sorted values of y; the model has "c2" before "c10"
         values = np.asarray([by_name[name] for name in self.model_.classes])
         self._columns = np.argsort(values, kind="stable")
@@ -59,12 +58,18 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
     def predict(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         """(N,) class of each image, as the values of y."""
         columns = self.predict_proba(X).argmax(axis=1)
-        predicted: npt.NDArray[Any] = self.classes_[columns]
-        return predicted
+        return self.classes_[columns]  # type: ignore[no-any-return]
 
     def predict_proba(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(N, K) probabilities, columns as in classes_."""
         return self._model(X).predict_proba(X)[:, self._columns]
+
+    def score(self, X: npt.NDArray[np.uint8], y: Any, sample_weight: Any = None) -> float:
+        """Accuracy on the images that have a label in y; without one (-1, None, NaN, "") they do not count."""
+        told, found = (np.asarray(_names(values), dtype=object) for values in (y, self.predict(X)))
+        known = np.flatnonzero([name is not None for name in told])
+        weights = None if sample_weight is None else np.asarray(sample_weight)[known]
+        return float(np.average((told == found)[known], weights=weights))
 
     def transform(self, X: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(N, D) features of the deployed network."""
@@ -75,3 +80,11 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
         if isinstance(X, np.ndarray) and X.ndim < 3:
             raise UsageError(f"{X.shape} are rows, and no images", fix="give an array (N, H, W) or (N, H, W, 3)")
         return self.model_
+
+
+def _names(y: Any) -> list[str | None]:
+    """The class of each label, None = unlabeled; a faulty label has its fault for a name, which is no class's."""
+    read = [class_of(value, None) for value in np.asarray(y, dtype=object).tolist()]
+    if not any(name or fault for name, fault in read):
+        raise DataError("y holds no label, only -1", fix="label some images; -1 means unlabeled")
+    return [name or fault or None for name, fault in read]

@@ -19,7 +19,7 @@ from fewlabels.data.source import Source
 from fewlabels.errors import DataError, FewlabelsError, RankFailed, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
-from fewlabels.prepare import Prepared, check_resumable, explain, open_images, prepare, stages_to_run, write_resolved
+from fewlabels.prepare import Prepared, check_resumable, equations, open_images, prepare, stages_to_run, write_resolved
 from fewlabels.runfolder import Interrupts, RunFolder, duration, read_json, say
 from fewlabels.use import artefact, compare, facts, report, suggest
 from fewlabels.use.artefact import Card
@@ -75,7 +75,7 @@ def fit(
     """
     asked = Asked(
         images=images, labels=labels, out=Path(out), recipe=str(recipe), test=test, student=student,
-        budget=parse_budget(budget), seed=int(seed) if hasattr(seed, "__index__") else seed, device=device,
+        budget=parse_budget(budget), seed=int(seed) if hasattr(seed, "__index__") else seed, device=str(device),
         keep_labels=keep_labels, max_bad=max_bad, until=until, overrides=overrides,
     )  # fmt: skip
     return run(asked)
@@ -142,6 +142,7 @@ def _scratch(out: Path) -> Iterator[RunFolder]:
 def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict[str, Any]:
     """What `check` returns."""
     folder = prepared.folder
+    _wanted_stages(asked, prepared)
     worker = Worker(prepared, interrupts)
     worker.try_networks()
     held = worker.held()
@@ -150,7 +151,7 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     per_step = worker.seconds_per_step()
     seconds = plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size())
     store = sum(file.stat().st_size for file in folder.data.rglob("*")) / 1e6
-    found = explain(prepared, sums)
+    found = prepared.reasons + sums + equations(prepared)
     bad = (folder.path / "bad_images.csv").read_text(encoding="utf-8").splitlines()[1:]
     weights = 4e-6 * sum(p.numel() for p in build_encoder(prepared.recipe.encoder).parameters())
     disk = store + weights * 3 * 2 * len(seconds)  # weights and two slots of the optimizer, two checkpoints a stage
@@ -162,7 +163,12 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     classes = ", ".join(f"{name} {count:,}" for name, count in [*known.classes.items()][:50])
     lines = [known.line(), *([f"labels: {classes}"] if classes else []), *known.notes]
     lines += [] if known.held_out else ["no labeled image is held out, so networks will not be measured (see --test)"]
-    lines += [f"unreadable: {line}" for line in bad[:20]] + found + _told(largest)
+    lines += [f"unreadable: {line}" for line in bad[:20]] + found
+    lines += [
+        f"{name}: largest batch that fits: about {batch['fits']:,} (asked {batch['asked']:,})"
+        + (f", about {batch['with_recompute']:,} with --recompute" if "with_recompute" in batch else "")
+        for name, batch in largest.items()
+    ]
     lines += [
         f"{name}: {sum(parts.values()) / 1e6:,.0f} MB a process whatever the batch" for name, parts in held.items()
     ]
@@ -192,14 +198,6 @@ def _largest_batches(prepared: Prepared, worker: Worker, interrupts: Interrupts)
     return found
 
 
-def _told(largest: dict[str, dict[str, int]]) -> list[str]:
-    return [
-        f"{name}: largest batch that fits: about {batch['fits']:,} (asked {batch['asked']:,})"
-        + (f", about {batch['with_recompute']:,} with --recompute" if "with_recompute" in batch else "")
-        for name, batch in largest.items()
-    ]
-
-
 def _run_stages(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> None:
     folder = prepared.folder
     agreement.on_plan(prepared)
@@ -208,7 +206,7 @@ def _run_stages(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> Non
     worker.try_networks()
     prepared, sums = _as_before(asked, prepared, stages, worker)
     check_resumable(prepared)
-    for line in explain(prepared, sums):
+    for line in prepared.reasons + sums + equations(prepared):
         say(f"  {line}")
     write_resolved(prepared, asked, sums)
     worker.follow(prepared)
@@ -238,15 +236,22 @@ def _run_stages(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> Non
 
 
 def _wanted_stages(asked: Asked, prepared: Prepared) -> list[str]:
-    """The stages that can run, up to the one asked for."""
+    """The stages that can run, up to the one asked for. What they have too few of is told before the first begins."""
     stages = stages_to_run(prepared)
-    if asked.until in stages:
-        return stages[: stages.index(asked.until) + 1]
-    if asked.until == "pretrain":
+    if asked.until == "pretrain" and asked.until not in stages:
         raise UsageError("pretraining was asked for, and a model that takes its place", fix="leave out --pretrained")
-    if asked.until != "distill":
+    if asked.until not in (*stages, "distill"):
         raise DataError(f"{asked.until} needs labels and there are none", fix="give labels with --labels")
-    say("  note: no labels: only pretraining runs; give labels later with the same --out")
+    if asked.until not in stages:
+        say("  note: no labels: only pretraining runs; give labels later with the same --out")
+    stages = [s for s in stages if plan.STAGES.index(s) <= plan.STAGES.index(asked.until)]
+    for stage in stages:
+        if (images := prepared.images[stage]) < prepared.needed:
+            raise (DataError if images < 2 else UsageError)(
+                f"{stage} needs at least {prepared.needed} {'labeled ' * (stage == 'finetune')}images, not {images}",
+                why="every process learns from some, and batch norm needs two",
+                fix="give more of them, or fewer processes",
+            )
     return stages
 
 

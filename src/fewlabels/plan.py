@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from fewlabels.config import DistillRecipe, PretrainRecipe, Recipe, Schedule
-from fewlabels.errors import UsageError
 from fewlabels.model import optim
 from fewlabels.recipes import SELF_TRAINING_STEPS, Facts
 
@@ -46,12 +45,6 @@ def fitted_batch(batch: int, images: int, ranks: int) -> int:
 
 def derive(schedule: Schedule, images: int, ranks: int) -> Derived:
     """What a stage with this schedule does on that many images."""
-    if images < 2 * ranks:
-        raise UsageError(
-            f"{images} images are too few for {ranks} processes",
-            why="batch norm needs at least two images on every process",
-            fix="give more images or fewer processes",
-        )
     batch = fitted_batch(schedule.batch, images, ranks)
     return Derived(
         images=images,
@@ -219,10 +212,11 @@ def fit_budget(
         schedule: Schedule = getattr(recipe, stage)
         batch = fitted_batch(schedule.batch, images[stage], ranks)
         a_step = per_step[stage] + (per_step.get("distill_self", 0.0) if stage == "distill" else 0.0)
-        epochs = min(longest[stage], max(0.1, round(share * left / (images[stage] / batch * a_step), 2)))
+        steps = images[stage] / batch  # of an epoch
+        epochs = min(longest[stage], float(f"{max(1.0, share * left / a_step) / steps:.4g}"))
         sums.append(
             f"{stage}: {epochs:g} epochs = {share:g} x {left:,.0f} s // ({images[stage]:,} / {batch} steps "
-            f"x {a_step * 1000:.3g} ms), at most {longest[stage]:g}"
+            f"x {a_step * 1000:.3g} ms), at least a step, at most {longest[stage]:g}"
         )
         sections[stage] = replace(schedule, epochs=epochs)
     return replace(recipe, **sections), sums  # type: ignore[arg-type]

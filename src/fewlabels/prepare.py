@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shlex
 import shutil
 import sys
 import threading
@@ -94,9 +95,13 @@ class Prepared:
     @property
     def images(self) -> dict[str, int]:
         """How many images each stage trains on."""
-        train, labeled = len(self.dataset.train), len(self.dataset.labeled)
-        found = {"pretrain": train, "finetune": labeled, "distill": train}
-        return found | {"supervised": labeled, "distill_self": train}
+        labeled = dict.fromkeys(("finetune", "supervised"), len(self.dataset.labeled))
+        return dict.fromkeys(SAVING, len(self.dataset.train)) | labeled
+
+    @property
+    def needed(self) -> int:
+        """How many images a stage needs: one a process, two where each has batch norms of its own, and two in all."""
+        return max(2, runtime.world_size() * (2 if self.recipe.encoder.startswith("timm:") else 1))
 
     def schedule(self, stage: str) -> config.Schedule:
         """That of one stage."""
@@ -175,7 +180,12 @@ def _decode(
             bad_csv=bad_csv, store=about.get("store", "auto"),
         )  # fmt: skip
         if store.streamed:
-            _say_cost(store, time.perf_counter() - started)
+            count, size = len(store), len(store) * 3 * store.canvas**2 / 1e9
+            say(
+                f"  note: {count:,} images as pixels of {store.canvas} px would take {size:,.1f} GB of disk; they are "
+                f"decoded anew each time they are seen, {duration(time.perf_counter() - started)} a pass at the speed "
+                "of this first one"
+            )
         if begun is not None:
             now = images_digest(labels.assemble(source, store, kept, bad, known))
             check_identity(begun["identity"], begun["identity"] | {"images": now}, "pretrain", folder.path)
@@ -190,15 +200,6 @@ def _decode(
     about |= {"store": "streamed" if store.streamed else "pixels", "kept": kept.tolist()}
     about |= {"unreadable": [asdict(b) for b in bad]}
     checkpoint.write_sealed(note, about)
-
-
-def _say_cost(store: pixels.PixelStore, seconds: float) -> None:
-    """What streaming costs and saves: seconds is what one pass over the images took."""
-    size, count = len(store) * 3 * store.canvas**2 / 1e9, len(store)
-    say(
-        f"  note: {count:,} images as pixels of {store.canvas} px would take {size:,.1f} GB of disk; they are decoded "
-        f"anew each time they are seen, {duration(seconds)} a pass at the speed of this first one"
-    )
 
 
 def images_digest(dataset: Dataset) -> str:
@@ -255,19 +256,21 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str, folder: Path) -> None:
     """Refuse a checkpoint of another run, naming every difference.
 
-    A run of an older version knows no knob that is newer: it ran with what is now that knob's default.
+    A run of an older version knows no knob that is newer: it ran with what is now that knob's default. Distillation
+    into the same network knows no student.
     """
+    untouched = {"distill.student", "distill.temperature"} if stage == "distill_self" else set()
     flat_before, flat_now = (config.flat(_with_defaults(facts)) for facts in (before, now))
     differences = [
         f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"
-        for name in sorted(flat_before.keys() | flat_now.keys())
+        for name in sorted((flat_before.keys() | flat_now.keys()) - untouched)
         if flat_before.get(name) != flat_now.get(name)
     ]
     if differences:
-        later = " ".join(str(folder / name) for name in SAVING[1:])
+        later = shlex.join(str(folder / name) for name in SAVING[SAVING.index(stage) :])
         fix = "give a new --out for the new settings, or repeat the command that made this folder"
         if stage != "pretrain":
-            fix += f"; to keep the pretraining and do the rest anew, first rm -rf {later}"
+            fix += f"; to keep what comes before it and do the rest anew, first rm -rf {later}"
         raise CannotCreate(
             f"{folder} holds another run's {stage} stage",
             details=differences,
@@ -295,6 +298,8 @@ def open_images(asked: Asked) -> Source:
         raise MissingInput("no images were given", fix="give a folder, a CSV, a parquet or npz file, or an array")
     if not (isinstance(asked.seed, int) and 0 <= asked.seed < 2**32):
         raise UsageError(f"seed {asked.seed!r} cannot be used", fix="give a whole number from 0 to 4294967295")
+    if not 0 <= asked.max_bad <= 1:
+        raise UsageError(f"max_bad {asked.max_bad} is no share of the images", fix="give a number from 0 to 1")
     return open_source(asked.images, asked.labels, test=asked.test)
 
 
@@ -384,7 +389,7 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
             "budget": sums,
             "why": prepared.reasons,
             "too_weak": prepared.too_weak,
-            "derived": {s: asdict(prepared.derived(s)) for s in stages_to_run(prepared)},
+            "derived": {s: asdict(prepared.derived(s)) for s in _planned(prepared)},
             "versions": versions(),
             "device": device_name(prepared.device),
             "precision": prepared.precision.name,
@@ -398,17 +403,12 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
 
 
 def equations(prepared: Prepared) -> list[str]:
-    """Every derived number of every stage that will run."""
+    """Every derived number of every stage that can run."""
     return [
         line
-        for stage in stages_to_run(prepared)
+        for stage in _planned(prepared)
         for line in plan.equations(stage, prepared.followed, prepared.derived(stage), runtime.world_size())
     ]
-
-
-def explain(prepared: Prepared, sums: list[str]) -> list[str]:
-    """Why the recipe looks as it does, and what follows from it."""
-    return prepared.reasons + sums + equations(prepared)
 
 
 def stages_to_run(prepared: Prepared) -> list[str]:
@@ -417,6 +417,11 @@ def stages_to_run(prepared: Prepared) -> list[str]:
     if prepared.recipe.pretrained is not None:
         return ["finetune", "distill"] if labeled else ["distill"]
     return list(plan.STAGES) if labeled else ["pretrain"]
+
+
+def _planned(prepared: Prepared) -> list[str]:
+    """Those of stages_to_run that have enough images; others may follow on fewer processes."""
+    return [stage for stage in stages_to_run(prepared) if prepared.images[stage] >= prepared.needed]
 
 
 def versions() -> dict[str, str]:

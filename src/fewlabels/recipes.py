@@ -79,7 +79,8 @@ def simclrv2(facts: Facts) -> Recipe:
         encoder=_encoder(facts),
         size=size,
         kind="reference" if not facts.gray else _kind(facts),
-        working_size=None if small else _working_size(facts, size),
+        # A crop of 40 % of the area has 0.63 of the side: 1.5 x the view's side keeps most crops from being enlarged
+        working_size=None if small else min(facts.side, round(1.5 * size)),
         pretrain=PretrainRecipe(
             epochs=800 if facts.on_gpu else 100,
             batch=batch,
@@ -91,7 +92,7 @@ def simclrv2(facts: Facts) -> Recipe:
         finetune=FinetuneRecipe(
             # 60 epochs at 1 % of ImageNet's labels, 30 at 10 %: the fewer labels, the more epochs
             epochs=60 if facts.labeled < 0.05 * facts.images else 30,
-            batch=_label_batch(facts),
+            batch=max(2, min(256 if facts.on_gpu else 128, facts.labeled)),
             learning_rate=0.005,
             warmup=0.0,
             weight_decay=0.0,
@@ -167,13 +168,7 @@ def paper_imagenet(network: str, facts: Facts) -> Recipe:
 
 # The 13 architectures of the paper's Table 1
 _TABLE_1 = [f"{d}{w}{sk}" for d in (50, 101, 152) for w in ("", "_2x") for sk in ("", "_sk")] + ["152_3x_sk"]
-RECIPES: dict[str, Callable[[Facts], Recipe]] = {
-    "auto": auto,
-    "best": best,
-    "simclrv2": simclrv2,
-    "digits": digits,
-    "smoke": smoke,
-}
+RECIPES: dict[str, Callable[[Facts], Recipe]] = {r.__name__: r for r in (auto, best, simclrv2, digits, smoke)}
 RECIPES |= {f"paper_imagenet_{network}": functools.partial(paper_imagenet, network) for network in _TABLE_1}
 
 
@@ -198,17 +193,12 @@ def _kind(facts: Facts) -> str:
 
 
 def _size(facts: Facts) -> int:
-    """Side of the views: the image's own below 33 px; then what a machine can afford."""
+    """Side of the views: the image's own up to 48 px; then what a machine can afford."""
     if facts.side <= 12:
         return 16
     if facts.side <= 48:
         return facts.side
     return min(224 if facts.on_gpu else 64, facts.side)
-
-
-def _working_size(facts: Facts, size: int) -> int:
-    # A crop of 40 % of the area has 0.63 of the side: 1.5 x the view's side keeps most crops from being enlarged
-    return min(facts.side, round(1.5 * size))
 
 
 def _encoder(facts: Facts) -> str:
@@ -229,10 +219,6 @@ def _batch(facts: Facts) -> int:
 
 def _muon_rate(batch: int) -> float:
     return 0.05 if batch >= 512 else 0.02
-
-
-def _label_batch(facts: Facts) -> int:
-    return max(2, min(256 if facts.on_gpu else 128, facts.labeled or 2))
 
 
 def _finetune(facts: Facts) -> FinetuneRecipe:

@@ -113,10 +113,11 @@ class RunFolder:
         how many of these they stood waiting for images, since their last start.
         """
         if runtime.is_main() and self.path.is_dir():
-            before = read_json(self.status_file) or {}
             clocks = {"seconds": seconds or {}, "waited": waited or {}}
-            kept = {name: before.get(name, {}) | values for name, values in clocks.items()}
-            checkpoint.write_json(self.status_file, {"state": state, "stage": stage, "reason": reason, **kept})
+            with suppress(DataError, TypeError):  # it only informs: what cannot be read of it is left out
+                before = read_json(self.status_file) or {}
+                clocks = {name: before.get(name, {}) | values for name, values in clocks.items()}
+            checkpoint.write_json(self.status_file, {"state": state, "stage": stage, "reason": reason, **clocks})
 
     def log(self, stage: str, step: int, total: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl."""

@@ -330,7 +330,7 @@ class Worker:
             yield self._job("pretrain", self._pretrain_stage())
         if self.dataset.num_classes:
             outline = self._outline()
-            enough = len(self.dataset.labeled) >= 2 * runtime.world_size()  # else plan.derive tells it
+            enough = len(self.dataset.labeled) >= self.prepared.needed
             for name in ("finetune", "supervised") if enough else ():
                 yield self._job(name, self._fresh_finetune(name, outline))
             for name, student in self._students():
@@ -349,22 +349,19 @@ class Worker:
 
     def seconds_per_step(self) -> dict[str, float]:
         """Measured seconds a step of every stage; rank 0's word counts."""
-        jobs = self._throwaways()
-        return runtime.from_main({job.name: runner.seconds_per_step(job, self.workplace) for job in jobs})
+        return runtime.from_main({j.name: runner.seconds_per_step(j, self.workplace) for j in self._throwaways()})
 
     def held(self) -> dict[str, dict[str, int]]:
         """Bytes that a process holds at the peak of a step whatever the batch, for every stage, by what they are."""
         bf16 = self.prepared.precision.autocast is not None
-        jobs = self._throwaways()
         return {
             job.name: memory.held(
                 job.stage, job.schedule.optimizer, ranks=runtime.world_size(), shard=job.sharded, bf16=bf16
             )
-            for job in jobs
+            for job in self._throwaways()
         }
 
     def largest_batches(self) -> dict[str, int]:
         """About the largest batch of every stage that the memory holds, where that can be measured."""
-        jobs = self._throwaways()
-        found = {job.name: memory.largest_batch(job, self.workplace) for job in jobs}
+        found = {job.name: memory.largest_batch(job, self.workplace) for job in self._throwaways()}
         return {name: images for name, images in found.items() if images is not None}

@@ -189,12 +189,10 @@ def _surroundings(job: Job, at: Workplace) -> dict[str, Any]:
 
 
 def reached(saved: checkpoint.Saved | None, total: int) -> int:
-    """The step of total where a stage goes on: as far as it came of the steps it had then, which were more or fewer if
-    so were the processes, since batches are multiples of these. A finished stage stays finished.
-    """
+    """Where a stage goes on: as far as it was in the steps it had then, which other numbers of processes change."""
     if saved is None:
         return 0
-    before = saved.values.get("total_steps", total)  # an older version did not keep it
+    before: int = saved.values.get("total_steps", total)  # an older version did not keep it
     return min(total, saved.step * total // before)
 
 
