@@ -85,7 +85,7 @@ class Prepared:
     @property
     def reasons(self) -> list[str]:
         """Why the run looks as it does."""
-        most = f"up to {propagate.FITTED_IMAGES:,} images"
+        most = f"up to {min(propagate.FITTED_IMAGES, len(self.dataset.train)):,} images"
         found = plan.reasons(self.followed, self.facts) + ([self.too_weak] if self.too_weak else [])
         return [f"labels are spread first: the steps of finetune learn {most}"] * self.spreads + found
 
