@@ -396,6 +396,10 @@ def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.nda
         assert fitted.score(images, told) == right[:7].mean()
     weighed = fitted.score(images, few, sample_weight=np.arange(64))
     assert weighed == pytest.approx((right[:7] * np.arange(7)).sum() / 21)
+    assert fitted.score(images, few[:, None]) == right[:7].mean()
+    for labels, weights in ((few[:1], None), (few, np.ones(65))):
+        with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+            fitted.score(images, labels, sample_weight=weights)
     with pytest.raises(DataError, match="y holds no label"):
         fitted.score(images, np.full(64, -1))
     spaced = np.where(y < 0, "", np.char.add(y.astype(str), " "))  # names are told without spaces around them

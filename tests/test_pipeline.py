@@ -365,6 +365,9 @@ def test_the_hour_of_auto_is_not_spent_on_what_is_done(
     wishes = {**SMALL, "encoder": "resnet18_0.0625x_small", "out": tmp_path / "run"}
     fl.fit(images, until="pretrain", **wishes)
     assert "the full schedule would take" in capsys.readouterr().err
+    why = json.loads((tmp_path / "run" / "resolved.json").read_text())["why"]
+    assert why
+    assert not any("spread" in line for line in why), "there are no labels"
     fl.fit(images, [*classes[:20], *[None] * 20], until="finetune", **wishes)
     assert "the full schedule would take" not in capsys.readouterr().err
 

@@ -133,7 +133,7 @@ def test_one_gpu_is_not_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LOCAL_RANK", "1")
     for processes in ("1", "2"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        assert runtime.device("cuda") == torch.device("cuda:1")
+        assert runtime.device("cuda") == runtime.device("cuda:1") == torch.device("cuda:1")
         if processes == "1":
             assert runtime.device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(UsageError, match='"cuda:0" is one GPU for 2 processes'):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.validation import check_is_fitted
 
 from fewlabels.data.told import class_of
@@ -37,7 +38,9 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
         self.out = out
 
     def fit(self, X: npt.NDArray[np.uint8], y: Any) -> FewLabelClassifier:
-        """X: uint8 (N, H, W) or (N, H, W, 3); y: (N,) labels, -1 (or None, NaN, "") = unlabeled."""
+        """X: uint8 (N, H, W) or (N, H, W, 3); y: (N,) labels, -1 (or None, NaN, "") = unlabeled. A signal that stops it
+        is a KeyboardInterrupt, from Stopped.
+        """
         labels = np.asarray(y, dtype=object).tolist()
         by_name = dict(zip(_names(labels), labels, strict=True))
         seed = 0 if self.random_state is None else self.random_state
@@ -66,6 +69,8 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
 
     def score(self, X: npt.NDArray[np.uint8], y: Any, sample_weight: Any = None) -> float:
         """Accuracy on the images that have a label in y; without one (-1, None, NaN, "") they do not count."""
+        y = column_or_1d(np.asarray(y, dtype=object))
+        check_consistent_length(X, y, sample_weight)
         told, found = (np.asarray(_names(values), dtype=object) for values in (y, self.predict(X)))
         known = np.flatnonzero([name is not None for name in told])
         weights = None if sample_weight is None else np.asarray(sample_weight)[known]

@@ -79,9 +79,9 @@ def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[
     if isinstance(schedule, PretrainRecipe) and schedule.views > 2:
         pairs = math.comb(schedule.views, 2)
         lines.append(f"{stage}: {pairs} pairs of views are contrasted = {schedule.views} of every image, two by two")
-    if isinstance(schedule, PretrainRecipe) and schedule.queue > derived.images * schedule.views:
+    if isinstance(schedule, PretrainRecipe) and schedule.queue * 8 > derived.images * schedule.views:
         keys = f"{schedule.views} x {derived.images:,} keys of an epoch"
-        lines.append(f"{stage}: memory {schedule.queue:,} > {keys}: an image's own are among its negatives")
+        lines.append(f"{stage}: memory {schedule.queue:,} > 1/8 of {keys}: many images find their own among negatives")
     if isinstance(schedule, PretrainRecipe) and 0 < schedule.chunk < derived.batch:
         chunks = -(-(derived.batch // ranks) // max(1, schedule.chunk // ranks))
         lines.append(

@@ -78,7 +78,7 @@ class Prepared:
         (CIFAR-10 (JPEG) and Imagenette, 10 labels a class, 1.4 and 0.8 points) and drawings lose: digits, 2 labels a
         class, ended at 91.0, 87.9, 88.8 % from spread labels, at 99.3, 97.7, 98.2 without.
         """
-        few = len(self.dataset.labeled) <= propagate.FEW_LABELS * self.dataset.num_classes
+        few = 0 < len(self.dataset.labeled) <= propagate.FEW_LABELS * self.dataset.num_classes
         loses = self.self_trains and self.recipe.kind == "glyph"
         return few and self.recipe.finetune.start == "probe" and self.recipe.pretrained is None and not loses
 
@@ -104,7 +104,8 @@ class Prepared:
     @property
     def needed(self) -> int:
         """How many images a stage needs: one a process, two where each has batch norms of its own, and two in all."""
-        return max(2, runtime.world_size() * (2 if self.recipe.encoder.startswith("timm:") else 1))
+        networks = f"{self.recipe.encoder} {self.recipe.distill.student}"
+        return max(2, runtime.world_size() * (2 if "timm:" in networks else 1))
 
     def schedule(self, stage: str) -> config.Schedule:
         """That of one stage."""

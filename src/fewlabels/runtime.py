@@ -100,7 +100,8 @@ def device(name: str = "auto") -> torch.device:
     if not (name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())):
         return torch.device("cpu")
     chosen = torch.device(name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-    if ":" in name and (processes := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+    processes, own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if ":" in name and processes > 1 and chosen.index != own:
         raise UsageError(f'"{name}" is one GPU for {processes} processes', fix='use "cuda": each takes its own')
     if (chosen.index or 0) >= (there := torch.cuda.device_count()):
         raise UsageError(

@@ -302,7 +302,6 @@ def test_evaluate_run_measures_labeled_images_and_names_the_rest(tmp_path: Path,
 def test_evaluate_run_says_how_many_of_these_are_training_images(tmp_path: Path, model: Model) -> None:
     """However they are given, and from wherever: it compared paths, and a copy or a list went unnoticed."""
     folder = _folder(tmp_path / "images", 8)
-    assert not evaluate.evaluate_run(model, folder)["trained_on"]
     source = open_source(folder)
     trained = replace(source, splits=("train",) * 6 + ("test",) * 2, labels=(None,) * 8)
     inside = predict.load(run_of(tmp_path / "run", trained, model.classes), device="cpu")
@@ -314,7 +313,12 @@ def test_evaluate_run_says_how_many_of_these_are_training_images(tmp_path: Path,
         found = evaluate.evaluate_run(inside, images, own)
         assert (found["n"], found["trained_on"]) == (8, 6)
     assert "it was trained on 6 of these images" in evaluate.format_table(found)
-    assert not evaluate.evaluate_run(inside, names[6:], source.labels[6:])["trained_on"]
+    assert evaluate.evaluate_run(inside, names[6:], source.labels[6:])["trained_on"] == 0
+    shutil.rmtree(tmp_path / "run" / "data")
+    for nobody_knows in (model, inside):
+        found = evaluate.evaluate_run(nobody_knows, folder)
+        assert found["trained_on"] is None
+        assert "does not say which images it was trained on" in evaluate.format_table(found)
 
 
 def test_evaluate_run_takes_the_test_split_where_there_is_one(tmp_path: Path, model: Model) -> None:

@@ -33,7 +33,7 @@ NAMED = 3  # examples in a note
 FLAT = 10.0  # standard deviation of a thumbnail below which all pictures look alike
 CLOSE = 3.0  # mean grey levels between the thumbnails of one photo saved twice
 MOST_ALIKE = 32  # held-out images with the same quarter of a hash that are compared
-ROWS = 1 << 16  # training images compared at once
+ROWS = 1 << 12  # training images compared at once: 65,536 frames of one scene took 680 MB
 
 
 @dataclass(frozen=True)

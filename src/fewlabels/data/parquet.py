@@ -189,7 +189,7 @@ def open_parquet(place: str) -> Source:
             part = Parquet(place, column, ends, small)
             source = unlabeled(f"parquet {printable(place)}", tuple(map(printable, shown)), part)
             passed = ", ".join(printable(name) for name in schema.names if name != column)
-            words = f"there is no column label, so nothing is labeled by {passed}; rename the one that tells the class"
+            words = f"there is no column label, so nothing is labeled by {passed}; rename the one, or give labels"
             notes = (words,) if passed and labels is None else ()
             source = replace(source, classes=_class_names(schema.metadata or {}), notes=notes)
     except UNREADABLE as error:

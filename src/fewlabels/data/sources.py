@@ -139,7 +139,7 @@ def _paths(images: Sequence[Any]) -> Source:
 
 
 def _csv(path: Path) -> Source:
-    """The images that a labels CSV names, each once, in the order of names: lines sorted anew are the same set."""
+    """The images that a labels CSV names, each once, in the order of their first line."""
     table = tables.read_table(path)
     root = Path(os.path.realpath(path.parent))
     finder = tables.Finder([root], ())
@@ -152,8 +152,7 @@ def _csv(path: Path) -> Source:
     near = (os.path.relpath(path, root) for path in root.rglob("*") if folders.is_picture(str(path)))
     finder.look = look
     answers = tables.match(table, finder, lambda: near)
-    files = sorted(numbers, key=os.fsencode)
-    said = [answers[numbers[file]] for file in files]
+    files, said = tuple(numbers), [answers[number] for number in numbers.values()]
     return Source(
         description=f"labels CSV {printable(str(path))}",
         names=tuple(printable(os.path.relpath(file, root)) for file in files),

@@ -22,6 +22,7 @@ from fewlabels.errors import DataError, MissingInput, StorageError, nearest, pri
 COLUMNS = ("image", "label", "split")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"test": "test", "testing": "test"}  # Training/ beside Testing/ is how Kaggle's sets come
+ALPHABET = 26  # with more one-letter classes, as EMNIST has, case tells them; "y" and "Y" are one
 MISSING_WORDS = {"nan", "nat", "none", "null", "na", "n/a", "<na>", "-1", "-1.0", "?", "unlabeled", "unlabelled"}
 SPREADSHEET_ERRORS = {"#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#num!", "#null!"}
 WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx, .ods and .xls begin
@@ -163,13 +164,15 @@ def name_fault(name: str) -> str:
 def twins(labels: Iterable[str]) -> list[tuple[str, str]]:
     """Pairs of class names that one class may have been given by two hands or programs, in order: see _folded."""
     first: dict[str, str] = {}
-    return [(first[key], label) for label in labels if first.setdefault(key := _folded(label), label) != label]
+    names = list(labels)
+    both = len({name for name in names if len(name) == 1 and name.isalpha()}) > ALPHABET
+    return [(first[key], name) for name in names if first.setdefault(key := _folded(name, both), name) != name]
 
 
-def _folded(label: str) -> str:
-    """label without case, unless it is a letter (EMNIST), outer quotes, zeros ("01", "1.0"), kinds of space ("a_b")."""
-    text = unicodedata.normalize("NFKC", label)
-    text = (text if len(text) == 1 else text.casefold()).strip("'\"`\u2018\u2019\u201c\u201d")
+def _folded(label: str, both: bool) -> str:  # noqa: FBT001
+    """label without case, unless it is a letter of both, outer quotes, zeros ("01", "1.0"), kinds of space ("a_b")."""
+    text = unicodedata.normalize("NFKC", label).strip("'\"`\u2018\u2019\u201c\u201d")
+    text = text if both and len(text) == 1 else text.casefold()
     text = " ".join(re.sub(r"(?<=\w)[-_](?=\w)", " ", text).split())
     number = re.fullmatch(r"0*(\d+?)(?:\.0+)?", text)
     return number[1] if number else text or label

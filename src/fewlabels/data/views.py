@@ -304,7 +304,7 @@ def _make(
         for part in (slice(first, first + chunk) for first in range(0, len(pixels), chunk)):
             images = place(pixels[part], _rows(placement, part), size=size, kind=kind)
             parts.append(paint(images, _rows(strokes, part), blur=blur, kind=kind) if strokes else images.clamp_(0, 1))
-    return torch.cat(parts)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]  # on a GPU all of a batch is one
 
 
 def _rows(numbers: T, part: slice) -> T:

@@ -129,7 +129,7 @@ def _by_shape(weights: list[Any]) -> list[list[Any]]:
     found: dict[torch.Size, list[list[Any]]] = {}
     for w in weights:
         buckets = found.setdefault(w.shape, [[]])
-        if len(buckets[-1]) * w.numel() >= MOST_NUMBERS[w.device.type]:
+        if len(buckets[-1]) * w.numel() >= MOST_NUMBERS.get(w.device.type, 1):
             buckets.append([])
         buckets[-1].append(w)
     return list(itertools.chain(*found.values()))

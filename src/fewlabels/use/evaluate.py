@@ -314,7 +314,7 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
 
     A source with splits is measured on its labeled test images, else on its val images, else on all. Adds "images"
     (the source), "split", "unlabeled", "unreadable" (name and reason) and "trained_on": how many of them the run
-    of the model was trained on.
+    of the model was trained on, None = it does not say.
     """
     model.check_classifies()
     source = open_source(images, labels)
@@ -341,14 +341,17 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
             fix="use class folders or a CSV with the columns image,label",
         )
     result = measure(np.stack(rows), np.asarray(truth), model.classes)
-    seen = facts.learned(model.path, model.card.longest_side)[0] if model.path else np.zeros(0, "V32")
+    seen, _, whole = (
+        facts.learned(model.path, model.card.longest_side) if model.path else (np.zeros(0, "V32"), 0, False)
+    )
+    trained_on = int(np.isin(np.frombuffer(b"".join(digests), "V32"), seen).sum())
     return result | {
         "balanced": model.card.balanced,
         "images": source.description,
         "split": split,
         "unlabeled": unlabeled,
         "unreadable": unreadable,
-        "trained_on": int(np.isin(np.frombuffer(b"".join(digests), "V32"), seen).sum()),
+        "trained_on": trained_on if trained_on or whole else None,
     }
 
 
@@ -384,6 +387,8 @@ def format_table(measurement: dict[str, Any]) -> str:
         lines.append(
             f"note                it was trained on {learned:,} of these images: new ones will be judged worse"
         )
+    elif measurement.get("trained_on", 0) is None:
+        lines.append("note                the model does not say which images it was trained on")
     if measurement.get("unlabeled"):
         lines.append(f"unlabeled           {measurement['unlabeled']:,} images passed over")
     if measurement.get("unreadable"):
