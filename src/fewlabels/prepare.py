@@ -86,8 +86,8 @@ class Prepared:
     def reasons(self) -> list[str]:
         """Why the run looks as it does."""
         most = f"up to {min(propagate.FITTED_IMAGES, len(self.dataset.train)):,} images"
-        found = plan.reasons(self.followed, self.facts) + ([self.too_weak] if self.too_weak else [])
-        return [f"labels are spread first: the steps of finetune learn {most}"] * self.spreads + found
+        first = [f"labels are spread first: the steps of finetune learn {most}"] * self.spreads
+        return [*first, *plan.reasons(self.followed, self.facts), *[self.too_weak] * bool(self.too_weak)]
 
     @property
     def followed(self) -> Recipe:
@@ -104,8 +104,7 @@ class Prepared:
     @property
     def needed(self) -> int:
         """How many images a stage needs: one a process, two where each has batch norms of its own, and two in all."""
-        networks = f"{self.recipe.encoder} {self.recipe.distill.student}"
-        return max(2, runtime.world_size() * (2 if "timm:" in networks else 1))
+        return max(2, runtime.world_size() * (1 + ("timm:" in f"{self.recipe.encoder} {self.recipe.distill.student}")))
 
     def schedule(self, stage: str) -> config.Schedule:
         """That of one stage."""
