@@ -52,8 +52,8 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "ICO", "AV
 MAX_MEGAPIXELS = 64  # 12,000 x 12,000 in a PNG of a few KB took 707 MB resident; most cameras stop at about 60
 MAX_PHOTO = 200  # megapixels of a JPEG that is scaled down row by row as it is read; phones make 108 and 200
 MAX_BYTES = 512 << 20
-# What opening or reading a file says where not the file is at fault, but the disk, its server or this machine
-FAILING = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+# What opening or reading a file says where not it is at fault, but its server or this machine; EIO is a bad sector's
+FAILING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 AT_ONCE = 4 << 20  # bytes of a file that is read whole: Pillow asks for headers in dozens of small reads
 GAP = 3.0  # a picture of twice this many times the target is first averaged in whole blocks (Pillow's reducing_gap)
 ORIENTATION = 0x0112  # the EXIF tag
@@ -85,7 +85,7 @@ def decode(payload: Payload, canvas: int | None = None) -> Pixels:
 
     payload: a file, a file's bytes, a PIL image, or pixels (H, W) or (H, W, 1 or 3) uint8. canvas: the longer side is
     scaled down to it, never up, both sides staying at least 1. Never raises anything else but KeyboardInterrupt and its
-    like, and StorageError for bytes that do not arrive from a URL or a failing disk.
+    like, and StorageError for bytes that do not arrive from a URL or a failing machine.
     """
     try:
         with strict_pillow():
