@@ -98,6 +98,12 @@ def read_table(path: Path, classes: Collection[str | None] = ()) -> Table:
         raise DataError(f"{path} has no header", why="nothing is in it but blank lines", fix=f"write it: {FORMAT}")
     if not table.rows and not table.faults:
         table.fault(len(lines), "there is a header but not a single image below it")
+    by_text: dict[str, int] = {}
+    for row in table.rows:
+        if row.label is not None:
+            by_text.setdefault(row.label, row.line)
+    for one, other in twins(by_text):
+        table.fault(by_text[other], f'class "{other}" and class "{one}" (line {by_text[one]}) look like one class')
     return table
 
 
