@@ -212,10 +212,12 @@ class Lab:
             self._draws[str(amount), draw] = self.choose(self.dataset, amount, draw)
         return self._draws[str(amount), draw]
 
-    def accuracy(self, network: nn.Module) -> float:
-        """% of the held-out images that a classifier gets right."""
+    def accuracy(self, network: nn.Module, shares: np.ndarray | None = None) -> float:
+        """% of the held-out images that a classifier gets right. shares: (K,), by which its answers are divided."""
         network.eval()
         (logits,) = compare.outputs(self.dataset, self.dataset.held_out, self.setting, lambda view: [network(view)])
+        if shares is not None:
+            logits = logits - np.log(shares)
         return 100 * float((logits.argmax(axis=1) == self.truth).mean())
 
     # --- the three stages ---

@@ -50,6 +50,18 @@ def most_of_the_rarest(dataset: Dataset, amount: str | int, draw: int) -> Datase
     return replace(dataset, labels=kept)
 
 
+def as_they_come(dataset: Dataset, amount: str | int, draw: int) -> Dataset:
+    """dataset with amount labels of images at random, and one more of each class that none is of."""
+    chosen = np.random.default_rng(draw).permutation(dataset.labeled)
+    known = dataset.labels[chosen]
+    _, first = np.unique(known, return_index=True)
+    some = np.union1d(chosen[: int(amount)], chosen[first])
+    kept = np.full_like(dataset.labels, -1)
+    for ids in (some, dataset.held_out):
+        kept[ids] = dataset.labels[ids]
+    return replace(dataset, labels=kept)
+
+
 def some_classes(dataset: Dataset, *, foreign: bool) -> Dataset:
     """dataset with the first classes only, in training and held out. foreign: the unlabeled pool has images of the
     others too.
@@ -67,6 +79,7 @@ POOLS: dict[str, tuple[Callable[[Dataset], Dataset], Callable[[Dataset, str | in
     "even": (lambda whole: whole, labels.keep_labels),
     "long": (long_tailed, labels.keep_labels),
     "steep": (partial(long_tailed, ratio=STEEP_RATIO), labels.keep_labels),
+    "tail": (partial(long_tailed, ratio=STEEP_RATIO), as_they_come),
     "reversed": (long_tailed, most_of_the_rarest),
     "pure": (partial(some_classes, foreign=False), labels.keep_labels),
     "foreign": (partial(some_classes, foreign=True), labels.keep_labels),

@@ -10,7 +10,9 @@ in --out. --pool long: the most frequent class has 20 times as many unlabeled im
 equally often; steep: 100 times as many; reversed: the rarest has the most labels. Held-out images are those of the
 even pool. --pool pure: the first seven of ten classes; foreign: unlabeled images of the other three beside them (equal
 compute needs the same pretrain.batch, and 0.7 times the --epochs and --again). Classes of a steep pool that have fewer
-images than their part of the labels are labeled whole.
+images than their part of the labels are labeled whole. --pool tail: steep, and labels come as the images do, at least
+one a class. --balanced: every network once more as `fewlabels predict --balanced` has it (at a temperature of 1), which
+divides its answers by the shares of the labels.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import harness, lab
 from benchmarks.lab import Body, Lab
@@ -41,6 +44,7 @@ THRESHOLD = 0.95
 ALONE, PIXELS, PROBED = "labels alone", "logistic regression on pixels", "logistic regression, tap 0"
 TUNED, DISTILLED, SELF_TRAINED = "fine-tuned", "distilled into itself", "self-trained"
 UNSHIFTED, FIXMATCH = "self-trained, answers as they are", "FixMatch from random weights"
+BALANCED = ", balanced"
 
 
 class Unshifted(SelfTrain):
@@ -60,23 +64,34 @@ class FixMatch(Unshifted):
 
 class Comparison:
     """The rows of the table, each a number a draw of labels. propagates: very few labels are spread first, as in
-    `fewlabels fit`: before self-training on photos only.
+    `fewlabels fit`: before self-training on photos only. balanced: as --balanced has it.
     """
 
-    def __init__(self, laboratory: Lab, body: Body, draws: int, *, propagates: bool = False) -> None:
-        self.lab, self.body, self.draws, self.propagates = laboratory, body, range(draws), propagates
+    def __init__(
+        self, laboratory: Lab, body: Body, draws: int, *, propagates: bool = False, balanced: bool = False
+    ) -> None:
+        self.lab, self.body, self.draws = laboratory, body, range(draws)
+        self.propagates, self.balanced = propagates, balanced
 
     def rows(self, amounts: list[int], ways: Iterable[str]) -> Rows:
         """These ways to learn, by the number of labels."""
+        balanced = BALANCED * self.balanced
         return {
-            name: {
+            name + balanced: {
                 f"{a} labels": [
-                    self.lab.cell(self._named(name, a, n), partial(WAYS[name], self, a, n)) for n in self.draws
+                    self.lab.cell(self._named(name, a, n) + balanced, partial(WAYS[name], self, a, n))
+                    for n in self.draws
                 ]
                 for a in amounts
             }
             for name in ways
         }
+
+    def _right(self, network: nn.Module, amount: int, draw: int) -> float:
+        """% of the held-out images that a network gets right."""
+        few = self.lab.few(amount, draw)
+        known = few.labels[few.labeled]
+        return self.lab.accuracy(network, np.bincount(known) / len(known) if self.balanced else None)
 
     def _named(self, name: str, amount: int, draw: int) -> str:
         begins = (TUNED, DISTILLED, "itself") + (SELF_TRAINED,) * (self.lab.general.kind != "glyph")
@@ -87,7 +102,7 @@ class Comparison:
         return self.propagates and amount <= propagate.FEW_LABELS * self.lab.dataset.num_classes
 
     def _alone(self, amount: int, draw: int) -> float:
-        return self.lab.accuracy(self.lab.supervised(self.body.encoder, amount, draw))
+        return self._right(self.lab.supervised(self.body.encoder, amount, draw), amount, draw)
 
     def _pixels(self, amount: int, draw: int) -> float:
         return self.lab.regressed(compare.pixels_as_features, amount, draw)
@@ -96,7 +111,7 @@ class Comparison:
         return self.lab.linear(self.body, amount, draw)
 
     def _tuned(self, amount: int, draw: int) -> float:
-        return self.lab.accuracy(self._teacher(amount, draw))
+        return self._right(self._teacher(amount, draw), amount, draw)
 
     def _teacher(self, amount: int, draw: int) -> Classifier:
         return self.lab.finetuned(self.body, 1, amount, draw, start="propagated" if self._spreads(amount) else None)
@@ -112,7 +127,7 @@ class Comparison:
             self.body.encoder, teacher, self._named("itself", amount, draw) + f", {epochs:g} epochs", few, draw,
             body=self.body if start == "pretrained" else None, epochs=epochs,
         )  # fmt: skip
-        return self.lab.accuracy(student)
+        return self._right(student, amount, draw)
 
     def _selftrained(self, amount: int, draw: int) -> float:
         start = self._finetuned if self.lab.general.kind == "glyph" else self._teacher
@@ -145,7 +160,7 @@ class Comparison:
             expected=expected_classes(few.labels[few.labeled], few.num_classes),
         )  # fmt: skip
         self.lab.kept(name, stage.average, lambda: self.lab.train(stage, settings, few, few.train, draw))
-        return self.lab.accuracy(stage.average)
+        return self._right(stage.average, amount, draw)
 
 
 WAYS = {
@@ -158,6 +173,7 @@ WAYS = {
     UNSHIFTED: Comparison._unshifted,
     FIXMATCH: Comparison._fixmatch,
 }
+NO_NETWORK = {PIXELS, PROBED}
 USUAL = [PIXELS, PROBED, TUNED, DISTILLED, SELF_TRAINED, UNSHIFTED, FIXMATCH]
 
 
@@ -175,6 +191,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--pool", choices=POOLS, default="even")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=USUAL)
+    parser.add_argument("--balanced", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/selftraining"))
     asked = parser.parse_args()
     source = lab.images(asked.data, train=asked.train, test=asked.train)
@@ -186,6 +203,9 @@ def main() -> None:
         choose=choose, on_gpu=asked.gpu_settings or None,
     )  # fmt: skip
     rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, asked.ways)
+    if asked.balanced:
+        again = Comparison(laboratory, Body(asked.encoder), asked.draws, balanced=True)
+        rows |= again.rows(asked.labels, [way for way in asked.ways if way not in NO_NETWORK])
     told(f"{Path(asked.data).name}, {asked.pool} pool, {asked.encoder}", rows)
     harness.keep_beside(f"selftraining-{Path(asked.data).name}-{asked.pool}", vars(asked), rows)
 
