@@ -24,8 +24,8 @@ from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.model.reference import load_reference
 from fewlabels.recipes import Facts
 from fewlabels.use import artefact, evaluate
-from fewlabels.use.facts import without_learned
 from fewlabels.use.imported import import_reference
+from fewlabels.use.learned import without_learned
 from model.test_reference import variables
 from small_model import run_of
 

@@ -32,7 +32,7 @@ from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, duration, say
 from fewlabels.use import artefact, compare, propagate
-from fewlabels.use.facts import without_learned
+from fewlabels.use.learned import without_learned
 
 SAVING = ("pretrain", "finetune", "supervised", "distill_self", "distill")  # stages with checkpoints
 SURVEYED = 32  # images looked at to choose a recipe

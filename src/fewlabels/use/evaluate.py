@@ -25,7 +25,7 @@ from fewlabels.data import parts
 from fewlabels.data.source import Source
 from fewlabels.data.sources import open_source
 from fewlabels.errors import DataError, printable
-from fewlabels.use import facts
+from fewlabels.use import learned
 from fewlabels.use.predict import Model
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -341,9 +341,7 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
             fix="use class folders or a CSV with the columns image,label",
         )
     result = measure(np.stack(rows), np.asarray(truth), model.classes)
-    seen, _, whole = (
-        facts.learned(model.path, model.card.longest_side) if model.path else (np.zeros(0, "V32"), 0, False)
-    )
+    seen, _, whole = learned.by(model.path, model.card.longest_side) if model.path else (np.zeros(0, "V32"), 0, False)
     trained_on = int(np.isin(np.frombuffer(b"".join(digests), "V32"), seen).sum())
     return result | {
         "balanced": model.card.balanced,

@@ -29,7 +29,7 @@ from fewlabels.data.labels import LEAKED, SPLIT_WORDS, TEST, TRAIN, VAL, Dataset
 from fewlabels.data.tables import FORMULA_STARTS
 from fewlabels.errors import DataError, UsageError
 from fewlabels.use import artefact, compare, evaluate
-from fewlabels.use.facts import open_run
+from fewlabels.use.learned import open_run
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.integer[Any]]
