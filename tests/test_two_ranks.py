@@ -33,6 +33,7 @@ from fewlabels.stages.selftrain import SelfTrain
 
 STAGES = ("pretrain", "views", "recompute", "momentum", "momentum of views", "chunk", "chunk of views", "batch")
 STAGES += ("finetune", "distill", "selftrain")
+TIMM = "selftrain of timm"  # whose batch norms are a rank's own: not one process
 CHUNKED = ("chunk", "chunk of views", "batch")
 STEPS = 3
 
@@ -55,7 +56,7 @@ def nothing(_: int) -> Iterator[Batch]:
 
 def build(name: str) -> Stage:
     torch.manual_seed(0)
-    body = encoder("resnet18_0.125x_small")
+    body = encoder("timm:test_resnet" if name == TIMM else "resnet18_0.125x_small")
     head = ProjectionHead(body.feature_dim, 16)
     count = 4 if "views" in name else 2
     if name in ("pretrain", "views", "recompute"):
@@ -73,7 +74,7 @@ def build(name: str) -> Stage:
     torch.nn.init.normal_(teacher.linear.weight)
     if name == "finetune":
         return Finetune(teacher, view=crop)
-    if name == "selftrain":
+    if name in ("selftrain", TIMM):
         return SelfTrain(
             teacher, labeled=nothing, weak=crop, strong=strong, threshold=0.5, expected=torch.full((4,), 0.25)
         )
@@ -99,7 +100,7 @@ def run(folder: Path) -> dict[str, Any]:
     )
     dataset = labels.assemble(source, store, kept, bad)
     found: dict[str, Any] = {}
-    for name in STAGES:
+    for name in (*STAGES, TIMM):
         stage = build(name).double()
         schedule = Schedule(epochs=9, batch=16, optimizer="lars", learning_rate=0.5, scaling="none", warmup=0.0)
         ids = dataset.labeled if name == "finetune" else dataset.train
@@ -124,6 +125,30 @@ def run(folder: Path) -> dict[str, Any]:
                     found[f"{name} gradient {step} {key}"] = parameter.grad.clone()
         found |= {f"{name} after {key}": tensor.clone() for key, tensor in stage.trained().items()}
     return found
+
+
+class Drawing(Stage):
+    """Keeps what torch's own generator gives it in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.drawn = list[torch.Tensor]()
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        self.drawn.append(torch.rand(4))
+        return {"loss": self.weight.sum()}
+
+
+def drawn() -> torch.Tensor:
+    """(STEPS, 4) what this rank's dropout would draw from."""
+    stage, nothing = Drawing(), torch.zeros(1)
+    state = loop.TrainState(stage, torch.optim.SGD(stage.parameters(), lr=0.1))
+    listeners = loop.Listeners(lambda *_: None, lambda _: None, lambda _: None, lambda: False)
+    plan = loop.Plan(STEPS, lambda _: 0.1, log_every=1, eval_every=0, save_every=STEPS, seed=3)
+    batches = [Batch(nothing, nothing, nothing, nothing, 0)] * STEPS
+    loop.train(state, batches, plan, listeners, runtime.precision(torch.device("cpu"), "fp32"))
+    return torch.stack(stage.drawn)
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +180,20 @@ def test_recomputed_is_the_same(both: tuple[dict[str, Any], list[dict[str, Any]]
 
 def test_ranks_end_with_the_same_weights(both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     _, (first, second) = both
-    for key in first:
+    for key in first.keys() - {"drawn"}:
         assert np.array_equal(first[key].numpy(), second[key].numpy()), key
+    assert any(key.startswith(TIMM) and key.endswith("running_var") for key in first)
+
+
+def test_no_two_ranks_drop_the_same(both: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    _, (first, second) = both
+    torch.testing.assert_close(first["drawn"], drawn(), rtol=0, atol=0)
+    rows = torch.cat([first["drawn"], second["drawn"]])
+    assert len(rows.unique(dim=0)) == 2 * STEPS
 
 
 if __name__ == "__main__":
     runtime.start("cpu")
-    mine = run(Path(sys.argv[1]) / f"rank{runtime.rank()}")
+    mine = run(Path(sys.argv[1]) / f"rank{runtime.rank()}") | {"drawn": drawn()}
     torch.save(mine, Path(sys.argv[1]) / f"{runtime.rank()}.pt")
     runtime.finish()

@@ -300,15 +300,17 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     Every rank's loss is the mean over an equal share of the batch, so this is the gradient of the mean over
     the whole batch.
     """
-    if world_size() == 1:
+    average([p.grad for p in parameters if p.grad is not None and not is_sharded(p)])
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Replace each by its mean over ranks, all in one collective. Alone: nothing changes."""
+    if world_size() == 1 or not tensors:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
-    if not gradients:
-        return
-    flat = torch.cat([g.reshape(-1) for g in gradients])
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    parts = torch.split(flat.div_(world_size()), [g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    parts = torch.split(flat.div_(world_size()), [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def any_rank(*, flag: bool) -> bool:

@@ -156,8 +156,12 @@ class ArrayFile(Part):
 
 
 def spread(total: int, count: int) -> npt.NDArray[np.int64]:
-    """At most count numbers below total, evenly spaced, each once."""
-    return np.unique(np.linspace(0, total - 1, min(total, count)).astype(np.int64))
+    """At most count numbers below total, each once and in order: one of each of count equal stretches, drawn by a fixed
+    key. At equal distances they could all be of one kind, where images come in turns.
+    """
+    count = min(total, count)
+    edges = np.arange(count + 1) * total // max(1, count)
+    return edges[:-1] + (np.random.default_rng(0).random(count) * np.diff(edges)).astype(np.int64)
 
 
 def rows_of(shape: Sequence[int]) -> int:

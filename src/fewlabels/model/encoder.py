@@ -261,7 +261,7 @@ class TimmEncoder(Encoder):
     """A timm model without its classifier and with fresh weights, as an encoder.
 
     Images come in [0, 1] as everywhere; a model that wants them normalised learns it in its first layer.
-    Its batch norms are its own: their statistics are of one rank's images.
+    Its batch norms normalise by one rank's images; running statistics are the mean of all ranks' after every step.
     """
 
     freezable = (-1, 4)

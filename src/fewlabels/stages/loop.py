@@ -152,7 +152,8 @@ def train(
     mark = asked = time.perf_counter()
     for batch in batches:
         waited += time.perf_counter() - asked
-        torch.manual_seed((plan.seed << 24) + state.step & (1 << 63) - 1)  # so that a resumed run drops the same
+        # so that a resumed run drops the same, and no two ranks do: of a seed the CPU's generator takes 32 bits
+        torch.manual_seed((plan.seed << 24) + state.step + runtime.rank() * 0x9E3779B1 & (1 << 63) - 1)
         scalars = step(state, batch, plan.learning_rate(state.step), precision)
         losses.take(scalars["loss"])
         finished = state.step == plan.total_steps
@@ -223,6 +224,7 @@ def step(
     scalars = state.stage.backward(batch, precision)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     runtime.average_gradients(parameters)
+    runtime.average(_statistics_of_one_rank(state.stage))
     _stop_if_not_finite(state, scalars["loss"])
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -230,6 +232,12 @@ def step(
     state.stage.after_step()
     state.step += 1
     return {name: value.detach() for name, value in scalars.items()} | {"learning_rate": learning_rate}
+
+
+def _statistics_of_one_rank(stage: Stage) -> list[Tensor]:
+    """Running statistics that this forward pass moved by one rank's images: those of timm's batch norms."""
+    norms = (m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False) if buffer.is_floating_point()]
 
 
 def _stop_if_not_finite(state: TrainState, loss: Tensor) -> None:
