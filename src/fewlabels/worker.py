@@ -193,23 +193,28 @@ class Worker:
         """Stage 2 on the labels, very few of them spread first; without any, a given model's own classifier."""
         self.pretrain()
         if "finetune" not in self.classifiers:
-            network = self._teacher("finetune", self.pretrain())
-            network.encoder.freeze(self.recipe.finetune.freeze_below)
-            job, at = self._job("finetune", Finetune(network, view=self._view("finetune"))), self.workplace
-            saves, total = self.prepared.folder.stage("finetune"), job.derived.total_steps
-            probed = self.recipe.finetune.start == "probe"  # where all saves are damaged it begins anew
-            done = runtime.from_main(runner.reached(checkpoint.latest(saves)[0], total)) if probed else total
-            if done < total:
-                at = replace(at, dataset=self._spread())
-                if at.dataset is not self.dataset:  # as many steps of as many images
-                    ids, batch = at.dataset.labeled, job.derived.batch
-                    schedule = replace(job.schedule, batch=batch, epochs=(total - 0.5) * batch / len(ids))
-                    job = replace(job, ids=ids, schedule=schedule)
-                if not done:
-                    self._start_from_probe(network, at.dataset)
+            stage = self._fresh_finetune("finetune", self.pretrain())
+            job, at = self._job("finetune", stage), self.workplace
+            if self.recipe.finetune.start == "probe":
+                job, at = self._from_probe(job, stage.network)
             runner.run(job, at)
-            self.classifiers["finetune"] = network
+            self.classifiers["finetune"] = stage.network
         return self.classifiers["finetune"]
+
+    def _from_probe(self, job: Job, network: Classifier) -> tuple[Job, Workplace]:
+        """The job on labels that are spread, if they are to be, its network set to their probe if it is at step 0."""
+        saved, _ = checkpoint.latest(self.prepared.folder.stage("finetune"))  # none where all are damaged: begin anew
+        done = runtime.from_main(runner.reached(saved, total := job.derived.total_steps))
+        if done >= total:
+            return job, self.workplace
+        dataset = self._spread()
+        if not done:
+            self._start_from_probe(network, dataset)
+        if dataset is not self.dataset:  # as many steps of as many images
+            ids, batch = dataset.labeled, job.derived.batch
+            schedule = replace(job.schedule, batch=batch, epochs=(total - 0.5) * batch / len(ids))
+            job = replace(job, ids=ids, schedule=schedule)
+        return job, replace(self.workplace, dataset=dataset)
 
     def too_weak(self) -> str:
         """Why the pretrained features are too weak for self-training; "" where they are not. Rank 0's count."""
@@ -274,26 +279,29 @@ class Worker:
             threshold=self.recipe.distill.self_training, expected=expected,
         )  # fmt: skip
 
-    def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:
+    def _third(
+        self, name: str, student: str | None, teacher: Classifier, pretrained: Pretrained
+    ) -> Distill | SelfTrain:
+        """Stage 3 before anything is learned: a network taught by its teacher, or by itself."""
         if student is None and self.prepared.self_trains:
-            itself = self._self_train(name, teacher)
-            runner.run(self._job(name, itself), self.workplace)
-            self.classifiers[name] = itself.average
-        else:
-            network, settings = self._student(name, student, self.pretrain()), self.recipe.distill
-            stage = Distill(
-                teacher, network, view=self._view(name),
-                temperature=settings.temperature if student else settings.self_temperature,
-                label_weight=settings.label_weight,
-            )  # fmt: skip
-            job = self._job(name, stage)
-            if settings.replays:
-                folder, classes = self.prepared.folder.stage(name), self.dataset.num_classes
-                stage.answers = Answers(folder, job.order(), settings.teacher_epochs, classes)
-            runner.run(job, self.workplace)
-            if stage.answers:
-                stage.answers.remove()
-            self.classifiers[name] = network
+            return self._self_train(name, teacher)
+        settings = self.recipe.distill
+        return Distill(
+            teacher, self._student(name, student, pretrained), view=self._view(name),
+            temperature=settings.temperature if student else settings.self_temperature,
+            label_weight=settings.label_weight,
+        )  # fmt: skip
+
+    def _distill(self, name: str, teacher: Classifier, student: str | None) -> Classifier:
+        stage, epochs = self._third(name, student, teacher, self.pretrain()), self.recipe.distill.teacher_epochs
+        job, answers = self._job(name, stage), None
+        if isinstance(stage, Distill) and self.recipe.distill.replays:
+            folder, classes = self.prepared.folder.stage(name), self.dataset.num_classes
+            stage.answers = answers = Answers(folder, job.order(), epochs, classes)
+        runner.run(job, self.workplace)
+        if answers:
+            answers.remove()
+        self.classifiers[name] = stage.student if isinstance(stage, Distill) else stage.average
         return self.classifiers[name]
 
     def supervised(self) -> None:
@@ -331,12 +339,10 @@ class Worker:
             for name in ("finetune", "supervised") if enough else ():
                 yield self._job(name, self._fresh_finetune(name, outline))
             for name, student in self._students():
-                if student is not None or not self.prepared.self_trains:
-                    networks = self._teacher("finetune", outline), self._student(name, student, outline)
-                    yield self._job(name, Distill(*networks, view=self._view(name), temperature=1.0))
-                    del networks
-                elif enough:
-                    yield self._job(name, self._self_train(name, self._teacher("finetune", outline)))
+                if enough or student or not self.prepared.self_trains:
+                    teacher = self._teacher("finetune", outline)
+                    yield self._job(name, self._third(name, student, teacher, outline))
+                    del teacher
 
     def _fresh_finetune(self, name: str, pretrained: Pretrained) -> Finetune:
         """Stage 2 before anything is learned, or the baseline as if it began there."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -346,37 +346,38 @@ def _without_leaks(groups: Ints, splits: npt.NDArray[np.int8]) -> tuple[npt.NDAr
 def _near_duplicates(
     thumbs: npt.NDArray[np.uint8], splits: npt.NDArray[np.int8], groups: Ints, names: Sequence[str]
 ) -> list[str]:
-    """A note on training images that look like a held-out one: the same in a quarter of the difference hash (saving a
-    photo anew flips bits here and there), and nearly the same thumbnail.
-
-    Where corners are blank many share a quarter: the MOST_ALIKE nearest in brightness are compared. Flat pictures are
-    passed over, all of them look alike. Nothing is removed: two photos of one scene may be meant.
+    """A note on training images whose thumbnail is nearly that of a held-out one. Flat pictures are passed over, all of
+    them look alike. Nothing is removed: two photos of one scene may be meant.
     """
-    train, held = np.flatnonzero(splits == TRAIN), np.flatnonzero(np.isin(splits, (VAL, TEST)))
-    if not len(thumbs) or not len(held):
-        return []
-    bits = np.packbits((thumbs[:, :, 1:] > thumbs[:, :, :-1]).reshape(len(thumbs), 64), axis=1)  # (N, 8) bytes
-    varied = thumbs.reshape(len(thumbs), -1).std(axis=1, dtype=np.float32) >= FLAT
-    train, held = train[varied[train]], held[varied[held]]
-    sums = thumbs.sum(axis=2, dtype=np.int16)  # (N, 8), no further apart than thumbnails, and cheaper to compare
-    light, reach = sums.sum(axis=1, dtype=np.int64), int(CLOSE * thumbs[0].size)  # (N,) below 2**15
+    varied = thumbs.std(axis=(1, 2), dtype=np.float32) >= FLAT  # (N,), or none where there are no thumbnails
+    train, held = (np.flatnonzero(varied & s[: len(varied)]) for s in (splits == TRAIN, np.isin(splits, (VAL, TEST))))
     like: dict[int, int] = {}
+    for one, other in _candidates(thumbs, train, held) if len(held) else ():
+        apart = np.abs(thumbs[one].astype(np.int16) - thumbs[other]).mean(axis=(1, 2))
+        twins = (apart <= CLOSE) & (groups[one] != groups[other])
+        like |= dict(zip(one[twins].tolist(), other[twins].tolist(), strict=True))
+    pairs = [f"{names[row]} like {names[like[row]]}" for row in sorted(like)]
+    words = f"{_count(len(pairs), 'training image')} nearly the same as a held-out one (kept): {_few(pairs, '; ')}"
+    return [words] if pairs else []
+
+
+def _candidates(thumbs: npt.NDArray[np.uint8], train: Ints, held: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """Pairs that may be nearly the same, (training images, held-out ones beside them), ROWS of the former at once.
+
+    They share a quarter of the difference hash: saving a photo anew flips bits here and there. Where corners are blank
+    many do, so of these the MOST_ALIKE nearest in brightness are taken, none further apart than thumbnails may be.
+    """
+    bits = np.packbits((thumbs[:, :, 1:] > thumbs[:, :, :-1]).reshape(len(thumbs), 64), axis=1)  # (N, 8) bytes
+    light, reach = thumbs.sum(axis=(1, 2), dtype=np.int64), int(CLOSE * thumbs[0].size)  # (N,) below 2**15
     for quarter in bits.view(np.uint16).T:  # (N,)
         keys = quarter.astype(np.int64) << 15 | light
         held = held[np.argsort(keys[held], kind="stable")]
         for rows in np.array_split(train, len(train) // ROWS + 1):
             low, middle, high = (np.searchsorted(keys[held], keys[rows] + away) for away in (-reach, 0, reach + 1))
-            low, high = np.maximum(low, middle - MOST_ALIKE // 2), np.minimum(high, middle + MOST_ALIKE // 2)
-            one = np.repeat(rows, high - low)  # (pairs,) and beside it the held-out ones from low to high of each row
-            other = held[np.arange(len(one)) + np.repeat(high - np.cumsum(high - low), high - low)]
-            near = np.abs(sums[one] - sums[other]).sum(axis=1) <= reach
-            one, other = one[near], other[near]
-            apart = np.abs(thumbs[one].astype(np.int16) - thumbs[other]).mean(axis=(1, 2))
-            twins = (apart <= CLOSE) & (groups[one] != groups[other])
-            like |= dict(zip(one[twins].tolist(), other[twins].tolist(), strict=True))
-    pairs = [f"{names[row]} like {names[like[row]]}" for row in sorted(like)]
-    words = f"{_count(len(pairs), 'training image')} nearly the same as a held-out one (kept): {_few(pairs, '; ')}"
-    return [words] if pairs else []
+            low = np.maximum(low, middle - MOST_ALIKE // 2)
+            counts = np.minimum(high, middle + MOST_ALIKE // 2) - low
+            steps = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # from 0 for each row
+            yield np.repeat(rows, counts), held[np.repeat(low, counts) + steps]
 
 
 # --- small things ------------------------------------------------------------------------------------------------

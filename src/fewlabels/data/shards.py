@@ -135,32 +135,50 @@ class Tars(Part):
 def open_tars(shards: Shards, where: str) -> Source:
     """The images of tar shards. where: what they are called together. Raises DataError for damaged or empty ones."""
     found = _indices(shards)
-    counts = [len(index["members"]) for index in found]
-    ends = np.cumsum(counts)
-    members = [member for index in found for member in index["members"]]
-    faults = {int(end) - n + i: words for end, n, index in zip(ends, counts, found, strict=True)
-              for i, words in index["faults"]}  # fmt: skip
-    if not members:
+    part = _joined(shards, found)
+    if not len(part):
         raise DataError(f"{where} holds no pictures", why="members are known by their endings: .jpg, .png, ...")
-    part = Tars(shards, ends, members, np.concatenate([index["spans"] for index in found]), faults)
-    names = (f"{name}/{member}" for name, index in zip(shards.names, found, strict=True) for member in index["members"])
-    kind = next((ending for ending in LABELS if any(ending in index["labels"] for index in found)), "")
-    labels = [label for n, index in zip(counts, found, strict=True) for label in index["labels"].get(kind, [None] * n)]
-    splits = np.repeat(shards.splits, counts).tolist()
-    captions = kind == ".txt" and _are_captions(labels)
-    inside = _below_shared(["" if i in faults else member for i, member in enumerate(members)])
-    if not kind or captions:
+    pairs = zip(shards.names, found, strict=True)
+    names = (f"{shard}/{member}" for shard, index in pairs for member in index["members"])
+    told, remark = _told(found)
+    source = unlabeled(f"tar {where} ({len(shards.places):,} files{remark})", tuple(map(printable, names)), part)
+    inside = _below_shared(["" if row in part.faults else member for row, member in enumerate(part.members)])
+    if told is None:
         labels, inner = folders.place(inside, Path(where))
-    else:  # only classes are told by the members
+        source = replace(source, labels=tuple(labels))  # a folder may be called none; what a member says so is no class
+    else:
         inner = [tables.SPLITS.get(member.partition("/")[0].casefold(), "train") for member in inside]
-    splits = [own if own != "train" else outer for own, outer in zip(inner, splits, strict=True)]
-    texts = "; the .txt members are captions and no labels" if captions else ""
-    source = unlabeled(f"tar {where} ({len(shards.places):,} files{texts})", tuple(map(printable, names)), part)
+        source = with_sequence(source, told)
+    outer = np.repeat(shards.splits, np.diff(part.ends, prepend=0)).tolist()
+    splits = tuple(own if own != "train" else shard for own, shard in zip(inner, outer, strict=True))
     passed = sum(index["passed"] for index in found)
     words = f"{passed:,} pictures beside another of their sample (1.seg.png beside 1.png) are passed over"
-    source = replace(source, splits=tuple(splits), notes=(words,) if passed else ())
-    # A folder may be called none; what a member says so is no class
-    return with_sequence(source, labels) if kind and not captions else replace(source, labels=tuple(labels))
+    return replace(source, splits=splits, notes=(words,) if passed else ())
+
+
+def _joined(shards: Shards, found: Sequence[Mapping[str, Any]]) -> Tars:
+    """The pictures of all shards in one row."""
+    counts = [len(index["members"]) for index in found]
+    ends = np.cumsum(counts)
+    first = dict(enumerate(ends - counts))  # a shard's first picture
+    return Tars(
+        shards,
+        ends,
+        members=[member for index in found for member in index["members"]],
+        spans=np.concatenate([np.empty((0, 2), np.int64), *(index["spans"] for index in found)]),
+        faults={int(first[s]) + i: words for s, index in enumerate(found) for i, words in index["faults"]},
+    )
+
+
+def _told(found: Sequence[Mapping[str, Any]]) -> tuple[list[Any] | None, str]:
+    """What label members say of each picture, None where they say no classes, and a remark on that."""
+    kind = next((ending for ending in LABELS if any(ending in index["labels"] for index in found)), None)
+    if kind is None:
+        return None, ""
+    labels = [label for each in found for label in each["labels"].get(kind, [None] * len(each["members"]))]
+    if kind == ".txt" and _are_captions(labels):
+        return None, "; the .txt members are captions and no labels"
+    return labels, ""
 
 
 def _below_shared(members: Sequence[str]) -> list[str]:

@@ -142,7 +142,6 @@ def _csv(path: Path) -> Source:
     """The images that a labels CSV names, each once, in the order of their first line."""
     table = tables.read_table(path)
     root = Path(os.path.realpath(path.parent))
-    finder = tables.Finder([root], ())
     numbers: dict[str, int] = {}
 
     def look(path: str) -> int | None:
@@ -150,8 +149,7 @@ def _csv(path: Path) -> Source:
         return numbers.setdefault(path, len(numbers)) if inside else None
 
     near = (os.path.relpath(path, root) for path in root.rglob("*") if folders.is_picture(str(path)))
-    finder.look = look
-    answers = tables.match(table, finder, lambda: near)
+    answers = tables.match(table, tables.Finder([root], look), lambda: near)
     files, said = tuple(numbers), [answers[number] for number in numbers.values()]
     return Source(
         description=f"labels CSV {printable(str(path))}",

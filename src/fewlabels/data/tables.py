@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -265,25 +265,33 @@ def _read_row(table: Table, line: int, cells: Mapping[str, str], surplus: int) -
 class Finder:
     """Finds a CSV's image cell among image files: by its path beside the CSV or in the images' folder, or by name.
 
-    folders: where relative paths may start, real paths. files: every image's real path below one of them.
+    folders: where relative paths may start. look: the number of the image at a path, -1 where several are there, None
+    where none is. by_name: the numbers of those whose file is called so.
     """
 
-    def __init__(self, folders: Iterable[Path], files: Iterable[str]) -> None:
+    def __init__(
+        self, folders: Iterable[Path], look: Callable[[str], int | None], by_name: Mapping[str, list[int]] | None = None
+    ) -> None:
         self.folders = [os.path.realpath(folder) for folder in folders]
-        self.look: Callable[[str], int | None] = lambda path: self.number.get(path, self.number.get(_composed(path)))
-        self.number: dict[str, int] = {}
-        self.by_name: dict[str, list[int]] = {}
+        self.look, self.by_name = look, by_name or {}
+
+    @classmethod
+    def among(cls, folders: Sequence[Path], files: Iterable[str]) -> Finder:
+        """Of known images; files: every one's real path below one of the folders."""
+        roots = [os.path.realpath(folder) + os.sep for folder in folders]
+        number: dict[str, int] = {}
+        by_name: dict[str, list[int]] = {}
         for index, file in enumerate(files):
             path = os.path.normpath(file)
-            self.number[path] = -1 if path in self.number else index  # as arrays and shards may have it
-            self.by_name.setdefault(os.path.basename(file), []).append(index)  # noqa: PTH119 - 1 us, not 5
+            number[path] = -1 if path in number else index  # as arrays and shards may have it
+            by_name.setdefault(os.path.basename(file), []).append(index)  # noqa: PTH119 - 1 us, not 5
             if not file.isprintable():  # as our own tables call it
-                for folder in self.folders:
-                    inside = file.removeprefix(folder + os.sep)
-                    self.number.setdefault(f"{folder}{os.sep}{printable(inside)}", index)
-        for known in (self.number, self.by_name):  # macOS writes a letter and its accent apart
+                for root in roots:
+                    number.setdefault(root + printable(file.removeprefix(root)), index)
+        for known in (number, by_name):  # macOS writes a letter and its accent apart
             for name, found in [(name, found) for name, found in known.items() if not name.isascii()]:
                 known.setdefault(_composed(name), found)  # type: ignore[arg-type]
+        return cls(folders, lambda path: number.get(path, number.get(_composed(path))), by_name)
 
     def __call__(self, image: str) -> int | str:
         """The image's number, or why there is none ("" = unknown)."""

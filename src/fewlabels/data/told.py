@@ -66,12 +66,12 @@ def _finder(source: Source, path: Path) -> tables.Finder:
     """Finds the images that the table in path names: files by their paths, others by their names."""
     parts = [part for part in source.parts if isinstance(part, Files)]
     if len(parts) < len(source.parts):
-        return tables.Finder([Path("/")], (f"/{name.lstrip('/')}" for name in source.names))
+        return tables.Finder.among([Path("/")], (f"/{name.lstrip('/')}" for name in source.names))
     files = (file for part in parts for file in part.paths)
     if source.folder is None:  # absolute, as what is known of real folders outlives a change of the working one
-        return tables.Finder([path.parent], (tables.through_links(str(Path(file).absolute())) for file in files))
+        return tables.Finder.among([path.parent], (tables.through_links(str(Path(file).absolute())) for file in files))
     real = os.path.realpath(source.folder)  # links below it stay as they are named
-    return tables.Finder([path.parent, source.folder], (real + file[len(str(source.folder)) :] for file in files))
+    return tables.Finder.among([path.parent, source.folder], (real + file[len(str(source.folder)) :] for file in files))
 
 
 def _with_list(source: Source, path: Path) -> Source:

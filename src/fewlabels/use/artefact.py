@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -283,92 +284,14 @@ def _check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path
 
 def model_card(card: Card, *, parameters: int, digest: str) -> str:
     """README.md in the Hugging Face front-matter form, from measured figures only."""
-    task, named = ("image-classification", "classifier") if card.classes else ("image-feature-extraction", "encoder")
-    front = [
-        "---",
-        "library_name: fewlabels",
-        f"pipeline_tag: {task}",
-        f"tags: [{task}, semi-supervised-learning, self-supervised-learning, simclrv2]",
-        *_model_index(card),
-        "---",
-    ]
-    does = (
-        f"Sorts an image into one of {card.num_classes:,} classes." if card.classes else "Gives features of an image."
+    environment = jinja2.Environment(  # Markdown, so names are made harmless by `plain` and not by autoescape
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"number": "{:,}".format, "share": "{:.1%}".format, "plain": _plain}
+    return environment.get_template("card.md.j2").render(
+        card=card, parameters=parameters, digest=digest, weights=WEIGHTS, format=checkpoint.FORMAT_VERSION
     )
-    body = [
-        f"# Image {named} made with fewlabels",
-        "",
-        f"{does} {card.encoder}, {parameters:,} parameters, images at {card.size} x {card.size} pixels.",
-        "",
-        "## How good it is",
-        "",
-        *_quality(card),
-        "",
-        "## What it was trained on",
-        "",
-        *(f"* {_plain(name)}: {_plain(value)}" for name, value in card.training.items()),
-        *([] if card.training else ["* not recorded"]),
-        "",
-        "## Classes",
-        "",
-        ", ".join(f"`{_plain(name)}`" for name in card.classes) or "none: it is an encoder, to be fine-tuned",
-        "",
-        "## How to use it",
-        "",
-        "```python",
-        "import fewlabels as fl",
-        'model = fl.load("path/to/this/folder")',
-        'model.predict(["photo.jpg"])' if card.classes else 'model.features(["photo.jpg"])',
-        "```",
-        "",
-        "## Limits",
-        "",
-        *_limits(card),
-        "",
-        f"Written by fewlabels {_plain(card.version)} in file format {checkpoint.FORMAT_VERSION}. "
-        f"SHA-256 of {WEIGHTS}: `{digest}`",
-        "",
-    ]
-    return "\n".join(front + body)
-
-
-def _model_index(card: Card) -> list[str]:
-    if not card.metrics:
-        return []
-    return [
-        "model-index:",
-        "- name: fewlabels",
-        "  results:",
-        "  - task: {type: image-classification}",
-        "    dataset: {name: held-out images of the run, type: private}",
-        f"    metrics: [{{type: accuracy, value: {card.metrics['top1']['accuracy']:.4f}}}]",
-    ]
-
-
-def _quality(card: Card) -> list[str]:
-    metrics = card.metrics
-    if not metrics:
-        why = "no labeled images were held out" if card.classes else "it does not classify"
-        return [f"Not measured here: {why}."]
-    top1 = metrics["top1"]
-    low, high = top1["interval"]
-    weakest = min((row for row in metrics["per_class"] if row["n"]), key=lambda row: row["recall"])
-    return [
-        f"* accuracy {top1['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}, on {top1['n']:,} held-out images",
-        f"* expected calibration error {metrics['ece']:.1%}, negative log-likelihood {metrics['nll']:.3f}",
-        f"* weakest class `{_plain(weakest['name'])}`: {weakest['recall']:.1%} of {weakest['n']:,} images found",
-    ]
-
-
-def _limits(card: Card) -> list[str]:
-    if not card.classes:
-        return ["* It names no classes: fine-tune it, or use its features."]
-    return [
-        "* It always answers with one of its classes, also for an image that shows none of them.",
-        "* Figures above hold for images like those it was measured on, not for others.",
-        f"* Probabilities are softmax(logits / {card.temperature:.4g})"
-        + ("; see the calibration error above." if card.metrics else "; how well they are calibrated is not known."),
-    ]
 
 
 def _plain(value: object) -> str:
