@@ -49,11 +49,11 @@ def stored(images: Any, folder: Path, *, working_size: int | None = None) -> Dat
     else:
         source = open_source(images)
     folder.mkdir(parents=True, exist_ok=True)
-    store, kept, bad = pixels.build(
+    store, kept, _ = pixels.build(
         source, folder / "data", working_size=working_size, max_bad_share=0.0, threads=runtime.threads(),
         bad_csv=folder / "bad.csv",
     )  # fmt: skip
-    return labels.assemble(source, store, kept, bad)
+    return labels.assemble(source, store, kept)
 
 
 @functools.cache

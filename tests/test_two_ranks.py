@@ -95,10 +95,10 @@ def run(folder: Path) -> dict[str, Any]:
     # Labels fall unevenly on the two ranks: every third image
     known = [str(c) if i % 3 == 0 else None for i, c in enumerate(classes)]
     source = sources.open_source(images, known)
-    store, kept, bad = pixels.build(
+    store, kept, _ = pixels.build(
         source, folder / "data", working_size=None, max_bad_share=0.05, threads=1, bad_csv=folder / "bad.csv"
     )
-    dataset = labels.assemble(source, store, kept, bad)
+    dataset = labels.assemble(source, store, kept)
     found: dict[str, Any] = {}
     for name in (*STAGES, TIMM):
         stage = build(name).double()

@@ -42,7 +42,7 @@ def train(folder: Path, *, stop: bool = False, shard: bool = False, count: int =
                 source, folder / "data", working_size=None, max_bad_share=0, threads=1, bad_csv=folder / "bad.csv"
             )
     store = pixels.open_store(folder / "data")
-    dataset = labels.assemble(source, store, torch.arange(len(images)).numpy(), [])
+    dataset = labels.assemble(source, store, torch.arange(len(images)).numpy())
     interrupts, seen = Interrupts(), []
 
     def view(batch: Batch, number: int) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import shlex
-import shutil
 import sys
 import threading
 import time
@@ -156,52 +155,39 @@ def store_images(source: Source, folder: RunFolder, recipe: Recipe, max_bad: flo
                 _decode(source, folder, note, about, max_bad, known)
             elif (folder.data / "ends.npy").exists():  # a streamed store, whose images may lie elsewhere now
                 streamed.write_paths(folder.data, map(source.at, checkpoint.read_sealed(note)["kept"]))
-    facts = checkpoint.read_sealed(note)
-    kept = np.asarray(facts["kept"], dtype=np.int64)
+    kept = np.asarray(checkpoint.read_sealed(note)["kept"], dtype=np.int64)
     store = pixels.open_store(folder.data, lambda row: source.at(int(kept[row])))
-    bad = [pixels.BadImage(**b) for b in facts["unreadable"]]
-    return labels.assemble(source, store, kept, bad, known)
+    return labels.assemble(source, store, kept, known)
 
 
 def _decode(
     source: Source, folder: RunFolder, note: Path, about: dict[str, Any], max_bad: float, known: tuple[str, ...]
 ) -> None:
-    """Make RUN/data; that of a begun run gives way only to the same images. A kill in between leaves no note,
-    and without a note they are read again.
+    """Make RUN/data; that of a begun run gives way only to the same images. A kill before the note is written leaves
+    none, and they are read again.
     """
     saved = (checkpoint.glance(folder.stage(stage)) for stage in SAVING)
-    begun = next((values for values in saved if values is not None), None)
-    data, bad_csv = folder.data, folder.path / "bad_images.csv"
-    if begun is None:
+    begun = next((values["identity"] for values in saved if values is not None), None)
+
+    def accept(store: pixels.PixelStore, kept: labels.Ints) -> None:
+        if begun is not None:
+            now = images_digest(labels.assemble(source, store, kept, known))
+            check_identity(begun, begun | {"images": now}, "pretrain", folder.path)
         note.unlink(missing_ok=True)
-    else:
-        data, bad_csv = folder.path / "data.new", folder.path / "bad_images.new.csv"
-    try:
-        started = time.perf_counter()
-        store, kept, bad = pixels.build(
-            source, data, working_size=about["working_size"], max_bad_share=max_bad, threads=runtime.threads(),
-            bad_csv=bad_csv, store=about.get("store", "auto"),
-        )  # fmt: skip
-        if store.streamed:
-            count, size = len(store), len(store) * 3 * store.canvas**2 / 1e9
-            say(
-                f"  note: {count:,} images as pixels of {store.canvas} px would take {size:,.1f} GB of disk; they are "
-                f"decoded anew each time they are seen, {duration(time.perf_counter() - started)} a pass at the speed "
-                "of this first one"
-            )
-        if begun is not None:
-            now = images_digest(labels.assemble(source, store, kept, bad, known))
-            check_identity(begun["identity"], begun["identity"] | {"images": now}, "pretrain", folder.path)
-            note.unlink(missing_ok=True)
-            shutil.rmtree(folder.data, ignore_errors=True)
-            data.rename(folder.data)
-            bad_csv.replace(folder.path / "bad_images.csv")
-    finally:
-        if begun is not None:
-            shutil.rmtree(data, ignore_errors=True)
-            bad_csv.unlink(missing_ok=True)
+
+    started = time.perf_counter()
+    store, kept, _ = pixels.build(
+        source, folder.data, working_size=about["working_size"], max_bad_share=max_bad, threads=runtime.threads(),
+        bad_csv=folder.path / "bad_images.csv", store=about.get("store", "auto"), accept=accept,
+    )  # fmt: skip
+    if store.streamed:
+        count, size = len(store), len(store) * 3 * store.canvas**2 / 1e9
+        say(
+            f"  note: {count:,} images as pixels of {store.canvas} px would take {size:,.1f} GB of disk; they are "
+            f"decoded anew each time they are seen, {duration(time.perf_counter() - started)} a pass at the speed "
+            "of this first one"
+        )
     about |= {"store": "streamed" if store.streamed else "pixels", "kept": kept.tolist()}
-    about |= {"unreadable": [asdict(b) for b in bad]}
     checkpoint.write_sealed(note, about)
 
 

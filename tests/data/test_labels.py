@@ -24,10 +24,10 @@ def noise(count: int, seed: int = 0, size: int = 10) -> np.ndarray:
 
 def dataset(folder: Path, images: Any, labels: Any = None, *, test: Any = None, max_bad: float = 0.5) -> Dataset:
     source = open_source(images, labels, test=test)
-    store, kept, bad = pixels.build(
+    store, kept, _ = pixels.build(
         source, folder / "data", working_size=None, threads=1, bad_csv=folder / "bad.csv", max_bad_share=max_bad
     )
-    return assemble(source, store, kept, bad)
+    return assemble(source, store, kept)
 
 
 def test_what_is_understood(tmp_path: Path) -> None:

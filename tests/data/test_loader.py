@@ -22,10 +22,10 @@ CPU = torch.device("cpu")
 def dataset(tmp_path: Path, visible_images: tuple[np.ndarray, np.ndarray]) -> labels.Dataset:
     images, classes = visible_images
     source = sources.open_source(images, [str(c) if i < 16 else None for i, c in enumerate(classes)])
-    store, kept, bad = pixels.build(
+    store, kept, _ = pixels.build(
         source, tmp_path / "data", working_size=None, max_bad_share=0.05, threads=2, bad_csv=tmp_path / "bad.csv"
     )
-    return labels.assemble(source, store, kept, bad)
+    return labels.assemble(source, store, kept)
 
 
 def ids_of(order: loader.Order, steps: range) -> list[list[int]]:

@@ -94,10 +94,10 @@ def forms(tmp_path: Path) -> dict[str, Path]:
 
 def assembled(images: object, out: Path, store: str, threads: int = 2) -> labels.Dataset:
     source = open_source(images)
-    built, kept, bad = pixels.build(
+    built, kept, _ = pixels.build(
         source, out, working_size=24, bad_csv=out.with_suffix(".csv"), threads=threads, store=store, max_bad_share=0.1
     )
-    return labels.assemble(source, built, kept, bad)
+    return labels.assemble(source, built, kept)
 
 
 def batches(dataset: labels.Dataset, first: int = 0) -> list[loader.Batch]:

@@ -36,10 +36,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> labels.Dataset:
     splits = ["test" if i % 25 == 3 else "train" for i in range(50)]  # so that rows of the store are not 0, 1, 2, ...
     source = sources.open_source(images, [str(c) for c in classes])
     source = sources.replace(source, splits=tuple(splits))
-    store, kept, bad = pixels.build(
+    store, kept, _ = pixels.build(
         source, folder / "data", working_size=None, max_bad_share=0.05, threads=2, bad_csv=folder / "bad.csv"
     )
-    return labels.assemble(source, store, kept, bad)
+    return labels.assemble(source, store, kept)
 
 
 class Counted(Classifier):

@@ -46,10 +46,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> labels.Dataset:
     images, classes = shapes_images(48)
     folder = tmp_path_factory.mktemp("store")
     source = sources.open_source(images, [str(c) if i < 16 else None for i, c in enumerate(classes)])
-    store, kept, bad = pixels.build(
+    store, kept, _ = pixels.build(
         source, folder / "data", working_size=None, max_bad_share=0.05, threads=2, bad_csv=folder / "bad.csv"
     )
-    return labels.assemble(source, store, kept, bad)
+    return labels.assemble(source, store, kept)
 
 
 def two_views(batch: Batch, number: int) -> Tensor:

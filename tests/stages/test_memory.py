@@ -44,10 +44,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def place_in(folder: Path) -> Workplace:
     images, _ = shapes_images(IMAGES, size=32)
     source = sources.open_source(images)
-    store, kept, bad = pixels.build(
+    store, kept, _ = pixels.build(
         source, folder / "data", working_size=None, max_bad_share=0.05, threads=1, bad_csv=folder / "bad.csv"
     )
-    dataset = labels.assemble(source, store, kept, bad)
+    dataset = labels.assemble(source, store, kept)
     return Workplace(RunFolder(folder), dataset, CPU, runtime.precision(CPU, "fp32"), Interrupts())
 
 

@@ -9,6 +9,7 @@ Shapes: N images in the store, K classes.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewlabels import checkpoint
-from fewlabels.data.pixels import BadImage, PixelStore
+from fewlabels.data.pixels import PixelStore
 from fewlabels.data.source import Source
 from fewlabels.errors import DataError, UsageError, nearest, printable
 
@@ -75,7 +76,21 @@ class Dataset:
     labels: Ints  # (N,) class number, -1 = unlabeled
     splits: npt.NDArray[np.int8]  # (N,) 0 train, 1 val, 2 test, 3 leaked: left out
     classes: tuple[str, ...]
-    understood: Understood
+    unreadable: int = 0
+    hidden: int = 0  # labels hidden on request
+    notes: tuple[str, ...] = ()  # what a person should know
+
+    @functools.cached_property
+    def understood(self) -> Understood:
+        """All of it in numbers."""
+        groups, train, counts = _identical(self.store.hashes), self.splits == TRAIN, self.labels_a_class
+        val, test = (len(np.unique(groups[self.splits == split])) for split in (VAL, TEST))
+        return Understood(
+            images=len(self.names), train=int(train.sum()), val=val, test=test, labeled=int(counts.sum()),
+            classes=dict(zip(self.classes, counts.tolist(), strict=True)), held_out=len(self.held_out),
+            unreadable=self.unreadable, duplicates=int(train.sum()) - len(np.unique(groups[train])),
+            leaks=int((self.splits == LEAKED).sum()), hidden=self.hidden, notes=self.notes,
+        )  # fmt: skip
 
     @property
     def train(self) -> Ints:
@@ -107,12 +122,10 @@ class Dataset:
         return np.bincount(self.labels[self.labeled], minlength=self.num_classes)
 
 
-def assemble(
-    source: Source, store: PixelStore, kept: Ints, bad: Sequence[BadImage] = (), known: Sequence[str] = ()
-) -> Dataset:
+def assemble(source: Source, store: PixelStore, kept: Ints, known: Sequence[str] = ()) -> Dataset:
     """The Dataset of a source and its store.
 
-    kept: the source's indices of the store's rows. bad: its unreadable images. known: the classes of a teacher that
+    kept: the source's indices of the store's rows, the others are unreadable. known: the classes of a teacher that
     needs no labels; they count where no training image has one. Raises DataError for labels that contradict each
     other, cannot be learned or are not among the known ones.
     """
@@ -151,20 +164,8 @@ def assemble(
     counts = np.bincount(labels[train & (labels >= 0)], minlength=len(classes))
     notes += [*_count_notes(counts, classes), *_lost_notes(source, kept), *source.notes]
     notes += _near_duplicates(store.thumbs, splits, groups, names)
-    understood = Understood(
-        images=len(names),
-        train=int(train.sum()),
-        val=val,
-        test=test,
-        labeled=int(counts.sum()),
-        classes=dict(zip(classes, counts.tolist(), strict=True)),
-        held_out=len(np.unique(groups[_held_out(splits, labels)])),
-        unreadable=len(bad),
-        duplicates=int(train.sum()) - len(np.unique(groups[train])),
-        leaks=len(leaked),
-        notes=tuple(notes),
-    )
-    return Dataset(store, names, labels, splits, classes, understood)
+    unreadable = len(source) - len(kept)
+    return Dataset(store, names, labels, splits, classes, unreadable=unreadable, notes=tuple(notes))
 
 
 def keep_labels(dataset: Dataset, amount: str | int, seed: int) -> Dataset:
@@ -186,16 +187,9 @@ def keep_labels(dataset: Dataset, amount: str | int, seed: int) -> Dataset:
     counts = np.bincount(labels[chosen], minlength=len(classes))
     hidden = len(rows) - len(chosen)
     before = _count_notes(dataset.labels_a_class, classes)
-    notes = [*_count_notes(counts, classes), *(note for note in dataset.understood.notes if note not in before)]
+    notes = [*_count_notes(counts, classes), *(note for note in dataset.notes if note not in before)]
     notes += [f"{_count(hidden, 'label')} hidden on request"] if hidden else []
-    understood = replace(
-        dataset.understood,
-        labeled=len(chosen),
-        classes=dict(zip(classes, counts.tolist(), strict=True)),
-        hidden=dataset.understood.hidden + hidden,
-        notes=tuple(notes),
-    )
-    return replace(dataset, labels=labels, understood=understood)
+    return replace(dataset, labels=labels, hidden=dataset.hidden + hidden, notes=tuple(notes))
 
 
 def write_images(dataset: Dataset, path: Path) -> None:
@@ -214,8 +208,7 @@ def read_images(path: Path, store: PixelStore, understood: Mapping[str, Any]) ->
     numbers = {word: split for split, word in SPLIT_WORDS.items()}
     try:
         rows = list(csv.reader(io.StringIO(checkpoint.read_text(path), newline="")))[1:]
-        facts = {name: understood[name] for name in Understood.__dataclass_fields__}
-        number = {printable(name): k for k, name in enumerate(facts["classes"])} | {"": -1}
+        number = {printable(name): k for k, name in enumerate(understood["classes"])} | {"": -1}
         if len(rows) != len(store):
             raise ValueError(f"{len(rows):,} rows for {len(store):,} images")
         return Dataset(
@@ -223,8 +216,10 @@ def read_images(path: Path, store: PixelStore, understood: Mapping[str, Any]) ->
             names=tuple(printable(name) for name, _, _ in rows),
             labels=np.array([number[label] for _, label, _ in rows], dtype=np.int64),
             splits=np.array([numbers[split] for _, _, split in rows], dtype=np.int8),
-            classes=tuple(map(printable, facts["classes"])),
-            understood=Understood(**facts | {"notes": tuple(facts["notes"])}),
+            classes=tuple(map(printable, understood["classes"])),
+            unreadable=understood["unreadable"],
+            hidden=understood["hidden"],
+            notes=tuple(understood["notes"]),
         )
     except (*checkpoint.UNREADABLE, csv.Error) as error:
         raise DataError(

@@ -53,6 +53,7 @@ class Cell:
 class Parquet(Part):
     """A parquet file with encoded images: `column` is binary, or a struct with the field bytes."""
 
+    has_addresses = True
     place: str
     column: str
     ends: tuple[int, ...]  # rows up to the end of each row group

@@ -44,6 +44,8 @@ class Part(ABC):
     """Images of one kind, in order."""
 
     seekable = True  # whether one image is read without most of those before it
+    has_addresses = False  # whether an image has a path, or is a span or a cell of a file, that can be written down
+    away = False  # whether an image takes a request of its own
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -71,6 +73,7 @@ class Part(ABC):
 class Files(Part):
     """Picture files."""
 
+    has_addresses = True
     paths: Sequence[str]
 
     def __len__(self) -> int:

@@ -39,10 +39,8 @@ from torch import Tensor
 
 from fewlabels import checkpoint, runtime
 from fewlabels.data.decode import BadPicture, Payload, decode, header_size, strict_pillow
-from fewlabels.data.parquet import Parquet
-from fewlabels.data.parts import UNREADABLE, Files
+from fewlabels.data.parts import UNREADABLE
 from fewlabels.data.places import AT_ONCE
-from fewlabels.data.shards import Tars
 from fewlabels.data.source import Source
 from fewlabels.data.streamed import OnDemand, Paths, pixel_hash, write_paths
 from fewlabels.data.tables import cell
@@ -200,32 +198,35 @@ def build(
     max_bad_share: float = 0.05,
     threads: int,
     store: str = "auto",
+    accept: Callable[[PixelStore, npt.NDArray[np.int64]], None] = lambda _store, _kept: None,
 ) -> tuple[PixelStore, npt.NDArray[np.int64], list[BadImage]]:
     """Decode all images of source into a store at folder (replaced if it is there).
 
-    working_size: the canvas side; None = the longest side in a sample of headers, at most 256. bad_csv: the file
-    that lists unreadable images, always written. store: "pixels", "streamed" or, where the disk cannot hold pixels,
-    "auto". Returns the store, kept (the source's indices of its rows, in order) and the unreadable images. Raises
-    DataError when more than max_bad_share of them are, or none is left; StorageError when the disk is full; UsageError
-    for a source that cannot be streamed. Holds some tens of megabytes and 112 bytes an image, in the end twice.
+    working_size: the canvas side; None = the longest side in a sample of headers, at most 256. bad_csv: the file that
+    lists unreadable images, always written. store: "pixels", "streamed" or, where the disk cannot hold pixels, "auto".
+    accept: may refuse the new store, by raising, before it takes the place of an older one. Returns the store, kept
+    (the source's indices of its rows, in order) and the unreadable images. Raises DataError when more than
+    max_bad_share of them are, or none is left; StorageError when the disk is full; UsageError for a source that cannot
+    be streamed. Holds some tens of megabytes and 112 bytes an image, in the end twice.
     """
     canvas = working_size or _canvas(source)
-    threads = max(threads, AT_ONCE) if any(isinstance(part, Tars) and part.away for part in source.parts) else threads
+    threads = max(threads, AT_ONCE) if any(part.away for part in source.parts) else threads
     streamed = _is_streamed(store, source, folder, canvas)
     with checkpoint.storage_errors(folder), checkpoint.replacing(folder) as draft:
         reasons, columns = _write(source, None if streamed else draft / "pixels.u8", canvas, threads)
         kept = np.flatnonzero([not reason for reason in reasons]).astype(np.int64)
         bad = [BadImage(source.names[i], reason) for i, reason in enumerate(reasons) if reason]
-        _write_bad(bad_csv, bad)
         _check_share(source, bad, max_bad_share, bad_csv)
         for name, array in columns.items():
             np.save(draft / f"{name}.npy", array)
         digest = _digest(columns["hashes"], columns["extents"])
         index: dict[str, Any] = {"format_version": checkpoint.FORMAT_VERSION, "images": len(columns["extents"])}
         index |= {"canvas": canvas, "digest": digest, "source": source.description, "streamed": streamed}
-        if streamed and all(isinstance(part, Files | Tars | Parquet) for part in source.parts):
+        if streamed and all(part.has_addresses for part in source.parts):
             write_paths(draft, (source.at(i) for i in kept.tolist()))
         checkpoint.write_sealed(draft / "index.json", index)
+        accept(open_store(draft, lambda row: source.at(int(kept[row]))), kept)
+        _write_bad(bad_csv, bad)
     return open_store(folder, lambda row: source.at(int(kept[row]))), kept, bad
 
 
@@ -338,6 +339,7 @@ def _check_share(source: Source, bad: list[BadImage], max_bad_share: float, bad_
     share = len(bad) / len(source)
     if share <= max_bad_share and len(bad) < len(source):
         return
+    _write_bad(bad_csv, bad)
     raise DataError(
         f"{len(bad):,} of {len(source):,} images ({100 * share:.1f} %) cannot be read",
         details=[f"{image.name}: {image.reason}" for image in bad],

@@ -106,6 +106,7 @@ def _split_of(name: str) -> str:
 class Tars(Part):
     """Pictures in tar files."""
 
+    has_addresses = True
     shards: Shards
     ends: npt.NDArray[np.int64]  # (S,) images up to the end of each shard
     members: Sequence[str]  # N names
@@ -116,8 +117,8 @@ class Tars(Part):
         return len(self.members)
 
     @property
-    def away(self) -> bool:
-        """Whether a picture takes a request."""
+    def away(self) -> bool:  # type: ignore[override]
+        """Whether a shard lies behind a URL."""
         return any(map(places.is_url, self.shards.places))
 
     def at(self, row: int) -> places.Span:

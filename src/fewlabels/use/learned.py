@@ -45,10 +45,9 @@ def without_learned(dataset: Dataset, model: Path) -> Dataset:
         f"held-out images that do not count, since {model} has learned their labels": taught.sum(),
         f"held-out images that {model} was trained on without their labels": (seen & ~taught).sum(),
     }
-    notes = [*dataset.understood.notes, *(f"{words}: {count:,}" for words, count in counted.items() if count)]
+    notes = [*dataset.notes, *(f"{words}: {count:,}" for words, count in counted.items() if count)]
     notes += [f"{model} does not say whether it knows more of the held-out images"] if held.any() and not whole else []
-    apart = replace(dataset, labels=np.where(taught, -1, dataset.labels))
-    return replace(apart, understood=replace(apart.understood, held_out=len(apart.held_out), notes=tuple(notes)))
+    return replace(dataset, labels=np.where(taught, -1, dataset.labels), notes=tuple(notes))
 
 
 def by(model: Path, canvas: int) -> tuple[Keys, Keys, bool]:
