@@ -105,8 +105,8 @@ def candidates(dataset: Dataset) -> tuple[Ints, Ints]:
     """Rows with a label and rows that may be suggested: one of each set of equal images, at most MOST_IMAGES in all."""
     train = dataset.train[np.argsort(dataset.labels[dataset.train] < 0, kind="stable")]  # those with a label first
     first = np.sort(dataset.once(train))
-    known = evaluate.spread(first[dataset.labels[first] >= 0], MOST_IMAGES // 2)
-    return known, evaluate.spread(first[dataset.labels[first] < 0], MOST_IMAGES - len(known))
+    known = evaluate.sampled(first[dataset.labels[first] >= 0], MOST_IMAGES // 2)
+    return known, evaluate.sampled(first[dataset.labels[first] < 0], MOST_IMAGES - len(known))
 
 
 def choose(features: Floats, labels: Ints, count: int) -> Ints:
