@@ -67,7 +67,7 @@ class Parquet(Part):
         return self._read(None)
 
     def sample(self, count: int) -> Iterator[Payload]:
-        """At most count images, of at most 8 evenly spaced row groups."""
+        """At most count images, of at most 8 row groups from all over the file."""
         groups = sampled(len(self.ends), min(8, count)).tolist()
         for group in groups:
             yield from islice(self._read([group]), count // len(groups))

@@ -263,7 +263,7 @@ def too_weak(features: Floats, labels: Integers) -> str:
 
 
 def sampled(ids: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """At most count of ids (N,), evenly spaced: an estimate need not read a million images."""
+    """At most count of ids (N,), drawn from all over them: an estimate need not read a million images."""
     return ids[parts.sampled(len(ids), count)]
 
 
