@@ -35,6 +35,7 @@ from fewlabels.runfolder import Interrupts, RunFolder
 from fewlabels.stages import loop
 from fewlabels.stages.finetune import Finetune
 from fewlabels.use import propagate
+from fewlabels.use.learned import open_run
 from fewlabels.worker import STREAMS, Worker
 
 SMALL = {
@@ -339,6 +340,31 @@ def test_pretraining_needs_no_labels_where_only_held_out_images_have_some(
     second = fl.fit(images[:60], [*classes[:12], *[None] * 48], until="finetune", **given)
     assert same(final_weights(tmp_path / "run", ("pretrain",)), pretrained)
     assert {row["key"]: row for row in second.metrics["rows"]}["finetune"]["accuracy"] is not None
+
+
+def test_pretraining_needs_no_labels_where_all_pictures_are_of_one_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a camera leaves them; a fit goes on with labels. Labels that were given are refused all the same."""
+    images, classes = shapes_images(40, size=16)
+    place, table = tmp_path / "photos" / "Camera", tmp_path / "labels.csv"
+    place.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(place / f"{i:02d}.png")
+    given = {"out": tmp_path / "run", "recipe": "smoke", **SMALL}
+    fl.fit(tmp_path / "photos", until="pretrain", **given)
+    assert 'note: the one class "Camera" tells nothing apart: pretraining goes' in capsys.readouterr().err
+    assert not len(open_run(tmp_path / "run")[0].labeled)
+    with pytest.raises(DataError, match='all 40 labels are of the one class "Camera"'):
+        fl.fit(tmp_path / "photos", **given)
+    pretrained = final_weights(tmp_path / "run", ("pretrain",))
+    table.write_text("image,label\n" + "".join(f"photos/Camera/{i:02d}.png,{classes[i]}\n" for i in range(12)))
+    fl.fit(tmp_path / "photos", table, until="finetune", **given)
+    assert same(final_weights(tmp_path / "run", ("pretrain",)), pretrained)
+    table.write_text("image,label\nphotos/Camera/00.png,x\nphotos/Camera/01.png,x\n")
+    for images_and_labels in ((tmp_path / "photos", table), (table,)):
+        with pytest.raises(DataError, match='the one class "x"'):
+            fl.fit(*images_and_labels, until="pretrain", **(given | {"out": tmp_path / "other"}))
 
 
 def test_a_budget_for_what_is_done_is_told_to_change_nothing(

@@ -158,7 +158,7 @@ def _suggest(command: Suggest) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     found = suggest.suggest(Path(command.run), command.count, device=command.device)
     if out:
-        checkpoint.write_text(out, found.table())
+        checkpoint.write_text(out, found.table(out.parent))
     if command.json:
         print(json.dumps({"images": found.images, "out": command.out}))
     elif out:

@@ -313,6 +313,12 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
     began = time.perf_counter()
     stored, begun = runtime.from_main((folder.resolved(), begun_stages(folder)))  # a disk may give others older files
     side, gray = survey(source)
+    taught = {label for label, s in zip(source.labels, source.splits, strict=True) if s == "train" and label}
+    is_place = len(taught) == 1 and asked.labels is None and not np.any(source.lines)  # and no label that anybody gave
+    if asked.until == "pretrain" and any(source.labels) and (is_place or not taught):
+        words = f'the one class "{min(taught)}" tells nothing apart' if taught else "only held-out images have labels"
+        say(f"  note: {words}: pretraining goes without")
+        source = replace(source, labels=(None,) * len(source))
     rough = Facts(
         images=sum(split == "train" for split in source.splits),
         labeled=sum(s == "train" and y is not None for s, y in zip(source.splits, source.labels, strict=True)),
@@ -322,9 +328,6 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
         on_gpu=device.type == "cuda",
         threads=runtime.threads(),
     )
-    if asked.until == "pretrain" and not rough.labeled and rough.classes:
-        say("  note: only held-out images have labels: pretraining goes without")
-        source = replace(source, labels=(None,) * len(source.names))
     first = resolve(asked, rough, stored, begun)
     known = artefact.read_card(Path(first.pretrained)).classes if first.pretrained is not None else ()
     dataset = store_images(source, folder, first, asked.max_bad, known)

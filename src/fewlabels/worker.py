@@ -235,7 +235,7 @@ class Worker:
     def _start_from_probe(self, network: Classifier, dataset: Dataset) -> None:
         """Set the linear layer to the logistic regression on what it sees before fine-tuning; rank 0's counts."""
         network.eval()
-        ids = evaluate.spread(dataset.labeled, evaluate.FITTED_IMAGES)
+        ids = evaluate.sampled(dataset.labeled, evaluate.FITTED_IMAGES)
         strength = 0.1 if dataset is self.dataset else propagate.STRENGTH
         (features,) = compare.outputs(dataset, ids, self.prepared.setting, lambda view: [network.features(view)])
         known, classes = dataset.labels[ids], dataset.num_classes

@@ -53,6 +53,9 @@ def labeled(album: Path, text: str | bytes) -> dict[str, tuple[str | None, str]]
         "image,label\nalbum\\a.png,cat\nb.png,dog\n",
         "image,label,split\na.png,cat,\nb.png,dog,train\n",
         "image,label\nABSOLUTE/a.png,cat\nb.png,dog\n",
+        "image;label;split;;\na.png;cat;;;\nb.png;dog;train;;\n",  # columns that a spreadsheet once had
+        ",image,label\n,a.png,cat\n ,b.png,dog\n",
+        b"\xef\xbb\xbfsep=;\r\nimage;label\r\na.png;cat\r\nb.png;dog\r\n",  # Excel's own first line
     ],
 )
 def test_harmless_forms_of_a_csv(album: Path, text: str | bytes) -> None:
@@ -66,6 +69,22 @@ def test_csv_finds_images_by_path_and_by_a_unique_name(album: Path) -> None:
         "sub/d.png": ("x", "val"),
         "sub/e.png": ("y", "test"),
     }
+
+
+def test_a_path_that_is_one_image_beside_the_csv_and_another_in_the_folder(album: Path) -> None:
+    """album/album/ holds a.png and x.png too; or the folder comes through a link that is called as one in it."""
+    for name in ("album/a.png", "album/x.png", "linked/a.png"):
+        (album / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6), "red").save(album / name)
+    (album.parent / "linked").symlink_to(album)
+    with pytest.raises(DataError, match="3 faults") as refused:
+        labeled(album, f"image,label\nalbum/a.png,x\nlinked/a.png,y\nnone.png,x\nb.png,y\n{album}/a.png,x\n")
+    words = f'line 2: "album/a.png" is two images: {album}/a.png and {album}/album/a.png; write the whole path'
+    assert refused.value.details[0] == words
+    assert refused.value.details[1].startswith('line 3: "linked/a.png" is two images')
+    text = f"image,label\n{album}/a.png,x\n{album}/album/a.png,y\nalbum/x.png,z\nalbum/b.png,z\n"
+    read = {"a.png": "x", "album/a.png": "y", "album/x.png": "z", "b.png": "z"}
+    assert labeled(album, text) == {name: (label, "train") for name, label in read.items()}
 
 
 def test_a_csv_as_the_images(album: Path) -> None:
@@ -118,6 +137,15 @@ CSV_FAULTS = [  # (text, what must be said)
     (H + "a.png,cat\nalbum/a.png,dog\n", 'has "dog" here and "cat" in line 2'),
     (H + "a.png,cat\na.png,\n", 'has no label here and "cat" in line 2'),
     (H + ",cat\n", "line 2: no image name"),
+    (
+        ",image,label\n0,a.png,cat\n1,b.png,dog\n",
+        'line 2: "0": an index column without a name? write it with index=False',
+    ),
+    ("image,label,\na.png,cat,\nb.png,dog,sure?\n", 'line 3: "sure?": an index column without a name?'),
+    ("image,label,\na.png,cat\n", "line 2: 2 cells where the header has 3"),
+    ("sep=;\nimage;label\nzz.png;cat\n", 'line 3: no image "zz.png"'),
+    (H + "a.png,cat\n" + H + "b.png,dog\n", "line 3: a second header line: delete it"),
+    (H + 'a.png,cat\n\ufeff"Image","Label","split"\n', "line 3: a second header line: delete it"),
     (H + "a.png,Cat\nb.png,cat\n", 'line 3: class "cat" and class "Cat" (line 2) look like one class'),
     (H + "a.png,caf\u00e9\nb.png,cafe\u0301\n", "look like one class"),
     (H + "a.png,01\nb.png,1\n", "look like one class"),

@@ -372,14 +372,14 @@ def test_without_an_expected_accuracy_logits_stay_as_they_are() -> None:
     assert evaluate.temperature_for_confidence(np.zeros((0, 3)), 0.5) == 1.0
 
 
-def test_spread_takes_all_parts() -> None:
+def test_sampled_takes_all_parts() -> None:
     """One of each tenth; of images whose classes come in turns as many of each, whatever their number."""
     ids = np.arange(100, 1100)
-    few = evaluate.spread(ids, 10)
+    few = evaluate.sampled(ids, 10)
     assert ((few - 100) // 100).tolist() == list(range(10))
-    assert evaluate.spread(ids, 5000).tolist() == ids.tolist()
-    assert len(evaluate.spread(ids[:0], 10)) == 0
+    assert evaluate.sampled(ids, 5000).tolist() == ids.tolist()
+    assert len(evaluate.sampled(ids[:0], 10)) == 0
     for total, count, classes in ((10_000, 5_000, 10), (4_000, 2_000, 2), (20_000, 5_000, 4), (7, 3, 1)):
-        taken = evaluate.spread(np.arange(total), count)
+        taken = evaluate.sampled(np.arange(total), count)
         assert len(taken) == count and (np.diff(taken) > 0).all()
         assert np.bincount(taken % classes, minlength=classes) == pytest.approx(count / classes, rel=0.2)

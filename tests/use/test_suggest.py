@@ -144,6 +144,32 @@ def test_a_name_that_begins_with_a_space_is_read_back(tmp_path: Path) -> None:
     assert dict(zip(source.names, source.labels, strict=True)) == {" a.png": "x", "a.png": "y", "b.png": None}
 
 
+@pytest.mark.parametrize("place", [".", "photos", "photos/photos", "elsewhere"])
+def test_the_table_goes_back_to_the_right_pictures_of_a_nest(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """photos/photos/, a zip unpacked twice: photos/0.png beside photos/ was read as another picture's name."""
+    images, _ = shapes_images(8, size=16)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "photos" / "photos").mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / ("photos/photos" if i % 2 else "photos") / f"{i // 2}.png")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pretrain", "photos", "--out", "run", "--recipe", "smoke", "--pretrain.epochs", "1"]) == 0
+    out = Path(place) / "next.csv"
+    assert cli.main(["suggest", "run", "-n", "8", "--out", str(out)]) == 0
+    rows = answered(out.read_text())
+    names = fl.Run(Path("run")).suggest(8)
+    assert len(rows) == 8
+    given = {name: f"class{i % 2}" for i, name in enumerate(names)}
+    filled = [f"{row[0]},{given[name]},train\n" for row, name in zip(rows, names, strict=True)]
+    out.write_text("image,label,split\n" + "".join(filled))
+    source = open_source("photos", str(out))
+    assert dict(zip(source.names, source.labels, strict=True)) == given
+    apart = {".": 4, "photos": 0, "photos/photos": 4, "elsewhere": 0}  # names with two readings, of 8
+    assert sum(Path(row[0]).is_absolute() for row in rows) == apart[place]
+
+
 def test_a_run_that_only_pretrained_suggests(pretrained: fl.Run, photos: Path) -> None:
     found = pretrained.suggest(60)
     assert found == pretrained.suggest(60), "the same run gave another answer"

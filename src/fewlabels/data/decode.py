@@ -217,8 +217,9 @@ def _is_drafted(image: Image.Image, canvas: int | None) -> bool:
 
 
 def _is_in_one_scan(image: Any) -> bool:
-    """Whether a JPEG just opened can be decoded row by row; for several scans libjpeg holds all of its coefficients."""
-    image.fp.seek(-4 - 2 * image.layers, os.SEEK_CUR)  # to the number of channels in the first scan
+    """Whether a JPEG can be decoded row by row; for several scans libjpeg holds all of its coefficients."""
+    # Pillow has just read the first scan's header, which ends: number of channels (1 byte), 2 bytes for each, 3 more
+    image.fp.seek(-(1 + 2 * image.layers + 3), os.SEEK_CUR)
     return not image.info.get("progressive") and image.fp.read(1)[0] == image.layers
 
 

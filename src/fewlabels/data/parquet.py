@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from fewlabels.data.decode import Payload
-from fewlabels.data.parts import UNREADABLE, Part, damaged, spread
+from fewlabels.data.parts import UNREADABLE, Part, damaged, sampled
 from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
 from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.told import with_sequence
@@ -67,8 +67,8 @@ class Parquet(Part):
         return self._read(None)
 
     def sample(self, count: int) -> Iterator[Payload]:
-        """At most count images, of at most 8 evenly spaced row groups."""
-        groups = spread(len(self.ends), min(8, count)).tolist()
+        """At most count images, of at most 8 row groups from all over the file."""
+        groups = sampled(len(self.ends), min(8, count)).tolist()
         for group in groups:
             yield from islice(self._read([group]), count // len(groups))
 

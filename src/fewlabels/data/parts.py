@@ -66,7 +66,7 @@ class Part(ABC):
         """At most count images, from all over the part where that is cheap, else the first ones."""
         if not self.seekable:
             return itertools.islice(self.payloads(), count)
-        return map(self.at, spread(len(self), count).tolist())
+        return map(self.at, sampled(len(self), count).tolist())
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class ArrayFile(Part):
         yield stamp(self.path)
 
 
-def spread(total: int, count: int) -> npt.NDArray[np.int64]:
+def sampled(total: int, count: int) -> npt.NDArray[np.int64]:
     """At most count numbers below total, each once and in order: one of each of count equal stretches, drawn by a fixed
     key. At equal distances they could all be of one kind, where images come in turns.
     """

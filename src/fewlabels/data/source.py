@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewlabels.data.decode import Payload
-from fewlabels.data.parts import Part, spread
+from fewlabels.data.parts import Part, sampled
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Source:
 
     def sample(self, count: int) -> Iterator[Payload]:
         """At most count images from all over the source, without reading the rest where that is cheap."""
-        parts = [self.parts[i] for i in spread(len(self.parts), count)]
+        parts = [self.parts[i] for i in sampled(len(self.parts), count)]
         return chain.from_iterable(part.sample(count // len(parts)) for part in parts)
 
     @property

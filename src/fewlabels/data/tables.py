@@ -78,6 +78,7 @@ def read_table(path: Path, classes: Collection[str | None] = ()) -> Table:
     table = Table(path, {name for name in classes if name and name.casefold() in MISSING_WORDS})
     text = read_text(path)
     lines = list(io.StringIO(text, newline=""))
+    lines[0] = re.sub(r"(?i)^sep=.?\s*$", "", lines[0])  # as Excel is told the delimiter
     first = next((line for line in lines if line.strip()), "")
     delimiter = max(",;\t", key=lambda mark: ("image" in _cells(first, mark), first.count(mark)))
     order: list[str] = []
@@ -90,10 +91,12 @@ def read_table(path: Path, classes: Collection[str | None] = ()) -> Table:
                 table.refuse()
             continue
         if any(cell.strip() for cell in cells):
-            if order:
-                _read_row(table, line, dict(zip(order, cells, strict=False)), len(cells) - len(order))
-            else:
+            if not order:
                 order = _header(table, line, cells)
+            elif {"image", "label"} <= set(_cells(written, delimiter)):  # two files joined with `cat`
+                table.fault(line, "a second header line: delete it")
+            else:
+                _read_row(table, line, order, cells)
     if not order:
         raise DataError(f"{path} has no header", why="nothing is in it but blank lines", fix=f"write it: {FORMAT}")
     if not table.rows and not table.faults:
@@ -224,14 +227,14 @@ def _not_utf_8(raw: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
-    return [cell.strip().strip('"').casefold() for cell in line.split(delimiter)]
+    return [cell.strip().strip('"\ufeff').casefold() for cell in line.split(delimiter)]
 
 
 def _header(table: Table, line: int, cells: list[str]) -> list[str]:
-    """The columns in their order; a wrong header is raised at once, because no row can be read under it."""
+    """The columns in order, "" = one without a name. A wrong header is raised at once: no row can be read under it."""
     order = [cell.strip().casefold() for cell in cells]
     for name, shown in zip(order, cells, strict=True):
-        if name not in COLUMNS:
+        if name and name not in COLUMNS:
             table.fault(line, f'unknown column "{shown.strip()}"{nearest(name, COLUMNS)}')
     for name in COLUMNS:
         if order.count(name) > 1:
@@ -242,13 +245,16 @@ def _header(table: Table, line: int, cells: list[str]) -> list[str]:
     return order
 
 
-def _read_row(table: Table, line: int, cells: Mapping[str, str], surplus: int) -> None:
-    if surplus:
-        count, wanted = len(cells) + max(surplus, 0), len(cells) - min(surplus, 0)
-        words = f"{count} cell{'s' if count > 1 else ''} where the header has {wanted}"
+def _read_row(table: Table, line: int, order: list[str], cells: Sequence[str]) -> None:
+    if len(cells) != len(order):
+        words = f"{len(cells)} cell{'s' if len(cells) > 1 else ''} where the header has {len(order)}"
         table.fault(line, f"{words} (a name with a comma needs quotes; there are no comments)")
         return
-    image, label, split = cells["image"], cells["label"].strip(), cells.get("split", "").strip().casefold()
+    if stray := "".join(cell for name, cell in zip(order, cells, strict=True) if not name).strip():
+        table.fault(line, f'"{stray}": an index column without a name? write it with index=False, or delete it')
+        table.refuse()
+    said = dict(zip(order, cells, strict=True))
+    image, label, split = said["image"], said["label"].strip(), said.get("split", "").strip().casefold()
     problems = [
         "no image name" if not image.strip() else "",
         "a NUL in the image's name" if "\0" in image else "",
@@ -266,13 +272,13 @@ class Finder:
     """Finds a CSV's image cell among image files: by its path beside the CSV or in the images' folder, or by name.
 
     folders: where relative paths may start. look: the number of the image at a path, -1 where several are there, None
-    where none is. by_name: the numbers of those whose file is called so.
+    where none is. by_name: the numbers of those whose file is called so. A path that is two images is refused.
     """
 
     def __init__(
         self, folders: Iterable[Path], look: Callable[[str], int | None], by_name: Mapping[str, list[int]] | None = None
     ) -> None:
-        self.folders = [os.path.realpath(folder) for folder in folders]
+        self.folders = list(dict.fromkeys(os.path.realpath(folder) for folder in folders))
         self.look, self.by_name = look, by_name or {}
 
     @classmethod
@@ -295,21 +301,27 @@ class Finder:
 
     def __call__(self, image: str) -> int | str:
         """The image's number, or why there is none ("" = unknown)."""
-        inside, plain = False, image.strip()
+        tried, plain = list[str](), image.strip()
         apart = unicodedata.normalize("NFD", plain)  # as macOS writes accents
         for spelled in dict.fromkeys((image, plain, plain.replace("\\", "/"), _composed(plain), apart)):
             paths = [os.path.normpath(os.path.join(folder, spelled)) for folder in self.folders]  # noqa: PTH118
-            for path in itertools.chain(paths, map(through_links, paths)):
-                inside = inside or any(path.startswith(f"{folder.rstrip('/')}/") for folder in self.folders)
-                number = self.look(path)
-                if number is not None:
-                    return number if number >= 0 else f'several images are called "{spelled}"'
+            found = {number: path for path in paths if (number := self._at(path)) is not None}
+            if len(found) > 1:
+                return f'"{spelled}" is two images: {" and ".join(found.values())}; write the whole path'
+            for number in found:
+                return number if number >= 0 else f'several images are called "{spelled}"'
+            tried += [*paths, *map(through_links, paths)]
             same_name = self.by_name.get(spelled, [])
             if len(same_name) == 1:
                 return same_name[0]
             if same_name:
                 return f'{len(same_name)} images are called "{spelled}"; write the folder too'
-        return "" if inside else f'"{image}" leads out of {" and ".join(dict.fromkeys(self.folders))}'
+        inside = any(path.startswith(f"{folder.rstrip('/')}/") for path in tried for folder in self.folders)
+        return "" if inside else f'"{image}" leads out of {" and ".join(self.folders)}'
+
+    def _at(self, path: str) -> int | None:
+        number = self.look(path)
+        return self.look(through_links(path)) if number is None else number
 
 
 def _composed(name: str) -> str:
@@ -321,7 +333,7 @@ def through_links(path: str) -> str:
     return os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))  # noqa: PTH118, PTH119, PTH120
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(1 << 16)  # two for each class folder, in any order
 def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 

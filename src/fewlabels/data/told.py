@@ -87,21 +87,22 @@ def _with_list(source: Source, path: Path) -> Source:
         whole.setdefault(name, []).append(i)
         files.setdefault(name.rsplit("/", 1)[-1], []).append(i)
     known = any("/" in line and line in whole for line in lines)  # else folders in the list are those of another place
-    chosen: list[str | None] = [
-        label if split != "train" else None for label, split in zip(source.labels, source.splits, strict=True)
-    ]
+    chosen = [label if split != "train" else None for label, split in zip(source.labels, source.splits, strict=True)]
     faults = []
     for number, name in enumerate(lines, start=1):
+        if not name:
+            continue
         file = name.rsplit("/", 1)[-1]
         found = whole.get(name) or ([] if known and file != name else files.get(file, []))
-        synset = re.match(r"(n\d{8})_", file)
-        label = source.labels[found[0]] if len(found) == 1 else None
-        if name and len(found) != 1:
+        if len(found) != 1:
             faults.append(f'line {number}: "{name}" is the name of {len(found) or "no"} images')
-        elif name and label is None and synset is None:
+            continue
+        synset = re.match(r"(n\d{8})_", file)
+        label = source.labels[found[0]] or (synset and synset[1])
+        if label is None:
             faults.append(f'line {number}: "{name}" is in no class folder')
-        elif name:
-            chosen[found[0]] = label or synset[1]  # type: ignore[index]
+        else:
+            chosen[found[0]] = label
     if faults or not any(lines):
         raise DataError(
             f"{len(faults):,} fault{'' if len(faults) == 1 else 's'} in {path}" if faults else f"{path} is empty",

@@ -89,7 +89,7 @@ def known_features(dataset: Dataset, encoder: nn.Module, setting: Setting) -> tu
     Identical ones once: left out of a fit, one would be told by the other.
     """
     encoder.eval()
-    ids = evaluate.spread(dataset.once(dataset.labeled), evaluate.PROBED_IMAGES)
+    ids = evaluate.sampled(dataset.once(dataset.labeled), evaluate.PROBED_IMAGES)
     (features,) = outputs(dataset, ids, setting, lambda view: [encoder(view)])
     return features, dataset.labels[ids]
 
@@ -100,7 +100,7 @@ def propagated(dataset: Dataset, encoder: nn.Module, head: ProjectionHead | None
     known = dataset.labels[ids]
     given = propagate.propagate(projections, known, dataset.num_classes) if runtime.is_main() else known
     given = runtime.from_main(given)
-    told = evaluate.spread(np.flatnonzero(given[len(labeled) :] >= 0) + len(labeled), propagate.FITTED_IMAGES)
+    told = evaluate.sampled(np.flatnonzero(given[len(labeled) :] >= 0) + len(labeled), propagate.FITTED_IMAGES)
     labels = dataset.labels.copy()
     labels[ids[told]] = given[told]
     return replace(dataset, labels=labels)
@@ -110,7 +110,7 @@ def _projected(
     dataset: Dataset, encoder: nn.Module, head: ProjectionHead | None, setting: Setting
 ) -> tuple[np.ndarray, Floats]:
     """The images of the neighbour graph, labeled ones first, and the head's output (N, D) for each."""
-    others = evaluate.spread(np.setdiff1d(dataset.train, dataset.labeled), propagate.MOST_IMAGES)
+    others = evaluate.sampled(np.setdiff1d(dataset.train, dataset.labeled), propagate.MOST_IMAGES)
     ids, see = np.concatenate([dataset.labeled, others]), tapped(encoder, head)
     (projections,) = outputs(dataset, ids, setting, lambda view: see(view)[-1:])
     return ids, projections
@@ -164,12 +164,12 @@ class Comparison:
         self, dataset: Dataset, setting: Setting, names: Mapping[str, str] = NAMES, *, learned_before: bool = False
     ) -> None:
         self.dataset, self.setting, self.names, self.learned_before = dataset, setting, names, learned_before
-        self.labeled, self.held = evaluate.spread(dataset.labeled, evaluate.FITTED_IMAGES), dataset.held_out
+        self.labeled, self.held = evaluate.sampled(dataset.labeled, evaluate.FITTED_IMAGES), dataset.held_out
         fewer = len(self.labeled) < len(dataset.labeled)
         self.fitted_on = f"fitted on {len(self.labeled):,} of the labels" if fewer else ""
         self.known, self.truth = dataset.labels[self.labeled], dataset.labels[self.held]
         once = np.flatnonzero(np.isin(self.labeled, dataset.once(self.labeled)))
-        self.once = evaluate.spread(once, evaluate.PROBED_IMAGES)  # of known, to cross-validate
+        self.once = evaluate.sampled(once, evaluate.PROBED_IMAGES)  # of known, to cross-validate
         self.expected: float | None = None  # accuracy of the next network
         self.rows: list[dict[str, Any]] = []
 
@@ -239,7 +239,7 @@ class Comparison:
         network.eval()
         others = np.setdiff1d(self.dataset.train, self.dataset.labeled)
         some = others if len(others) >= evaluate.LEAST_UNLABELED else self.dataset.train
-        some = evaluate.spread(some, evaluate.CALIBRATION_IMAGES)
+        some = evaluate.sampled(some, evaluate.CALIBRATION_IMAGES)
         (logits,) = outputs(self.dataset, some, self.setting, lambda view: [network(view)])
         if self.names[key] == SELF_TRAINED and not self.learned_before:
             sure = torch.from_numpy(logits).softmax(dim=1).amax(dim=1)
@@ -324,7 +324,7 @@ def feature_map(
     dataset: Dataset, ids: np.ndarray, setting: Setting, body: Callable[[Tensor], Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(M, 2) places of up to MAP_POINTS images by t-SNE of body's features, and their labels (M,)."""
-    ids = evaluate.spread(ids, MAP_POINTS)
+    ids = evaluate.sampled(ids, MAP_POINTS)
     (features,) = outputs(dataset, ids, setting, lambda view: [body(view)])
     if len(ids) < 10 or np.ptp(features, axis=0).max() < 1e-6:  # t-SNE of points in one place is a segmentation fault
         return np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=np.int64)

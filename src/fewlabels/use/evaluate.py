@@ -262,9 +262,9 @@ def too_weak(features: Floats, labels: Integers) -> str:
     )
 
 
-def spread(ids: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """At most count of ids (N,), evenly spaced: an estimate need not read a million images."""
-    return ids[parts.spread(len(ids), count)]
+def sampled(ids: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """At most count of ids (N,), drawn from all over them: an estimate need not read a million images."""
+    return ids[parts.sampled(len(ids), count)]
 
 
 def nearest_neighbours(features: Floats, labels: Integers, k: int = 10) -> float | None:

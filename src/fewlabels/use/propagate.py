@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 FEW_LABELS = 10  # a class, up to which the graph knows more than the labels alone (docs/LOG.md); at 25 it may not
-MOST_IMAGES = 20_000  # in the graph, evenly spaced
+MOST_IMAGES = 20_000  # in the graph, drawn from all over them
 FITTED_IMAGES = 5_000  # of these that the probe is fitted on, and that are learned
 STRENGTH = 1.0  # of the probe's penalty then
 NEIGHBOURS = 20

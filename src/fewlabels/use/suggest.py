@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +27,16 @@ from torch import nn
 
 from fewlabels import runtime
 from fewlabels.data.labels import LEAKED, SPLIT_WORDS, TEST, TRAIN, VAL, Dataset
-from fewlabels.data.tables import FORMULA_STARTS
+from fewlabels.data.tables import FORMULA_STARTS, through_links
 from fewlabels.errors import DataError, UsageError
+from fewlabels.runfolder import RunFolder
 from fewlabels.use import artefact, compare, evaluate
 from fewlabels.use.learned import open_run
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.integer[Any]]
 
-MOST_IMAGES = 50_000  # looked at, evenly spaced: 2,048 features of them are 400 MB
+MOST_IMAGES = 50_000  # looked at, drawn from all over them: 2,048 features of them are 400 MB
 MOST_CLUSTERS = 500  # as in the paper's code
 EXACT_CLUSTERS = 50  # k-means on all images up to here, on parts of them above
 STARTS = 10  # of k-means; 10 labels on digits (8 draws): 76.4 % right from 1 start, 83.7 from 5, 86.2 from 20
@@ -53,26 +55,29 @@ class Suggestions:
     dataset: Dataset
     rows: list[int]
     tested_apart: bool  # the held-out test images came by themselves, with labels of their own
+    root: Path = Path(os.devnull)  # where names of files start
 
     @property
     def images(self) -> list[str]:
         """Their names."""
         return [self.dataset.names[row] for row in self.rows]
 
-    def table(self) -> str:
+    def table(self, beside: Path = Path()) -> str:
         """A labels CSV to fill in: the suggestions without a label, then all that the run knows of its images.
 
         `fit --labels` takes such a file for all there is to know: a label that is not in it would be forgotten. A name
         that a spreadsheet would run, or whose first space would be lost, gets "./" before it, which leads to the same
-        image; labels stay as they are.
+        image; one that leads to another from the table's folder is a whole path. Labels stay as they are.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image", "label", "split"])
-        known, splits = self.dataset.labels >= 0, self.dataset.splits
+        known, splits, named = self.dataset.labels >= 0, self.dataset.splits, set(self.dataset.names)
         told = known & np.isin(splits, (TRAIN, LEAKED)) | np.isin(splits, (VAL,) if self.tested_apart else (VAL, TEST))
         for row in [*self.rows, *np.flatnonzero(told).tolist()]:
             name, label = self.dataset.names[row], self.dataset.labels[row]
+            other = os.path.relpath(through_links(f"{beside.absolute()}/{name}"), self.root)
+            name = f"{self.root}/{name}" if other != name and other in named else name
             name = f"./{name}" if name.startswith(FORMULA_STARTS) or name[:1].isspace() else name
             word = SPLIT_WORDS[TRAIN if splits[row] == LEAKED else int(splits[row])]
             writer.writerow([name, self.dataset.classes[label] if label >= 0 else "", word])
@@ -98,15 +103,17 @@ def suggest(run: Path, count: int, *, device: str = "auto") -> Suggestions:
     body.to(place)
     setting = compare.Setting(card.size, card.kind, place, runtime.precision(place, "fp32"))
     (features,) = compare.outputs(dataset, rows, setting, lambda view: [body(view)])
-    return Suggestions(dataset, rows[choose(features, dataset.labels[rows], count)].tolist(), tested_apart)
+    images = Path((RunFolder(run).resolved() or {})["inputs"].get("images", os.devnull))
+    root = (images.parent if images.is_file() else images).resolve()  # a CSV's names start beside it
+    return Suggestions(dataset, rows[choose(features, dataset.labels[rows], count)].tolist(), tested_apart, root)
 
 
 def candidates(dataset: Dataset) -> tuple[Ints, Ints]:
     """Rows with a label and rows that may be suggested: one of each set of equal images, at most MOST_IMAGES in all."""
     train = dataset.train[np.argsort(dataset.labels[dataset.train] < 0, kind="stable")]  # those with a label first
     first = np.sort(dataset.once(train))
-    known = evaluate.spread(first[dataset.labels[first] >= 0], MOST_IMAGES // 2)
-    return known, evaluate.spread(first[dataset.labels[first] < 0], MOST_IMAGES - len(known))
+    known = evaluate.sampled(first[dataset.labels[first] >= 0], MOST_IMAGES // 2)
+    return known, evaluate.sampled(first[dataset.labels[first] < 0], MOST_IMAGES - len(known))
 
 
 def choose(features: Floats, labels: Ints, count: int) -> Ints:
@@ -144,8 +151,7 @@ def unsure(features: Floats, labels: Ints, count: int) -> Ints:
     cluster = clusters(features[order], min(count, len(order)))
     first = np.sort(np.unique(cluster, return_index=True)[1])
     rest = np.setdiff1d(np.arange(len(order)), first)
-    chosen: Ints = order[np.concatenate([first, rest])[:count]]
-    return chosen
+    return np.asarray(order[np.concatenate([first, rest])[:count]])
 
 
 def clusters(features: Floats, count: int) -> npt.NDArray[np.int32]:
@@ -154,8 +160,7 @@ def clusters(features: Floats, count: int) -> npt.NDArray[np.int32]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters
         fitted = kind(min(count, len(features)), n_init=starts, random_state=0).fit(features)
-    found: npt.NDArray[np.int32] = fitted.labels_
-    return found
+    return np.asarray(fitted.labels_, dtype=np.int32)
 
 
 def mean_distances(features: Floats) -> Floats:
