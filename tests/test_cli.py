@@ -330,8 +330,10 @@ def test_letters_that_the_terminal_has_not(photos: Path, tmp_path: Path, monkeyp
 
 
 def test_a_table_on_stdout_is_the_table_alone(run: Path, photos: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fewlabels", "predict", str(run), str(photos / "test"), "--out", "/dev/stdout"]
-    for more, told in (([], "16 images predicted"), (["--json"], '"predicted": 16')):
+    command = [sys.executable, "-m", "fewlabels", "predict", str(run), str(photos / "test"), "--out"]
+    ways = ([out, *more] for out in ("/dev/stdout", "-") for more in ([], ["--json"]))
+    for more in ways:
+        told = '"predicted": 16' if "--json" in more else "16 images predicted"
         with (tmp_path / "p.csv").open("w") as file:
             done = subprocess.run([*command, *more], stdout=file, stderr=subprocess.PIPE, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -368,7 +370,9 @@ def test_a_folder_called_digits_is_not_what_a_later_command_reads(
     assert Asked(images="./digits", out=tmp_path / "run").inputs() == {"images": str(tmp_path / "digits")}
 
 
-def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.ndarray, np.ndarray]) -> None:
+def test_the_estimator_keeps_scikit_learns_contract(
+    visible_images: tuple[np.ndarray, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
     from sklearn.base import clone
     from sklearn.exceptions import NotFittedError
 
@@ -382,6 +386,7 @@ def test_the_estimator_keeps_scikit_learns_contract(visible_images: tuple[np.nda
         made.predict(images)
     fitted = made.fit(images, y)
     assert fitted is made
+    assert "fewlabels-" not in capsys.readouterr().err + repr(fitted.model_), "its folder is gone"
     assert fitted.classes_.tolist() == [0, 10, 20, 30]
     assert set(fitted.predict(images)) <= {0, 10, 20, 30}
     assert fitted.predict_proba(images).shape == (64, 4)

@@ -175,7 +175,7 @@ def test_a_memory_longer_than_the_data_is_the_users_alone() -> None:
     for queue, told in ((FACTS.images // 16, False), (2 * FACTS.images // 8, False), (65536, True)):
         longer = config.override(recipe, {"pretrain": {"queue": queue}})
         lines = plan.equations("pretrain", longer, plan.derive(longer.pretrain, FACTS.images, 1), 1)
-        assert any("memory 65,536 > 1/8 of 2 x 9,469 keys of an epoch" in line for line in lines) == told
+        assert any("queue 65,536 > 1/8 of 2 x 9,469 keys of an epoch" in line for line in lines) == told
 
 
 def test_more_views_than_two_are_said() -> None:
@@ -248,6 +248,10 @@ def test_a_tiny_budget_shortens_fine_tuning_and_its_baseline() -> None:
     assert fitted.finetune.epochs < recipe.finetune.epochs
     assert costs["finetune"] + costs["supervised"] == pytest.approx(0.25 * 0.9 * 600, abs=4.0)
     assert sums[0].startswith("finetune: ")
+    alone, _ = plan.fit_budget(recipe, PHOTOS, 600.0, {k: v for k, v in per_step.items() if k != "supervised"}, 1)
+    assert alone.finetune.epochs == pytest.approx(4 * fitted.finetune.epochs, rel=0.01), (
+        "without a baseline it has all the time"
+    )
     long, _ = plan.fit_budget(recipe, PHOTOS, 36000.0, per_step, 1)
     assert long.finetune == recipe.finetune
 

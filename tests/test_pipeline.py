@@ -30,7 +30,7 @@ from fewlabels.asked import Asked
 from fewlabels.data import pixels, views
 from fewlabels.data.loader import Batch
 from fewlabels.data.sources import open_source
-from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, RunAgain, UsageError
+from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, RunAgain, Stopped, UsageError
 from fewlabels.runfolder import Interrupts, RunFolder
 from fewlabels.stages import loop
 from fewlabels.stages.finetune import Finetune
@@ -210,13 +210,65 @@ def test_and_so_on_another_number_of_processes(run: fl.Run, photos: Path, monkey
 )
 def test_another_run_is_refused_and_unharmed(run: fl.Run, photos: Path, change: dict[str, object], named: str) -> None:
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file() and "step-" in str(p)}
-    resolved = (run.path / "resolved.json").read_bytes()
+    resolved, status = ((run.path / name).read_bytes() for name in ("resolved.json", "status.json"))
     with pytest.raises(CannotCreate) as raised:
         fl.fit(photos, out=run.path, recipe="smoke", **(SMALL | change))
     assert named in raised.value.text()
     assert "new --out" in raised.value.fix
     assert {p: p.read_bytes() for p in before} == before
     assert (run.path / "resolved.json").read_bytes() == resolved
+    assert (run.path / "status.json").read_bytes() == status, "what is refused is no failure of the run"
+
+
+@pytest.mark.parametrize(("before", "after"), [("finished", "finished"), ("failed", "failed"), ("running", "stopped")])
+def test_a_signal_before_anything_is_done_leaves_the_state(
+    before: str, after: str, run: fl.Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But that of a process that was killed: it says that it runs."""
+    shutil.copytree(run.path, tmp_path / "run")
+    RunFolder(tmp_path / "run").status(before, reason="known")
+    monkeypatch.setattr(pipeline, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    for out, state in ((tmp_path / "run", after), (tmp_path / "new", "stopped")):
+        with pytest.raises(Stopped):
+            fl.fit(photos, out=out, recipe="smoke", **SMALL)
+        status = json.loads((out / "status.json").read_text())
+        assert (status["state"], status["reason"] == "known") == (state, state in ("finished", "failed"))
+
+
+def test_a_refusal_counts_images_and_labels(photos: Path, run: fl.Run, tmp_path: Path) -> None:
+    """It showed their hashes, and for other images no way on."""
+    images, classes = shapes_images(40, size=16)
+    asked: dict[str, Any] = {**SMALL, "out": tmp_path / "run", "recipe": "smoke", "until": "finetune"}
+    known = np.where(np.arange(40) < 8, classes, -1)
+    fl.fit(images, known, **asked)
+    more, other = known.copy(), known.copy()
+    more[8:12], other[:4] = classes[8:12], -1
+    other[8:12] = classes[8:12]
+    refused = {
+        "labels: 8 there, 12 now": (images, more), "labels: 8 there, 8 others now": (images, other),
+        "images: 40 to train on there, 36 now": (images[:36], known[:36]),
+        "images: 40 to train on there, 40 others now": (images[::-1], known[::-1]),
+    }  # fmt: skip
+    for words, given in refused.items():
+        with pytest.raises(CannotCreate) as raised:
+            fl.fit(*given, **asked)
+        assert raised.value.details == (words,)
+        assert (f"--pretrained {tmp_path / 'run'}" in raised.value.fix) == words.startswith("images")
+    (tmp_path / "run" / "resolved.json").unlink()
+    with pytest.raises(CannotCreate, match="labels: others there, 12 now"):
+        fl.fit(images, more, **asked)
+
+
+def test_an_export_of_an_older_model_is_told(
+    photos: Path, run: fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run" / "export").mkdir()
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", **SMALL)
+    assert "older model" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "distill")
+    fl.fit(photos, out=tmp_path / "run", recipe="smoke", **{**SMALL, "distill": SMALL["distill"] | {"epochs": 2}})
+    assert f"{tmp_path / 'run' / 'export'} is of an older model" in capsys.readouterr().err
 
 
 def test_other_images_are_refused_and_the_stored_ones_kept(run: fl.Run, photos: Path, tmp_path: Path) -> None:
@@ -434,6 +486,26 @@ def test_the_baseline_is_timed_and_measured_too(photos: Path, tmp_path: Path) ->
     assert list(worker.seconds_per_step()) == list(worker.held()) == ["pretrain", "finetune", "supervised", "distill"]
 
 
+def test_the_baseline_is_trained_where_something_is_held_out(tmp_path: Path) -> None:
+    """Else it took three times as long as fine-tuning, and nothing could say how good it is. --test may come later."""
+    images, classes = shapes_images(80, size=16)
+    asked: dict[str, Any] = {**SMALL, "recipe": "smoke"}
+    given = np.where(np.arange(40) < 16, classes[:40], -1)
+    wishes = Asked(images=images[:40], labels=given, out=tmp_path / "run", recipe="smoke", overrides=SMALL)
+    assert list(pipeline.check(wishes)["seconds"]) == ["pretrain", "finetune", "distill"]
+    run = fl.fit(images[:40], given, out=tmp_path / "run", **asked)
+    assert not (run.path / "supervised").exists()
+    row = {row["key"]: row for row in run.metrics["rows"]}["supervised"]
+    assert (row["accuracy"], row["note"]) == (None, "not trained: nothing held out")
+    assert "not trained: nothing held out" in (run.path / "report.html").read_text()
+    before = final_weights(run.path, STAGES[:3])
+    np.savez(tmp_path / "test.npz", images=images[40:], labels=classes[40:])
+    run = fl.fit(images[:40], given, out=tmp_path / "run", test=tmp_path / "test.npz", **asked)
+    assert same(final_weights(run.path, STAGES[:3]), before)
+    row = {row["key"]: row for row in run.metrics["rows"]}["supervised"]
+    assert (row["n"], row["note"]) == (40, "")
+
+
 def test_a_baseline_says_with_which_optimizer_it_learned(photos: Path, tmp_path: Path) -> None:
     """Only where that is not what an older version had in its place."""
     asked = Asked(images=photos, out=tmp_path / "run", recipe="smoke", device="cpu", overrides=SMALL)
@@ -626,7 +698,7 @@ def test_labels_that_the_features_cannot_tell_keep_a_network_from_teaching_itsel
     named = {**wishes, "distill": {**SMALL["distill"], "self_training": 0.9}}
     with pytest.raises(CannotCreate, match="distill_self stage"):
         fl.fit(images, senseless, out=run.path, **named)
-    for stage in ("finetune", "supervised", "distill_self", "distill"):
+    for stage in ("finetune", "distill_self", "distill"):
         shutil.rmtree(run.path / stage)
     fl.fit(images, np.where(known, bright // 2, -1), out=run.path, until="finetune", **wishes)
     assert decided() == ""

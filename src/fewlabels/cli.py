@@ -113,14 +113,15 @@ def _predict(command: Predict) -> None:
     if not command.images:
         raise UsageError("no images were given", fix=f"fewlabels predict {command.run} IMAGES")
     images = command.images[0] if len(command.images) == 1 else list(command.images)
+    out = "/dev/stdout" if command.out == "-" else command.out
     model = predict.load(command.run, balanced=command.balanced)
-    summary = predict.write_predictions(model, images, command.out)
-    words = f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {command.out}"
-    (tell if _is_stdout(command.out) else _say)(json.dumps(summary) if command.json else words)
+    summary = predict.write_predictions(model, images, out)
+    words = f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {out}"
+    (tell if _is_stdout(out) else _say)(json.dumps(summary) if command.json else words)
     if not summary["predicted"]:
         raise DataError(
             f"none of the {summary['images']:,} images could be read",
-            why=f"the last column of {command.out} says why of each",
+            why=f"the last column of {out} says why of each",
             fix="give pictures",
         )
 

@@ -109,7 +109,7 @@ class Predict(Use):
     images: Positional[tuple[str, ...]]
     """Images in any form, or several pictures."""
     out: str = "predictions.csv"
-    """The CSV to write."""
+    """The CSV to write; - is stdout."""
     json: bool = False
     """Print the summary as JSON."""
 

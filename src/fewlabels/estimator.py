@@ -52,6 +52,8 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
             raise KeyboardInterrupt(error.what) from error
         if self.out is not None:
             self.run_dir_ = Path(self.out)
+        else:
+            self.model_.path = None
         # scikit-learn's metrics take columns for sorted values of y; the model has "c2" before "c10"
         values = np.asarray([by_name[name] for name in self.model_.classes])
         self._columns = np.argsort(values, kind="stable")

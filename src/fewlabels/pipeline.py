@@ -97,6 +97,7 @@ def run(asked: Asked) -> Run:
         with folder.locked():
             agreement.on_folder(folder)
             asked = of_run(asked, folder)
+            folder.rests = bool(begun_stages(folder)) or folder.results_file.exists()
             with ranks.recording(record), interrupts.naming():
                 folder.status("running", "prepare")
                 prepared = prepare(asked, source, folder, device)
@@ -206,6 +207,8 @@ def _run_stages(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> Non
     worker.try_networks()
     prepared, sums = _as_before(asked, prepared, stages, worker)
     check_resumable(prepared)
+    folder.rests = False
+    folder.status("running", "prepare")
     for line in prepared.reasons + sums + equations(prepared):
         say(f"  {line}")
     write_resolved(prepared, asked, sums)
@@ -218,7 +221,7 @@ def _run_stages(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> Non
         worker.follow(prepared)
     for stage in stages:
         getattr(worker, stage)()
-    if "finetune" in stages:
+    if "finetune" in stages and prepared.dataset.understood.held_out:  # else nothing tells what it has learned
         worker.supervised()
     folder.status("running", "report")
     with runtime.main_first():
@@ -232,7 +235,6 @@ def _run_stages(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> Non
                 _publish(prepared, worker, stages[-1])
             if later and (final or {}).get("final") != later[-1]:
                 folder.status("stopped", reason=f"{later[-1]} has begun; `fewlabels fit` goes on with it")
-    say(f"report: {folder.report}")
 
 
 def _wanted_stages(asked: Asked, prepared: Prepared) -> list[str]:
@@ -327,6 +329,10 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
             "seed": prepared.seed,
         },
     )  # fmt: skip
+    weights = prepared.folder.model / artefact.WEIGHTS
+    before = checkpoint.file_digest(weights) if (path / "export").is_dir() and weights.is_file() else ""
     artefact.save(prepared.folder.model, classifier, card, head)
+    if before and checkpoint.file_digest(weights) != before:
+        say(f"  note: {path / 'export'} is of an older model: `fewlabels export {path}` writes it anew")
     prepared.folder.status("finished")
     checkpoint.write_text(prepared.folder.report, report.render(facts.read(path)))

@@ -70,10 +70,8 @@ def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[
     }[schedule.scaling]
     lines = []
     if derived.batch != schedule.batch:
-        lines.append(
-            f"{stage}: batch {derived.batch} = the largest multiple of {ranks} within "
-            f"min({schedule.batch} asked, {derived.images:,} images)"
-        )
+        most = f"min({schedule.batch} asked, {derived.images:,} images)"
+        lines.append(f"{stage}: batch {derived.batch} = the largest multiple of {ranks} within {most}")
     elif ranks > 1:
         lines.append(f"{stage}: batch {derived.batch} = {ranks} processes x {derived.batch // ranks}")
     if isinstance(schedule, PretrainRecipe) and schedule.views > 2:
@@ -81,17 +79,13 @@ def equations(stage: str, recipe: Recipe, derived: Derived, ranks: int) -> list[
         lines.append(f"{stage}: {pairs} pairs of views are contrasted = {schedule.views} of every image, two by two")
     if isinstance(schedule, PretrainRecipe) and schedule.queue * 8 > derived.images * schedule.views:
         keys = f"{schedule.views} x {derived.images:,} keys of an epoch"
-        lines.append(f"{stage}: memory {schedule.queue:,} > 1/8 of {keys}: many images find their own among negatives")
+        lines.append(f"{stage}: queue {schedule.queue:,} > 1/8 of {keys}: many images find their own among negatives")
     if isinstance(schedule, PretrainRecipe) and 0 < schedule.chunk < derived.batch:
         chunks = -(-(derived.batch // ranks) // max(1, schedule.chunk // ranks))
-        lines.append(
-            f"{stage}: {chunks} chunks = {derived.batch} images // {schedule.chunk}, rounded up; batch norm takes the "
-            + (
-                "statistics of each chunk"
-                if recipe.chunk_norm == "chunk"
-                else "whole batch's statistics, and in its gradient the chunk's means for the batch's"
-            )
-        )
+        whole = "whole batch's statistics, and in its gradient the chunk's means for the batch's"
+        norm = "statistics of each chunk" if recipe.chunk_norm == "chunk" else whole
+        cut = f"{chunks} chunks = {derived.batch} images // {schedule.chunk}, rounded up"
+        lines.append(f"{stage}: {cut}; batch norm takes the {norm}")
     elif isinstance(schedule, PretrainRecipe) and schedule.chunk:
         lines.append(f"{stage}: chunk {schedule.chunk} changes nothing: a batch has {derived.batch} images")
     if recipe.shard:
@@ -118,15 +112,10 @@ def reasons(recipe: Recipe, facts: Facts) -> list[str]:
     """Why the recipe looks as it does."""
     machine = "a GPU" if facts.on_gpu else f"{facts.threads} CPU threads"
     colour = "gray" if facts.gray else "colour"
+    seen = f"the model in {recipe.pretrained}" if recipe.pretrained else f"images of about {facts.side} px on {machine}"
+    smaller = f" ({recipe.pretrain_size} in pretraining)" * (recipe.resolution != 1)
     return [
-        f"encoder {recipe.encoder}, views of {recipe.size} px"
-        + f" ({recipe.pretrain_size} in pretraining)" * (recipe.resolution != 1)
-        + ": "
-        + (
-            f"the model in {recipe.pretrained}"
-            if recipe.pretrained
-            else f"images of about {facts.side} px on {machine}"
-        ),
+        f"encoder {recipe.encoder}, views of {recipe.size} px{smaller}: {seen}",
         f"views of kind {recipe.kind}: {colour} images of {facts.side} px",
         f"finetune from layer {recipe.finetune.tap} of the head: {facts.labeled:,} labels in {facts.classes} classes"
         if facts.labeled or not recipe.pretrained
@@ -178,8 +167,8 @@ def cost(
 ) -> dict[str, float]:
     """Seconds of everything that will be trained, at the measured seconds a step, without the steps that are done.
 
-    per_step: of pretrain, and with labels of finetune, supervised, distill, and distill_self where a student is taught
-    after it.
+    per_step: of pretrain, and with labels of finetune, supervised where images are held out, distill, and distill_self
+    where a student is taught after it.
     """
     schedules = {name: schedule_of(recipe, name, images["finetune"], ranks) for name in per_step}
     steps = {name: derive(schedules[name], images[name], ranks).total_steps for name in schedules}
@@ -201,13 +190,13 @@ def fit_budget(
     sections: dict[str, Schedule] = {}
     sums: list[str] = []
     if "finetune" in per_step:
-        needed = costs["finetune"] + costs["supervised"]
+        needed = costs["finetune"] + costs.get("supervised", 0.0)
         most = needed if "finetune" in stay else LABELS_SHARE * left
         if needed > most:
             sections["finetune"] = replace(recipe.finetune, epochs=recipe.finetune.epochs * most / needed)
             sums.append(
                 f"finetune: {sections['finetune'].epochs:.3g} of {recipe.finetune.epochs:g} epochs = {most:,.0f} s "
-                f"({LABELS_SHARE:g} of the training time) // {needed:,.0f} s with the baseline"
+                f"({LABELS_SHARE:g} of the training time) // {needed:,.0f} s with the baseline, if any"
             )
         left -= min(needed, most)
     shares = {stage: share for stage, share in (("pretrain", 0.7), ("distill", 0.3)) if stage in per_step.keys() - stay}

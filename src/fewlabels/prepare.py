@@ -24,7 +24,7 @@ from fewlabels import checkpoint, config, plan, runtime
 from fewlabels.asked import Asked, begun_stages, of_images, resolve
 from fewlabels.config import Recipe
 from fewlabels.data import decode, labels, pixels, streamed, views
-from fewlabels.data.labels import Dataset
+from fewlabels.data.labels import Dataset, Understood
 from fewlabels.data.source import Source
 from fewlabels.data.sources import check_classes, open_source
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
@@ -171,8 +171,8 @@ def _decode(
 
     def accept(store: pixels.PixelStore, kept: labels.Ints) -> None:
         if begun is not None:
-            now = images_digest(labels.assemble(source, store, kept, known))
-            check_identity(begun, begun | {"images": now}, "pretrain", folder.path)
+            now = images_digest(found := labels.assemble(source, store, kept, known))
+            check_identity(begun, begun | {"images": now}, "pretrain", folder.path, found.understood)
         note.unlink(missing_ok=True)
 
     started = time.perf_counter()
@@ -242,8 +242,10 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
     return facts
 
 
-def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str, folder: Path) -> None:
-    """Refuse a checkpoint of another run, naming every difference.
+def check_identity(
+    before: Mapping[str, Any], now: Mapping[str, Any], stage: str, folder: Path, understood: Understood | None = None
+) -> None:
+    """Refuse a checkpoint of another run, naming every difference; of images and labels how many are understood now.
 
     A run of an older version knows no knob that is newer: it ran with what is now that knob's default. Distillation
     into the same network knows no student.
@@ -251,21 +253,31 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], stage: str
     untouched = {"distill.student", "distill.temperature"} if stage == "distill_self" else set()
     flat_before, flat_now = (config.flat(_with_defaults(facts)) for facts in (before, now))
     differences = [
-        f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"
+        _counted(name, folder, understood)
+        or f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"
         for name in sorted((flat_before.keys() | flat_now.keys()) - untouched)
         if flat_before.get(name) != flat_now.get(name)
     ]
     if differences:
         later = shlex.join(str(folder / name) for name in SAVING[SAVING.index(stage) :])
         fix = "give a new --out for the new settings, or repeat the command that made this folder"
+        if before.get("images") != now.get("images"):
+            fix = f"give a new --out (with --pretrained {folder} it begins with what was learned), or the old images"
         if stage != "pretrain":
             fix += f"; to keep what comes before it and do the rest anew, first rm -rf {later}"
         raise CannotCreate(
-            f"{folder} holds another run's {stage} stage",
-            details=differences,
-            why="going on would mix two runs; nothing was changed",
-            fix=fix,
-        )
+            f"{folder} holds another run's {stage} stage", details=differences,
+            why="going on would mix two runs; nothing was changed", fix=fix,
+        )  # fmt: skip
+
+
+def _counted(name: str, folder: Path, now: Understood | None) -> str:
+    """How many images or labels there are and were: their hashes tell nobody anything. "" for what is no hash."""
+    if now is None or name not in ("images", "labels"):
+        return ""
+    count, kind, words = (now.train, "train", " to train on") if name == "images" else (now.labeled, "labeled", "")
+    before = (RunFolder(folder).resolved() or {}).get("understood", {}).get(kind, "others")
+    return f"{name}: {before}{words} there, {count}{' others' * (before == count)} now"
 
 
 def _with_defaults(facts: Any) -> dict[str, Any]:
@@ -362,7 +374,8 @@ def check_resumable(prepared: Prepared) -> None:
     for stage in SAVING:
         saved = checkpoint.glance(prepared.folder.stage(stage))
         if saved is not None and "identity" in saved:
-            check_identity(saved["identity"], identity(prepared, stage), stage, prepared.folder.path)
+            now, understood = identity(prepared, stage), prepared.dataset.understood
+            check_identity(saved["identity"], now, stage, prepared.folder.path, understood)
 
 
 def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:

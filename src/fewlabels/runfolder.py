@@ -36,6 +36,7 @@ class RunFolder:
         self.resolved_file, self.status_file = path / "resolved.json", path / "status.json"
         self.metrics_file, self.results_file = path / "metrics.jsonl", path / "results.json"
         self.images_file = path / "images.csv"
+        self.rests = False  # a run that is there keeps its status until what was asked of it begins
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -116,6 +117,8 @@ class RunFolder:
             clocks = {"seconds": seconds or {}, "waited": waited or {}}
             with suppress(DataError, TypeError):  # it only informs: what cannot be read of it is left out
                 before = read_json(self.status_file) or {}
+                if self.rests and before.get("state", "running") != "running":
+                    return
                 clocks = {name: before.get(name, {}) | values for name, values in clocks.items()}
             checkpoint.write_json(self.status_file, {"state": state, "stage": stage, "reason": reason, **clocks})
 

@@ -336,7 +336,7 @@ class Worker:
         if self.dataset.num_classes:
             outline = self._outline()
             enough = len(self.dataset.labeled) >= self.prepared.needed
-            for name in ("finetune", "supervised") if enough else ():
+            for name in ("finetune", *["supervised"] * bool(self.dataset.understood.held_out)) if enough else ():
                 yield self._job(name, self._fresh_finetune(name, outline))
             for name, student in self._students():
                 if enough or student or not self.prepared.self_trains:
@@ -357,12 +357,8 @@ class Worker:
     def held(self) -> dict[str, dict[str, int]]:
         """Bytes that a process holds at the peak of a step whatever the batch, for every stage, by what they are."""
         bf16 = self.prepared.precision.autocast is not None
-        return {
-            job.name: memory.held(
-                job.stage, job.schedule.optimizer, ranks=runtime.world_size(), shard=job.sharded, bf16=bf16
-            )
-            for job in self._throwaways()
-        }
+        held = functools.partial(memory.held, ranks=runtime.world_size(), bf16=bf16)
+        return {j.name: held(j.stage, j.schedule.optimizer, shard=j.sharded) for j in self._throwaways()}
 
     def largest_batches(self) -> dict[str, int]:
         """About the largest batch of every stage that the memory holds, where that can be measured."""

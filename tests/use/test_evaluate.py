@@ -321,6 +321,25 @@ def test_evaluate_run_says_how_many_of_these_are_training_images(tmp_path: Path,
         assert "does not say which images it was trained on" in evaluate.format_table(found)
 
 
+def test_evaluate_run_counts_a_picture_once(tmp_path: Path, model: Model) -> None:
+    """As `fit` does: of the same held-out images they told two accuracies."""
+    once = evaluate.evaluate_run(model, _folder(tmp_path / "images", 8))
+    assert once["copies"] == 0
+    assert "copies" not in evaluate.format_table(once)
+    square = tmp_path / "images" / "red square" / "0.png"
+    for name in ("a.png", "z.png"):
+        shutil.copy(square, square.with_name(name))
+    found = evaluate.evaluate_run(model, tmp_path / "images")
+    assert (found["n"], found["copies"]) == (8, 2)
+    assert {**found, "images": "", "copies": 0} == {**once, "images": ""}
+    assert "copies              2 images passed over" in evaluate.format_table(found)
+    for name in ("a.png", "z.png"):
+        square.with_name(name).rename(tmp_path / "images" / "red disc" / "z.png")
+    with pytest.raises(DataError, match="pixels are the same: 1") as raised:
+        evaluate.evaluate_run(model, tmp_path / "images")
+    assert raised.value.details == ('"red disc/z.png" is "red disc" and "red square/0.png" is "red square"',)
+
+
 def test_evaluate_run_takes_the_test_split_where_there_is_one(tmp_path: Path, model: Model) -> None:
     _folder(tmp_path / "train", 24)
     _folder(tmp_path / "test", 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from PIL import Image
 
 from conftest import shapes_images
 from fewlabels.data import tables, views
+from fewlabels.data.sources import open_source
 from fewlabels.errors import CannotCreate, DataError, MissingInput, UsageError
 from fewlabels.use import artefact, predict
 from fewlabels.use.predict import Model
-from small_model import CLASSES, METRICS, small_card, small_model, small_network
+from small_model import CLASSES, METRICS, run_of, small_card, small_model, small_network
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +265,17 @@ def test_a_file_that_is_no_table_of_predictions_is_kept(model: Model, tmp_path: 
     (tmp_path / "out.csv").write_text("")
     for _ in range(2):  # an empty file holds nothing, and predictions are made anew
         assert predict.write_predictions(model, np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "out.csv")["images"] == 1
+
+
+def test_a_model_that_is_only_pretrained_says_the_way_on(tmp_path: Path) -> None:
+    """In its run `fit` goes on; --pretrained is for a model that came from elsewhere."""
+    inside = run_of(tmp_path / "a run", open_source(shapes_images(8)[0]), ())
+    shutil.copytree(inside, tmp_path / "model")
+    fixes = {"a run": f"fit --labels CSV --out '{tmp_path / 'a run'}'", "model": "--pretrained THIS --out RUN"}
+    for name, fix in fixes.items():
+        with pytest.raises(UsageError, match="an encoder without a classifier") as raised:
+            predict.load(tmp_path / name, device="cpu").predict(shapes_images(1)[0])
+        assert fix in raised.value.fix
 
 
 def test_a_pipe_is_written_to_and_stays(model: Model, tmp_path: Path) -> None:

@@ -290,6 +290,8 @@ def compare(
         comparison.logistic("pixels_logistic", "logistic regression on pixels", pixels_as_features, learned=False)
         if "supervised" in networks:
             comparison.network("supervised", networks["supervised"])
+        elif "finetune" in networks:
+            comparison.rows.append(row("supervised", names["supervised"], None, note="not trained: nothing held out"))
         taps = "tap{index}_logistic", "logistic regression on frozen features, tap {index}", tapped(*pretrained)
         known = comparison.logistic(*taps)
         if not learned_before:

@@ -312,9 +312,9 @@ def _unit(features: Floats) -> npt.NDArray[np.float64]:
 def evaluate_run(model: Model, images: object, labels: object = None) -> dict[str, Any]:
     """`measure` of model on labeled images of any source, with what was passed over.
 
-    A source with splits is measured on its labeled test images, else on its val images, else on all. Adds "images"
-    (the source), "split", "unlabeled", "unreadable" (name and reason) and "trained_on": how many of them the run
-    of the model was trained on, None = it does not say.
+    A source with splits is measured on its labeled test images, else on its val images, else on all; a picture that is
+    there twice counts once. Adds "images" (the source), "split", "unlabeled", "copies", "unreadable" (name and reason)
+    and "trained_on": how many of them the run of the model was trained on, None = it does not say.
     """
     model.check_classifies()
     source = open_source(images, labels)
@@ -323,17 +323,26 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
     there = [name for name in ("test", "val", "train") if name in source.splits]
     # Images to train on never stand in for held-out ones without labels
     split = next((name for name in there if name in labeled and name != "train"), there[0] if there else "train")
-    rows, truth, digests, unreadable, unlabeled = [], [], [], [], 0
+    rows, truth, first, conflicts, unreadable, copies, unlabeled = [], [], dict[bytes, int](), [], [], 0, 0
     keep = [s == split and n >= 0 for s, n in zip(source.splits, numbers, strict=True)]
     for index, prediction in enumerate(model.each(source, keep=keep, digests=True)):
         if prediction.error:
             unreadable.append({"name": prediction.name, "reason": prediction.error})
-        elif prediction.probabilities is not None:
+        elif prediction.probabilities is not None and prediction.digest not in first:
+            first[prediction.digest] = index
             rows.append(prediction.probabilities)
             truth.append(numbers[index])
-            digests.append(prediction.digest)
+        elif prediction.probabilities is not None:
+            copies, pair = copies + 1, (first[prediction.digest], index)
+            if numbers[pair[0]] != numbers[index]:
+                conflicts.append(" and ".join(f'{source.named(i)} is "{source.labels[i]}"' for i in pair))
         elif source.splits[index] == split:
             unlabeled += 1
+    if conflicts:
+        raise DataError(
+            f"pictures with two labels, though their pixels are the same: {len(conflicts):,}", details=conflicts,
+            why="one of the two is wrong, and would be an error", fix="correct or empty the wrong label of each pair",
+        )  # fmt: skip
     if not rows:
         raise DataError(
             f"{source.description}: none of its images has a label that can be read",
@@ -342,12 +351,13 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
         )
     result = measure(np.stack(rows), np.asarray(truth), model.classes)
     seen, _, whole = learned.by(model.path, model.card.longest_side) if model.path else (np.zeros(0, "V32"), 0, False)
-    trained_on = int(np.isin(np.frombuffer(b"".join(digests), "V32"), seen).sum())
+    trained_on = int(np.isin(np.frombuffer(b"".join(first), "V32"), seen).sum())
     return result | {
         "balanced": model.card.balanced,
         "images": source.description,
         "split": split,
         "unlabeled": unlabeled,
+        "copies": copies,
         "unreadable": unreadable,
         "trained_on": trained_on if trained_on or whole else None,
     }
@@ -382,15 +392,12 @@ def format_table(measurement: dict[str, Any]) -> str:
     lines.append(f"calibration error   {100 * measurement['ece']:.1f} % (expected, {NUM_BINS} bins)")
     lines.append(f"log loss, Brier     {measurement['nll']:.3f}, {measurement['brier']:.3f}")
     if learned := measurement.get("trained_on"):
-        lines.append(
-            f"note                it was trained on {learned:,} of these images: new ones will be judged worse"
-        )
+        lines.append(f"note                it was trained on {learned:,} of these images: new ones are judged worse")
     elif measurement.get("trained_on", 0) is None:
         lines.append("note                the model does not say which images it was trained on")
-    if measurement.get("unlabeled"):
-        lines.append(f"unlabeled           {measurement['unlabeled']:,} images passed over")
-    if measurement.get("unreadable"):
-        lines.append(f"unreadable          {len(measurement['unreadable']):,} images passed over")
+    counts = {**measurement, "unreadable": len(measurement.get("unreadable", ()))}
+    passed = [name for name in ("copies", "unlabeled", "unreadable") if counts.get(name)]
+    lines += [f"{name:20}{counts[name]:,} images passed over" for name in passed]
     names = [printable(row["name"]) for row in measurement["per_class"]]
     names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "~" for name in names]
     width = max([len(name) for name in names] + [5])

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import itertools
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,10 +112,13 @@ class Model:
     def check_classifies(self) -> None:
         """Raise UsageError for an encoder without a classifier."""
         if not self.card.classes:
+            fix = "fewlabels finetune IMAGES --labels CSV --pretrained THIS --out RUN"
+            if self.path and (self.path.parent / "resolved.json").is_file():  # RUN/model, and no imported one
+                fix = f"fewlabels fit --labels CSV --out {shlex.quote(str(self.path.parent))}"
             raise UsageError(
                 f"{self.path or 'this model'} is an encoder without a classifier",
-                why="the checkpoint it came from has none, so it gives features and no classes",
-                fix="fewlabels finetune IMAGES --labels CSV --pretrained THIS --out RUN",
+                why="it was pretrained without labels, or imported as such: it gives features and no classes",
+                fix=fix,
             )
 
     def _probabilities(self, view: Tensor) -> Tensor:

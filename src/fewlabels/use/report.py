@@ -68,12 +68,9 @@ def render(run: Facts) -> str:
     """The page of what `read` found."""
     results = run["results"]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= {"percent": percent, "number": "{:,}".format, "short": short}
     return environment.get_template("report.html.j2").render(
         run=run,
@@ -308,10 +305,7 @@ def curves(metrics: Mapping[str, Sequence[Facts]]) -> Facts:
             probed = [r for r in records if is_number(r.get(key))]
             if stage == "pretrain" and probed:
                 probes[name] = ([r["step"] for r in probed], [r[key] for r in probed])
-    return {
-        "losses": figures.losses(losses) if losses else None,
-        "probes": figures.probes(probes) if probes else None,
-    }
+    return {"losses": figures.losses(losses) if losses else None, "probes": figures.probes(probes) if probes else None}
 
 
 def data_facts(run: Facts) -> Facts:
