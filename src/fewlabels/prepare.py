@@ -335,11 +335,8 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
         images=sum(split == "train" for split in source.splits),
         labeled=sum(s == "train" and y is not None for s, y in zip(source.splits, source.labels, strict=True)),
         classes=len({y for y in source.labels if y is not None}),
-        side=side,
-        gray=gray,
-        on_gpu=device.type == "cuda",
-        threads=runtime.threads(),
-    )
+        side=side, gray=gray, on_gpu=device.type == "cuda", threads=runtime.threads(),
+    )  # fmt: skip
     first = resolve(asked, rough, stored, begun)
     known = artefact.read_card(Path(first.pretrained)).classes if first.pretrained is not None else ()
     dataset = store_images(source, folder, first, asked.max_bad, known)
