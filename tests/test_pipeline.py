@@ -394,6 +394,25 @@ def test_pretraining_needs_no_labels_where_only_held_out_images_have_some(
     assert {row["key"]: row for row in second.metrics["rows"]}["finetune"]["accuracy"] is not None
 
 
+def test_too_many_bad_pictures_leave_a_begun_run_its_list(tmp_path: Path) -> None:
+    images, classes = shapes_images(20, size=16)
+    for i, image in enumerate(images):
+        (tmp_path / "photos" / f"c{classes[i]}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "photos" / f"c{classes[i]}" / f"{i:02d}.png")
+    (tmp_path / "photos" / f"c{classes[0]}" / "bad.png").write_bytes(b"no picture")
+    given = {"out": tmp_path / "run", "recipe": "smoke", "max_bad": 0.2, **SMALL}
+    fl.fit(tmp_path / "photos", until="pretrain", **given)
+    listed = (tmp_path / "run" / "bad_images.csv").read_text()
+    assert "bad.png" in listed
+    for i in range(8):
+        (tmp_path / "photos" / f"c{classes[0]}" / f"worse{i}.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="9 of 29 images") as refused:
+        fl.fit(tmp_path / "photos", until="pretrain", **given)
+    assert "bad_images.refused.csv" in str(refused.value)
+    assert (tmp_path / "run" / "bad_images.csv").read_text() == listed
+    assert "worse7" in (tmp_path / "run" / "bad_images.refused.csv").read_text()
+
+
 def test_pretraining_needs_no_labels_where_all_pictures_are_of_one_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -414,6 +433,7 @@ def test_pretraining_needs_no_labels_where_all_pictures_are_of_one_folder(
     fl.fit(tmp_path / "photos", table, until="finetune", **given)
     assert same(final_weights(tmp_path / "run", ("pretrain",)), pretrained)
     table.write_text("image,label\nphotos/Camera/00.png,x\nphotos/Camera/01.png,x\n")
+    fl.fit(tmp_path / "photos", until="pretrain", test=table, **(given | {"out": tmp_path / "held-out"}))
     for images_and_labels in ((tmp_path / "photos", table), (table,)):
         with pytest.raises(DataError, match='the one class "x"'):
             fl.fit(*images_and_labels, until="pretrain", **(given | {"out": tmp_path / "other"}))

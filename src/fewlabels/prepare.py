@@ -168,6 +168,7 @@ def _decode(
     """
     saved = (checkpoint.glance(folder.stage(stage)) for stage in SAVING)
     begun = next((values["identity"] for values in saved if values is not None), None)
+    bad_csv = folder.path / ("bad_images.csv" if begun is None else "bad_images.refused.csv")  # until they are accepted
 
     def accept(store: pixels.PixelStore, kept: labels.Ints) -> None:
         if begun is not None:
@@ -178,15 +179,14 @@ def _decode(
     started = time.perf_counter()
     store, kept, _ = pixels.build(
         source, folder.data, working_size=about["working_size"], max_bad_share=max_bad, threads=runtime.threads(),
-        bad_csv=folder.path / "bad_images.csv", store=about.get("store", "auto"), accept=accept,
+        bad_csv=bad_csv, store=about.get("store", "auto"), accept=accept,
     )  # fmt: skip
+    bad_csv.replace(folder.path / "bad_images.csv")
     if store.streamed:
         count, size = len(store), len(store) * 3 * store.canvas**2 / 1e9
-        say(
-            f"  note: {count:,} images as pixels of {store.canvas} px would take {size:,.1f} GB of disk; they are "
+        say(f"  note: {count:,} images as pixels of {store.canvas} px would take {size:,.1f} GB of disk; they are "
             f"decoded anew each time they are seen, {duration(time.perf_counter() - started)} a pass at the speed "
-            "of this first one"
-        )
+            "of this first one")  # fmt: skip
     about |= {"store": "streamed" if store.streamed else "pixels", "kept": kept.tolist()}
     checkpoint.write_sealed(note, about)
 
@@ -261,8 +261,8 @@ def check_identity(
     if differences:
         later = shlex.join(str(folder / name) for name in SAVING[SAVING.index(stage) :])
         fix = "give a new --out for the new settings, or repeat the command that made this folder"
-        if before.get("images") != now.get("images"):
-            fix = f"give a new --out (with --pretrained {folder} it begins with what was learned), or the old images"
+        if before.get("images") != now.get("images") and (folder / "model").is_dir():
+            fix = f"give a new --out (`fit --pretrained {shlex.quote(str(folder))}` begins there), or the old images"
         if stage != "pretrain":
             fix += f"; to keep what comes before it and do the rest anew, first rm -rf {later}"
         raise CannotCreate(
@@ -326,7 +326,8 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
     stored, begun = runtime.from_main((folder.resolved(), begun_stages(folder)))  # a disk may give others older files
     side, gray = survey(source)
     taught = {label for label, s in zip(source.labels, source.splits, strict=True) if s == "train" and label}
-    is_place = len(taught) == 1 and asked.labels is None and not np.any(source.lines)  # and no label that anybody gave
+    lines = np.zeros(len(source), np.int32) if source.lines is None else source.lines  # of a CSV that says labels
+    is_place = len(taught) == 1 and asked.labels is None and not lines[np.array(source.splits) == "train"].any()
     if asked.until == "pretrain" and any(source.labels) and (is_place or not taught):
         words = f'the one class "{min(taught)}" tells nothing apart' if taught else "only held-out images have labels"
         say(f"  note: {words}: pretraining goes without")

@@ -145,7 +145,7 @@ CSV_FAULTS = [  # (text, what must be said)
     ("image,label,\na.png,cat\n", "line 2: 2 cells where the header has 3"),
     ("sep=;\nimage;label\nzz.png;cat\n", 'line 3: no image "zz.png"'),
     (H + "a.png,cat\n" + H + "b.png,dog\n", "line 3: a second header line: delete it"),
-    (H + 'a.png,cat\n\ufeff"Image","Label","split"\n', "line 3: a second header line: delete it"),
+    (H + 'a.png,cat\n\ufeff"Image","Label","split"\nb.png,dog,val\n', "line 3: a second header line: delete it"),
     (H + "a.png,Cat\nb.png,cat\n", 'line 3: class "cat" and class "Cat" (line 2) look like one class'),
     (H + "a.png,caf\u00e9\nb.png,cafe\u0301\n", "look like one class"),
     (H + "a.png,01\nb.png,1\n", "look like one class"),

@@ -78,7 +78,7 @@ def read_table(path: Path, classes: Collection[str | None] = ()) -> Table:
     table = Table(path, {name for name in classes if name and name.casefold() in MISSING_WORDS})
     text = read_text(path)
     lines = list(io.StringIO(text, newline=""))
-    lines[0] = re.sub(r"(?i)^sep=.?\s*$", "", lines[0])  # as Excel is told the delimiter
+    lines[0] = re.sub(r'(?i)^"?sep=.?"?\s*$', "", lines[0])  # as Excel is told the delimiter
     first = next((line for line in lines if line.strip()), "")
     delimiter = max(",;\t", key=lambda mark: ("image" in _cells(first, mark), first.count(mark)))
     order: list[str] = []
@@ -95,6 +95,7 @@ def read_table(path: Path, classes: Collection[str | None] = ()) -> Table:
                 order = _header(table, line, cells)
             elif {"image", "label"} <= set(_cells(written, delimiter)):  # two files joined with `cat`
                 table.fault(line, "a second header line: delete it")
+                table.refuse()  # what follows may have other columns
             else:
                 _read_row(table, line, order, cells)
     if not order:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -284,6 +283,8 @@ def _check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path
 
 def model_card(card: Card, *, parameters: int, digest: str) -> str:
     """README.md in the Hugging Face front-matter form, from measured figures only."""
+    import jinja2  # not by those who only predict
+
     environment = jinja2.Environment(  # Markdown, so names are made harmless by `plain` and not by autoescape
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
