@@ -90,7 +90,7 @@ def is_shard(path: str) -> bool:
 
 def _expanded(pattern: str) -> list[str]:
     match = BRACES.search(pattern)
-    if match is None or os.path.lexists(pattern):  # noqa: PTH - may be a URL
+    if match is None or os.path.lexists(pattern):  # not Path: it may be a URL
         return [pattern]
     numbers = (f"{number:0{len(match[1])}d}" for number in range(int(match[1]), int(match[2]) + 1))
     return [file for n in numbers for file in _expanded(pattern[: match.start()] + n + pattern[match.end() :])]
