@@ -163,17 +163,16 @@ def store_images(source: Source, folder: RunFolder, recipe: Recipe, max_bad: flo
 def _decode(
     source: Source, folder: RunFolder, note: Path, about: dict[str, Any], max_bad: float, known: tuple[str, ...]
 ) -> None:
-    """Make RUN/data; that of a begun run gives way only to the same images. A kill before the note is written leaves
-    none, and they are read again.
-    """
+    """Make RUN/data, anew if a kill left no note; that of a begun run gives way only to the same images."""
     saved = (checkpoint.glance(folder.stage(stage)) for stage in SAVING)
-    begun = next((values["identity"] for values in saved if values is not None), None)
+    begun = next((values.get("identity", {}) for values in saved if values is not None), None)
     bad_csv = folder.path / ("bad_images.csv" if begun is None else "bad_images.refused.csv")  # until they are accepted
 
     def accept(store: pixels.PixelStore, kept: labels.Ints) -> None:
         if begun is not None:
-            now = images_digest(found := labels.assemble(source, store, kept, known))
-            check_identity(begun, begun | {"images": now}, "pretrain", folder.path, found.understood)
+            found = labels.assemble(source, store, kept, known)
+            other = (begun if isinstance(begun, dict) else {}) | {"images": images_digest(found)}
+            check_identity(begun, other, "pretrain", folder.path, found.understood)
         note.unlink(missing_ok=True)
 
     started = time.perf_counter()
@@ -261,7 +260,7 @@ def check_identity(
     if differences:
         later = shlex.join(str(folder / name) for name in SAVING[SAVING.index(stage) :])
         fix = "give a new --out for the new settings, or repeat the command that made this folder"
-        if before.get("images") != now.get("images") and (folder / "model").is_dir():
+        if flat_before.get("images") != flat_now.get("images") and (folder / "model").is_dir():
             fix = f"give a new --out (`fit --pretrained {shlex.quote(str(folder))}` begins there), or the old images"
         if stage != "pretrain":
             fix += f"; to keep what comes before it and do the rest anew, first rm -rf {later}"
