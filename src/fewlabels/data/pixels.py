@@ -44,7 +44,7 @@ from fewlabels.data.places import AT_ONCE
 from fewlabels.data.source import Source
 from fewlabels.data.streamed import OnDemand, Paths, pixel_hash, write_paths
 from fewlabels.data.tables import cell
-from fewlabels.errors import DataError, MissingInput, RunAgain, StorageError, UsageError
+from fewlabels.errors import DataError, FewlabelsError, MissingInput, RunAgain, StorageError, UsageError
 
 LARGEST_CANVAS = 256  # unless asked for: 196 KB an image; training at 224 crops from it
 SMALLEST_CANVAS = 8
@@ -204,10 +204,10 @@ def build(
 
     working_size: the canvas side; None = the longest side in a sample of headers, at most 256. bad_csv: the file that
     lists unreadable images, always written. store: "pixels", "streamed" or, where the disk cannot hold pixels, "auto".
-    accept: may refuse the new store, by raising, before it takes the place of an older one. Returns the store, kept
-    (the source's indices of its rows, in order) and the unreadable images. Raises DataError when more than
-    max_bad_share of them are, or none is left; StorageError when the disk is full; UsageError for a source that cannot
-    be streamed. Holds some tens of megabytes and 112 bytes an image, in the end twice.
+    accept: may refuse the new store, and its list with it, by raising, before it takes the place of an older one.
+    Returns the store, kept (the source's indices of its rows, in order) and the unreadable images. Raises DataError
+    when more than max_bad_share of them are, or none is left; StorageError when the disk is full; UsageError for a
+    source that cannot be streamed. Holds some tens of megabytes and 112 bytes an image, in the end twice.
     """
     canvas = working_size or _canvas(source)
     threads = max(threads, AT_ONCE) if any(part.away for part in source.parts) else threads
@@ -216,6 +216,7 @@ def build(
         reasons, columns = _write(source, None if streamed else draft / "pixels.u8", canvas, threads)
         kept = np.flatnonzero([not reason for reason in reasons]).astype(np.int64)
         bad = [BadImage(source.names[i], reason) for i, reason in enumerate(reasons) if reason]
+        _write_bad(bad_csv, bad)
         _check_share(source, bad, max_bad_share, bad_csv)
         for name, array in columns.items():
             np.save(draft / f"{name}.npy", array)
@@ -225,8 +226,11 @@ def build(
         if streamed and all(part.has_addresses for part in source.parts):
             write_paths(draft, (source.at(i) for i in kept.tolist()))
         checkpoint.write_sealed(draft / "index.json", index)
-        accept(open_store(draft, lambda row: source.at(int(kept[row]))), kept)
-        _write_bad(bad_csv, bad)
+        try:
+            accept(open_store(draft, lambda row: source.at(int(kept[row]))), kept)
+        except FewlabelsError:
+            bad_csv.unlink(missing_ok=True)
+            raise
     return open_store(folder, lambda row: source.at(int(kept[row]))), kept, bad
 
 
@@ -339,7 +343,6 @@ def _check_share(source: Source, bad: list[BadImage], max_bad_share: float, bad_
     share = len(bad) / len(source)
     if share <= max_bad_share and len(bad) < len(source):
         return
-    _write_bad(bad_csv, bad)
     raise DataError(
         f"{len(bad):,} of {len(source):,} images ({100 * share:.1f} %) cannot be read",
         details=[f"{image.name}: {image.reason}" for image in bad],
