@@ -262,6 +262,15 @@ def test_stdout_is_the_result_and_stderr_the_progress(photos: Path, tmp_path: Pa
     assert "pretrain: done" in done.stderr
 
 
+def test_help_names_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, told in (("predict", "RUN IMAGES [IMAGES ...]"), ("fit", "[IMAGES]"), ("suggest", "--out CSV")):
+        assert main([command, "--help"]) == 0
+        spoken = capsys.readouterr().out
+        assert told in spoken
+        assert "{None}" not in spoken
+        assert "default: None" not in spoken
+
+
 @pytest.mark.parametrize("words", [["--help"], ["report"]])
 def test_output_that_nobody_reads(run: Path, words: list[str]) -> None:
     """`| head` is no error, and a full disk under stdout is told, whether Python writes at once or at the end."""
@@ -374,7 +383,7 @@ def test_the_estimator_keeps_scikit_learns_contract(
     visible_images: tuple[np.ndarray, np.ndarray], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from sklearn.base import clone
-    from sklearn.exceptions import NotFittedError
+    from sklearn.exceptions import DataConversionWarning, NotFittedError
 
     import fewlabels as fl
 
@@ -415,6 +424,12 @@ def test_the_estimator_keeps_scikit_learns_contract(
         assert (named.predict_proba(images) == fitted.predict_proba(images)).all()
     with pytest.raises(DataError, match="y holds no label"):
         made.fit(images, np.full(64, np.nan))
+    with pytest.raises(UsageError, match="y is missing"):
+        made.fit(images, None)
+    with pytest.warns(DataConversionWarning):
+        assert (made.fit(images, y[:, None]).predict_proba(images) == fitted.predict_proba(images)).all()
+    with pytest.raises(DataError, match="an array of <U1"):  # paths, which have a better answer than rows
+        fitted.predict(np.array(["a", "b"]))
 
 
 def test_a_signal_ends_a_search_over_parameters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ FACTS = recipes.Facts(images=9469, labeled=95, classes=10, side=160, gray=False,
     ("overrides", "words"),
     [
         ({"sise": 3}, ['unknown option "sise"', 'did you mean "size"']),
+        ({"lables": []}, ['unknown option "lables"', 'did you mean "labels"']),
         ({"epochs": 3}, ["pretrain.epochs", "finetune.epochs", "distill.epochs"]),
         ({"pretrain": {"tempreature": 1}}, ['did you mean "temperature"']),
         ({"pretrain": {"epochs": "many"}}, ["'many' is not a number"]),

@@ -121,7 +121,7 @@ def test_permutations_of_epochs_and_seeds_differ_and_are_fair() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"seed": -1}, {"seed": 2**64}, {"epoch": -1}, {"stream": 2**16}, {"count": 2**18 + 1}]
+    "wrong", [{"seed": -1}, {"seed": 2**64}, {"epoch": -1}, {"epoch": 1.5}, {"stream": 2**16}, {"count": 2**18 + 1}]
 )
 def test_numbers_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     arguments = {"seed": 0, "epoch": 0, "stream": 0, "count": 1, **wrong}

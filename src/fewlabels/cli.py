@@ -264,12 +264,11 @@ def _dispatch(words: list[str]) -> int:
             f'there is no command "{words[0]}"{nearest(words[0], COMMANDS)}', fix=f"use one of {', '.join(COMMANDS)}"
         )
     kind, function, about = COMMANDS[words[0]]
+    about = f"{about[0].upper()}{about[1:]}."
     spoken = io.StringIO()  # tyro repeats our words, which may not be printable
     try:
         with contextlib.redirect_stderr(spoken):
-            command: Any = tyro.cli(
-                kind, args=_spelled_out(words[1:]), prog=f"fewlabels {words[0]}", description=about.capitalize() + "."
-            )
+            command: Any = tyro.cli(kind, args=_spelled_out(words[1:]), prog=f"fewlabels {words[0]}", description=about)
     except SystemExit as stop:  # tyro has spoken: help (0) or a usage error (2)
         words_only = re.sub(r"\x1b\[[0-9;]*m", "", spoken.getvalue())  # it colours them where stdout is a terminal
         tell(*map(printable, words_only.split("\n")), end="")

@@ -15,6 +15,13 @@ from tyro.conf import Positional
 
 from fewlabels import config
 
+METAVARS = {"str": "TEXT", "int": "INT", "float": "FLOAT", "bool": ""}
+
+
+def said(metavar: str, **more: Any) -> Any:
+    """How help shows a value that has no default of its own; tyro says {None}|STR (default: None)."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="", **more)
+
 
 def _overrides(kind: type) -> type:
     """kind with every field optional and None: only what is given on the command line changes the recipe."""
@@ -25,7 +32,7 @@ def _overrides(kind: type) -> type:
             part = _overrides(config.SECTIONS[item.name])
             fields.append((item.name, part, field(default_factory=part)))
         elif item.name != "name":
-            about = tyro.conf.arg(help=item.metadata["about"])
+            about = said(METAVARS[str(item.type).removesuffix(" | None")], help=item.metadata["about"])
             fields.append((item.name, Annotated[hints[item.name] | None, about], field(default=None)))
     made = dataclasses.make_dataclass(f"{kind.__name__}Options", fields, kw_only=True)
     made.__doc__ = (kind.__doc__ or "").splitlines()[0] + " Left out = as the recipe says."
@@ -39,21 +46,21 @@ RecipeOptions = _overrides(config.Recipe)
 class Fit:
     """Pretrain, fine-tune and distill into one run folder; the same command resumes."""
 
-    images: Positional[str] = ""
+    images: Annotated[Positional[str], said("[IMAGES]")] = ""
     """Folder, labels CSV, tar, parquet, npz or npy of images, or a URL of shards. Left out: those of the run folder."""
-    labels: str | None = None
+    labels: Annotated[str | None, said("CSV")] = None
     """CSV with the columns image,label[,split]; empty = unlabeled."""
     out: str = "run"
     """The run folder. Its own command resumes it; a folder of another run is refused."""
     recipe: str = "auto"
     """auto, best, simclrv2, digits, smoke, paper_imagenet_* or a .toml file."""
-    student: str | None = None
+    student: Annotated[str | None, said("NAME")] = None
     """Encoder to deploy, e.g. resnet18_0.25x or timm:NAME. Left out: the same network."""
-    budget: str | None = None
+    budget: Annotated[str | None, said("TIME")] = None
     """90s, 30m, 2h or minutes: fit the schedule to the measured speed."""
-    test: str | None = None
+    test: Annotated[str | None, said("IMAGES")] = None
     """Held-out images with labels; no stage sees them."""
-    keep_labels: str | None = None
+    keep_labels: Annotated[str | None, said("N")] = None
     """Use only so many labels, e.g. 100 or 1%, chosen evenly over the classes by the seed."""
     max_bad: float = 0.05
     """Share of unreadable images that stops the run before training."""
@@ -74,7 +81,7 @@ class Demo:
     """The run folder."""
     seed: int = 0
     """Decides which 20 labels are kept, and the rest."""
-    student: str | None = None
+    student: Annotated[str | None, said("NAME")] = None
     """Encoder to deploy."""
     json: bool = False
     """Print the result as JSON."""
@@ -84,7 +91,7 @@ class Demo:
 class Use:
     """Whatever uses a model."""
 
-    run: Positional[str]
+    run: Annotated[Positional[str], said("RUN")]
     """Run folder or model folder."""
     balanced: bool = False
     """Name classes that had few of the labels as readily as the others."""
@@ -94,9 +101,9 @@ class Use:
 class Evaluate(Use):
     """Measure a model on labeled images."""
 
-    images: Positional[str]
+    images: Annotated[Positional[str], said("IMAGES")]
     """Images with labels: class folders, a CSV, tar, parquet or npz."""
-    labels: str | None = None
+    labels: Annotated[str | None, said("CSV")] = None
     """CSV with the columns image,label."""
     json: bool = False
     """Print the measurement as JSON."""
@@ -106,7 +113,7 @@ class Evaluate(Use):
 class Predict(Use):
     """Predict the class of images into a CSV with probabilities."""
 
-    images: Positional[tuple[str, ...]]
+    images: Annotated[Positional[tuple[str, ...]], said("IMAGES [IMAGES ...]")]
     """Images in any form, or several pictures."""
     out: str = "predictions.csv"
     """The CSV to write; - is stdout."""
@@ -120,7 +127,7 @@ class Export(Use):
 
     format: typing.Literal["onnx", "torch"] = "onnx"
     """onnx (model.onnx) or torch (model.pt2, a torch.export program)."""
-    out: str | None = None
+    out: Annotated[str | None, said("FOLDER")] = None
     """Folder to write into. Left out: RUN/export, or MODEL-export beside a model folder."""
 
 
@@ -128,7 +135,7 @@ class Export(Use):
 class Report:
     """Write the run's report.html again."""
 
-    run: Positional[str]
+    run: Annotated[Positional[str], said("RUN")]
     """Run folder."""
 
 
@@ -136,11 +143,11 @@ class Report:
 class Suggest:
     """Say which images to label next, as a labels CSV to fill in."""
 
-    run: Positional[str]
+    run: Annotated[Positional[str], said("RUN")]
     """Run folder; its pretraining must be done."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 20
     """How many."""
-    out: str | None = None
+    out: Annotated[str | None, said("CSV")] = None
     """The CSV to write; one that is there is kept. Left out: stdout."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -152,15 +159,15 @@ class Suggest:
 class Import:
     """Make a model folder of a published SimCLRv2 checkpoint; no TensorFlow is needed."""
 
-    checkpoint: Positional[str]
+    checkpoint: Annotated[Positional[str], said("CHECKPOINT")]
     """Its folder, its prefix such as DIR/model.ckpt-250228, or a SavedModel."""
     out: str
     """The model folder to write."""
     ema: bool = False
     """Take the moving averages of encoder and head."""
-    tap: int | None = None
+    tap: Annotated[int | None, said("INT")] = None
     """Layers of the head below the classifier. Left out: known for the published models, else 0."""
-    classes: str | None = None
+    classes: Annotated[str | None, said("FILE")] = None
     """Text file with one class name a line, or the reference's list of ImageNet files."""
     json: bool = False
     """Print the summary as JSON."""

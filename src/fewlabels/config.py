@@ -186,6 +186,8 @@ class Recipe:
 
 LARGEST = 1e30  # of any number
 FROZEN = ("teacher_epochs", "self_temperature", "label_weight")  # choose a frozen teacher; the last: without a student
+# What fl.fit takes beside the values of a recipe
+OF_FIT = {"labels", "out", "test", "student", "budget", "seed", "device", "keep_labels", "max_bad", "until", "recipe"}
 SECTIONS = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillRecipe}
 
 
@@ -253,7 +255,8 @@ def _converted(kind: type, values: Mapping[str, Any], prefix: str, faults: list[
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints or name == "name":
-            hint = _where_it_lives(name) or nearest(name, hints)
+            near = hints.keys() - {"name"} | (OF_FIT if kind is Recipe else set())
+            hint = _where_it_lives(name) or nearest(name, near)
             faults.append(f'unknown option "{prefix}{name}"{hint}')
         elif name in SECTIONS and kind is Recipe:
             faults.append(f'"{name}" is a section: give it as {name}={{"epochs": ...}} or --{name}.epochs')

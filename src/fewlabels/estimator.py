@@ -41,7 +41,10 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
         """X: uint8 (N, H, W) or (N, H, W, 3); y: (N,) labels, -1 (or None, NaN, "") = unlabeled. A signal that stops it
         is a KeyboardInterrupt, from Stopped.
         """
-        labels = np.asarray(y, dtype=object).tolist()
+        if y is None:
+            raise UsageError("y is missing", fix="give a label an image, -1 where there is none")
+        labels = np.asarray(y, dtype=object)
+        labels = (column_or_1d(labels, warn=True) if labels.shape[1:] == (1,) else labels).tolist()
         by_name = dict(zip(_names(labels), labels, strict=True))
         seed = 0 if self.random_state is None else self.random_state
         place = tempfile.TemporaryDirectory(prefix="fewlabels-") if self.out is None else nullcontext(self.out)
@@ -84,7 +87,7 @@ class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # t
 
     def _model(self, X: npt.NDArray[np.uint8]) -> Model:
         check_is_fitted(self, "model_")
-        if isinstance(X, np.ndarray) and X.ndim < 3:
+        if isinstance(X, np.ndarray) and X.ndim < 3 and X.dtype.kind not in "OSU":
             raise UsageError(f"{X.shape} are rows, and no images", fix="give an array (N, H, W) or (N, H, W, 3)")
         return self.model_
 

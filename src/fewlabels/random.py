@@ -78,8 +78,8 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
 def check_key(seed: int, epoch: int, stream: int, blocks: int) -> None:
     """Raise UsageError for a number that the counter or the key cannot hold."""
     for name, value, bits in (("seed", seed, 64), ("epoch", epoch, 32), ("stream", stream, 16), ("blocks", blocks, 16)):
-        if not 0 <= value < 1 << bits:
-            raise UsageError(f"{name} {value} is out of range", fix=f"use a number from 0 to 2^{bits} - 1")
+        if not (hasattr(value, "__index__") and 0 <= value < 1 << bits):
+            raise UsageError(f"{name} {value} is out of range", fix=f"use a whole number from 0 to 2^{bits} - 1")
 
 
 def _words(seed: int, epoch: int, ids: Tensor, stream: int, blocks: int) -> Tensor:

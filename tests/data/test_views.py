@@ -510,6 +510,18 @@ print(fused._views.stats.cache_misses.total(), *[hashlib.sha256(view.numpy().tob
 # --- messages --------------------------------------------------------------------------------------------------
 
 
+def test_defaults_of_torch_change_nothing(pixels: torch.Tensor) -> None:
+    made, ids = [], torch.arange(8)
+    for kind, device in ((torch.float32, "cpu"), (torch.float64, "meta")):
+        torch.set_default_dtype(kind)
+        try:
+            with torch.device(device):
+                made.append(make("pretrain", pixels, EXTENTS, ids))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*made)
+
+
 def test_wrong_arguments_are_refused(pixels: torch.Tensor) -> None:
     with pytest.raises(UsageError, match=r'unknown kind of views "foto".*did you mean "photo"') as caught:
         views.evaluate(pixels, EXTENTS, size=SIZE, kind="foto")
@@ -524,8 +536,13 @@ def test_wrong_arguments_are_refused(pixels: torch.Tensor) -> None:
     for wrong in (pixels.float(), pixels[:, :1], pixels[0], pixels[:0]):
         with pytest.raises(DataError, match="pixels are torch"):
             views.evaluate(wrong, EXTENTS, size=SIZE)
-    with pytest.raises(DataError, match=r"extents are of shape \(7, 2\) for 8 images"):
+    with pytest.raises(DataError, match=r"extents are torch.int64 of shape \(7, 2\) for 8 images"):
         views.evaluate(pixels, EXTENTS[:7], size=SIZE)
+    for kind in (torch.float32, torch.bool):  # a mask would be taken for images of one pixel
+        with pytest.raises(DataError, match="extents are torch"):
+            views.evaluate(pixels, EXTENTS.to(kind), size=SIZE)
+    with pytest.raises(UsageError, match="out of range"):
+        make("pretrain", pixels, EXTENTS, torch.arange(8), view=0.5)
     for outside in (EXTENTS * 100, EXTENTS * 0):  # compiled views would read and write outside of the image
         with pytest.raises(DataError, match="extents are not all between 1 and the canvas"):
             views.evaluate(pixels, outside, size=SIZE)

@@ -216,8 +216,15 @@ def test_names_that_are_none(name, says):
 def test_wrong_arguments():
     with pytest.raises(UsageError, match='unknown stem "tiny"'):
         resnet(18, stem="tiny")
-    with pytest.raises(UsageError, match="depth 19"):
-        resnet(19)
+    for depth in (19, "50", [50], None):
+        with pytest.raises(UsageError, match="no ResNet of depth"):
+            resnet(depth)
+    for width in ("2", None):
+        with pytest.raises(UsageError, match="width = "):
+            resnet(50, width=width)
+    for name in (None, 3):
+        with pytest.raises(UsageError, match="unknown encoder"):
+            encoder(name)
 
 
 @pytest.mark.parametrize("block", [-1, 0, 2, 4])

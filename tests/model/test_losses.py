@@ -192,6 +192,14 @@ def test_wrong_temperature(temperature):
             loss()
 
 
+def test_what_has_no_gradient_is_not_silently_constant():
+    first, second = projections(4, 3)
+    with pytest.raises(UsageError, match="second derivative"):
+        torch.autograd.grad(nt_xent(first, second), first, create_graph=True)
+    with pytest.raises(UsageError, match="the temperature requires a gradient"):
+        nt_xent(first, second, torch.nn.Parameter(torch.tensor(0.1)))
+
+
 @pytest.mark.parametrize(
     ("loss", "says"),
     [

@@ -145,6 +145,10 @@ def test_values_out_of_range_are_refused(kind, settings):
     with pytest.raises(UsageError, match=f"{kind.__name__} cannot") as refused:
         kind([nn.Parameter(torch.ones(3, 3))], **settings)
     assert f"{list(settings)[-1]} = " in str(refused.value)
+    optimizer = kind([nn.Parameter(torch.ones(3, 3))], lr=1.0)
+    with pytest.raises(UsageError):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 3))], **settings})
+    assert len(optimizer.param_groups) == 1
 
 
 # --- Muon --------------------------------------------------------------------------------------------------

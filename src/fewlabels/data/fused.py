@@ -11,7 +11,7 @@ H, W = canvas, S = side of the view, T = taps: input pixels that one output pixe
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -48,10 +48,11 @@ def make(pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: i
 
     strokes: None for views that are only placed. radius: of the blur, 0 = none.
     """
-    made = torch.empty(len(pixels), 3, size, size)
-    affine = torch.zeros(len(pixels), 2, 3) if placement.affine is None else placement.affine
+    host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    made = torch.empty(len(pixels), 3, size, size, **host)
+    affine = torch.zeros(len(pixels), 2, 3, **host) if placement.affine is None else placement.affine
     arrays = [part.contiguous().numpy() for part in (pixels, placement.box, placement.flip, affine)]
-    no, four = placement.flip.new_zeros(len(pixels)), torch.zeros(len(pixels), 4)
+    no, four = placement.flip.new_zeros(len(pixels)), torch.zeros(len(pixels), 4, **host)
     unpainted = (no, four.long(), four, no, no, four[:, 0])
     arrays += [part.contiguous().numpy() for part in (vars(strokes).values() if strokes else unpainted)]
     settings = (RESIZE[kind.resize], placement.affine is not None, kind.colour, radius, kind.official)

@@ -48,6 +48,7 @@ ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
 AREA_DRAWN, AREA_KEPT = 0.08, 0.1
 BLUR_SIGMA = (0.1, 2.0)
 PLAIN = False  # True: the plain path even where a compiled one could run (tests, comparisons)
+WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)  # dtypes of an extent
 T = TypeVar("T", "Placement", "Paint")
 CHUNK_BYTES = 1 << 21  # CPU: views made at once, so that a chunk stays in the cache between operations
 
@@ -385,11 +386,12 @@ def _check(pixels: Tensor, extent: Tensor, size: int, kind: str, ids: Tensor | N
         raise DataError(
             f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}", fix="pass uint8 (B, 3, H, W) with B > 0"
         )
-    if extent.shape != (len(pixels), 2):
+    if extent.shape != (len(pixels), 2) or extent.dtype not in WHOLE:
         raise DataError(
-            f"extents are of shape {tuple(extent.shape)} for {len(pixels)} images", fix="pass (B, 2): valid h, w"
+            f"extents are {extent.dtype} of shape {tuple(extent.shape)} for {len(pixels)} images",
+            fix="pass whole numbers (B, 2): valid h, w",
         )
-    canvas = torch.tensor(pixels.shape[2:])
+    canvas = torch.tensor(pixels.shape[2:], device="cpu")
     if extent.device.type == "cpu" and ((extent < 1) | (extent > canvas)).any():  # compiled views would leave memory
         raise DataError(
             f"extents are not all between 1 and the canvas of {tuple(canvas.tolist())}", fix="pass the valid h, w"

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fewlabels import runtime
+from fewlabels.errors import UsageError
 from fewlabels.model.layers import full_precision
 
 TILE = 512  # rows and columns on a CPU: 1 MB of float32, which stays in a core's cache
@@ -79,8 +79,9 @@ class _Contrast(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph; once_differentiable lets it pass, with wrong second derivatives
+            raise UsageError("nt_xent has no second derivative", fix="leave out create_graph=True")
         anchors, candidates, similarity, losses = ctx.saved_tensors
         temperature, own, operands, fast, symmetric, kernels = ctx.settings
         rows, sums = len(anchors), similarity + losses  # lse_i

@@ -42,6 +42,7 @@ def encoder(name: str) -> Encoder:
     kernels, small stem), or "timm:NAME" for any model of timm.
     Raises UsageError for names that are none of these, with the nearest one that is.
     """
+    name = str(name)
     if name.startswith("timm:"):
         return TimmEncoder(name.removeprefix("timm:"))
     match = re.fullmatch(r"resnet(\d{2,3})(?:_(\d+(?:\.\d+)?)x)?(_sk)?(_small)?", name, re.ASCII)
@@ -68,16 +69,16 @@ def resnet(depth: int, *, width: float = 1, selective_kernel: bool = False, stem
     stem: "imagenet" (7x7 convolution of stride 2, pool) or "small" (3x3, no pool; for images up to about 64 pixels).
     Raises UsageError for anything else.
     """
-    if depth not in BLOCKS:
-        raise UsageError(f"there is no ResNet of depth {depth}", fix=f"use depth {_listed(BLOCKS)}")
-    if not 1 / 64 <= width < math.inf:
+    if depth not in list(BLOCKS):
+        raise UsageError(f"there is no ResNet of depth {depth!r}", fix=f"use depth {_listed(BLOCKS)}")
+    if not (isinstance(width, int | float) and 1 / 64 <= width < math.inf):
         raise UsageError(
-            f"width = {width}, but it multiplies the channels",
+            f"width = {width!r}, but it multiplies the channels",
             why="below 1/64 the first layer has none left",
             fix="use 1, 2, 3, 0.5, 0.25, 0.125 ...",
         )
     if stem not in STEMS:
-        raise UsageError(f'unknown stem "{stem}"{nearest(stem, STEMS)}', fix='use "imagenet" or "small"')
+        raise UsageError(f'unknown stem "{stem}"{nearest(str(stem), STEMS)}', fix='use "imagenet" or "small"')
     if selective_kernel and depth < 50:
         raise UsageError(
             f"a ResNet of depth {depth} cannot have selective kernels",

@@ -32,6 +32,7 @@ class GroupedOptimizer(torch.optim.Optimizer, abc.ABC):
             if name in group and not within(group[name])
         ]
         if faults:
+            self.param_groups.pop()
             raise UsageError(f"{type(self).__name__} cannot use these values", details=faults, fix="change them")
 
     @torch.no_grad()

@@ -121,6 +121,8 @@ def _normalized(x: Tensor) -> Tensor:
 
 
 def _check_temperature(temperature: float) -> None:
+    if getattr(temperature, "requires_grad", False):
+        raise UsageError("the temperature requires a gradient", why="it is not learned here", fix="pass float(...)")
     if not 0 < temperature < math.inf:
         raise UsageError(
             f"temperature = {temperature}", why="similarities are divided by it", fix="use a number above 0, e.g. 0.1"
