@@ -947,7 +947,7 @@ def test_a_share_that_cannot_be_used(share: float, tmp_path: Path) -> None:
 
 def test_what_is_to_be_removed_can_be_pasted_and_is_no_more_than_changed(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
-    for stage, later in {"finetune": prepare.SAVING[1:], "distill": ("distill",)}.items():
+    for stage, later in {"finetune": [*plan.TRAINED][1:], "distill": ("distill",)}.items():
         with pytest.raises(CannotCreate) as refused:
             prepare.check_identity({"seed": 1}, {"seed": 2}, stage, folder)
         command = shlex.split(refused.value.fix.partition(", first ")[2])

@@ -33,7 +33,6 @@ from fewlabels.runfolder import RunFolder, duration, say
 from fewlabels.use import artefact, compare, propagate
 from fewlabels.use.learned import without_learned
 
-SAVING = ("pretrain", "finetune", "supervised", "distill_self", "distill")  # stages with checkpoints
 SURVEYED = 32  # images looked at to choose a recipe
 
 
@@ -94,11 +93,14 @@ class Prepared:
         sure = 0.0 if self.too_weak else self.recipe.distill.self_training
         return replace(self.recipe, distill=replace(self.recipe.distill, self_training=sure))
 
+    def ids(self, stage: str) -> labels.Ints:
+        """The images that a stage trains on, as rows of the dataset."""
+        return self.dataset.labeled if plan.TRAINED[stage] == "finetune" else self.dataset.train
+
     @property
     def images(self) -> dict[str, int]:
         """How many images each stage trains on."""
-        labeled = dict.fromkeys(("finetune", "supervised"), len(self.dataset.labeled))
-        return dict.fromkeys(SAVING, len(self.dataset.train)) | labeled
+        return {stage: len(self.ids(stage)) for stage in plan.TRAINED}
 
     @property
     def needed(self) -> int:
@@ -164,7 +166,7 @@ def _decode(
     source: Source, folder: RunFolder, note: Path, about: dict[str, Any], max_bad: float, known: tuple[str, ...]
 ) -> None:
     """Make RUN/data, anew if a kill left no note; that of a begun run gives way only to the same images."""
-    saved = (checkpoint.glance(folder.stage(stage)) for stage in SAVING)
+    saved = (checkpoint.glance(folder.stage(stage)) for stage in plan.TRAINED)
     begun = next((values.get("identity", {}) for values in saved if values is not None), None)
     bad_csv = folder.path / ("bad_images.csv" if begun is None else "bad_images.refused.csv")  # until they are accepted
 
@@ -235,7 +237,7 @@ def identity(prepared: Prepared, stage: str) -> dict[str, Any]:
         facts["starts_from_propagated_labels"] = False
     if stage == "supervised" and recipe.distill.optimizer == "muon":
         facts["baseline"] = "muon"
-    if stage in ("distill", "distill_self"):
+    if plan.TRAINED[stage] == "distill":
         facts["distill"] = asdict(recipe.distill)
         facts |= {"self_trains": False} if prepared.too_weak else {}
     return facts
@@ -258,7 +260,8 @@ def check_identity(
         if flat_before.get(name) != flat_now.get(name)
     ]
     if differences:
-        later = shlex.join(str(folder / name) for name in SAVING[SAVING.index(stage) :])
+        trained = list(plan.TRAINED)
+        later = shlex.join(str(folder / name) for name in trained[trained.index(stage) :])
         fix = "give a new --out for the new settings, or repeat the command that made this folder"
         if flat_before.get("images") != flat_now.get("images") and (folder / "model").is_dir():
             fix = f"give a new --out (`fit --pretrained {shlex.quote(str(folder))}` begins there), or the old images"
@@ -368,7 +371,7 @@ def number_format(recipe: Recipe, device: torch.device, stored: Mapping[str, Any
 
 def check_resumable(prepared: Prepared) -> None:
     """Refuse, before anything is done, a folder whose stages belong to another run."""
-    for stage in SAVING:
+    for stage in plan.TRAINED:
         saved = checkpoint.glance(prepared.folder.stage(stage))
         if saved is not None and "identity" in saved:
             now, understood = identity(prepared, stage), prepared.dataset.understood

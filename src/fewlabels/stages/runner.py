@@ -19,7 +19,7 @@ from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.errors import DataError, Diverged, RunAgain, Stopped, UsageError
 from fewlabels.model import optim
-from fewlabels.plan import Derived, derive
+from fewlabels.plan import TRAINED, Derived, derive
 from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
 from fewlabels.stages import memory, sharded
 from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState, check_finite, step, train
@@ -151,12 +151,11 @@ def _enough_memory(job: Job, at: Workplace, state: TrainState, batches: Generato
         state.optimizer.state.clear()
         fits = memory.largest_batch(job, at) if runtime.world_size() == 1 else None
         chunks = " or --pretrain.chunk" if job.name == "pretrain" else ""
-        section = {"supervised": "finetune", "distill_self": "distill"}.get(job.name, job.name)
         raise UsageError(
             f"the GPU has too little memory for {job.name} with batches of {job.derived.batch}",
             why="" if fits is None else f"the largest batch that fits: about {fits:,}",
             fix="repeat the command with --recompute; or, and with a new --out, with a smaller "
-            f"--{section}.batch or --size{chunks}",
+            f"--{TRAINED[job.name]}.batch or --size{chunks}",
         ) from error
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from fewlabels import __version__, checkpoint
+from fewlabels import __version__, checkpoint, plan
 from fewlabels.config import flat
 from fewlabels.data.pixels import open_store
 from fewlabels.errors import DataError, FewlabelsError, MissingInput
@@ -96,7 +96,7 @@ def progress(run: Facts) -> Facts:
     """Whether the run is finished, and in words what is missing."""
     state = run["status"].get("state", "")
     missing = []
-    for stage in part(run["resolved"], "derived") or ("pretrain", "finetune", "distill"):
+    for stage in part(run["resolved"], "derived") or plan.STAGES:
         records = run["metrics"].get(stage)
         if not records:
             missing.append(f"{STAGES[stage]} has not begun")
