@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from fewlabels.data.decode import Payload
-from fewlabels.data.parts import UNREADABLE, Part, damaged, sampled
+from fewlabels.data.parts import UNREADABLE, Part, reading, sampled
 from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
 from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.told import with_sequence
@@ -76,10 +76,8 @@ class Parquet(Part):
         """A span of the file, where the image lies in it as it is, else a cell."""
         group = bisect_right(self.ends, row)
         inside = row - (self.ends[group - 1] if group else 0)
-        try:
+        with reading(self.place):
             spans = patiently(self.place, lambda: _spans(self.place, self.column, group, _state(self.place)))
-        except UNREADABLE as error:
-            raise damaged(self.place, error) from error
         if spans is None:
             return Cell(self.place, f":{row}", self.column, group, inside)
         return Span(self.place, f":{row}", *spans[inside])
@@ -89,11 +87,8 @@ class Parquet(Part):
         yield stamp(self.place)
 
     def _read(self, groups: list[int] | None) -> Iterator[Payload]:
-        try:
-            with _file(self.place) as file:
-                yield from _images(file, self.column, groups)
-        except UNREADABLE as error:
-            raise damaged(self.place, error) from error
+        with reading(self.place), _file(self.place) as file:
+            yield from _images(file, self.column, groups)
 
 
 def _state(place: str) -> bytes:
@@ -160,18 +155,15 @@ def open_parquet(place: str) -> Source:
 
     Raises DataError for a damaged or empty file, UsageError without pyarrow.
     """
-    try:
-        with _file(place) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
-            column, has_paths = _pictures(place, schema)
-            labels = _values(file, "label") if "label" in schema.names else None
-            paths = [v and v["path"] for v in _values(file, f"{column}.path")] if has_paths else [None] * rows
-            source = unlabeled(f"parquet {printable(place)}", _names(place, paths), _part(place, column, file.metadata))
-            source = replace(source, classes=_class_names(schema.metadata or {}))
-            if not rows:
-                raise DataError(f"{place} has no rows", fix="give a file with at least one image")
-    except UNREADABLE as error:
-        raise damaged(place, error) from error
+    with reading(place), _file(place) as file:
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+        column, has_paths = _pictures(place, schema)
+        labels = _values(file, "label") if "label" in schema.names else None
+        paths = [v and v["path"] for v in _values(file, f"{column}.path")] if has_paths else [None] * rows
+        source = unlabeled(f"parquet {printable(place)}", _names(place, paths), _part(place, column, file.metadata))
+        source = replace(source, classes=_class_names(schema.metadata or {}))
+        if not rows:
+            raise DataError(f"{place} has no rows", fix="give a file with at least one image")
     if labels is not None:
         return with_sequence(source, labels)
     passed = ", ".join(printable(name) for name in schema.names if name != column)
@@ -228,8 +220,7 @@ def _pyarrow_parquet() -> ModuleType:
         import pyarrow.parquet
     except ImportError:
         raise UsageError(
-            "parquet files need the package pyarrow, which is not installed",
-            fix='pip install "fewlabels[data]"',
+            "parquet files need the package pyarrow, which is not installed", fix='pip install "fewlabels[data]"'
         ) from None
     return cast(ModuleType, pyarrow.parquet)
 

@@ -133,7 +133,8 @@ def _run(job: Job, at: Workplace, state: TrainState) -> None:
         at.interrupts.patient = False
         batches.close()
     at.folder.status("running", job.name, seconds={job.name: seconds()}, waited={job.name: sum(waits)})
-    if number := from_signal(at.interrupts):
+    # The same number on all ranks, though perhaps one of them got the signal
+    if number := max(runtime.from_all(at.interrupts.received or 0)):
         raise Stopped(number, f"at step {state.step:,} of {total:,} of {job.name}; everything is saved")
     say(f"{job.name}: done in {duration(seconds())}{_waited(sum(waits), seconds() - spent, at.dataset)}")
 
@@ -165,11 +166,6 @@ def _seen(job: Job, dataset: Dataset, error: Diverged) -> list[str]:
     permutation = order.permutation(order.epoch(step))
     ranks = range(runtime.world_size()) if error.rank is None else [error.rank]
     return [dataset.names[row] for rank in ranks for row in order.share(step, permutation, rank)]
-
-
-def from_signal(interrupts: Interrupts) -> int:
-    """The number of the signal that stops the ranks, the same on all of them though perhaps one rank got it; or 0."""
-    return max(runtime.from_all(interrupts.received or 0))
 
 
 def _waited(seconds: float, of: float, dataset: Dataset) -> str:
