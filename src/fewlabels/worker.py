@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fewlabels import checkpoint, plan, runtime
+from fewlabels import checkpoint, identity, plan, runtime
 from fewlabels.data import views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch, Order, training_batches
@@ -24,7 +24,7 @@ from fewlabels.errors import UsageError
 from fewlabels.model.encoder import Encoder
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
-from fewlabels.prepare import Prepared, identity
+from fewlabels.prepared import Prepared
 from fewlabels.runfolder import Interrupts, say
 from fewlabels.stages import memory, runner
 from fewlabels.stages.answers import Answers
@@ -318,7 +318,7 @@ class Worker:
         """What running this stage means: its images, its schedule, and whose result it is."""
         return Job(
             name=name, stage=stage, schedule=self.prepared.schedule(name), ids=self.prepared.ids(name),
-            seed=self.prepared.seed + (STREAMS[name] << 32), identity=identity(self.prepared, name),
+            seed=self.prepared.seed + (STREAMS[name] << 32), identity=identity.of(self.prepared, name),
             scores=self._feature_scores if name == "pretrain" and len(self.dataset.labeled) else None,
             shard=self.recipe.shard,
         )  # fmt: skip
