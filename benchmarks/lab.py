@@ -27,11 +27,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import workload
-from fewlabels import checkpoint, config, plan, prepare, random, recipes
+from fewlabels import checkpoint, config, plan, random, recipes
 from fewlabels.config import Recipe
 from fewlabels.data import labels, views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch
+from fewlabels.data.pixels import survey
 from fewlabels.data.source import Source
 from fewlabels.data.sources import open_source
 from fewlabels.errors import UsageError
@@ -149,13 +150,13 @@ class Lab:
         self.folder, self.device, self.choose = folder, device or torch.device("cpu"), choose
         self.on_gpu = self.device.type == "cuda" if on_gpu is None else on_gpu
         self.precision = workload.precision(self.device)
-        self.side, self.gray = prepare.survey(source)
+        self.side, self.gray = survey(source)
         working_size = None if self.side <= SMALL else min(self.side, WORKING_SIZE[self.on_gpu])
         self.dataset = pool(workload.stored(source, folder, working_size=working_size))
         self.epochs, self.distill_epochs, self.recipe_name = epochs, distill_epochs, recipe
         self.changes = nested(changes)
         self.general = self.recipe(len(self.dataset.labeled))
-        self._keep_to({"recipe": asdict(self.general), "images": prepare.images_digest(self.dataset)})
+        self._keep_to({"recipe": asdict(self.general), "images": self.dataset.digest})
         self.setting = compare.Setting(self.general.size, self.general.kind, self.device, self.precision)
         self.truth = self.dataset.labels[self.dataset.held_out]
         self._draws: dict[tuple[str, int], Dataset] = {}

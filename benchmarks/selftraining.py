@@ -64,22 +64,19 @@ class FixMatch(Unshifted):
 
 class Comparison:
     """The rows of the table, each a number a draw of labels. propagates: very few labels are spread first, as in
-    `fewlabels fit`: before self-training on photos only. balanced: as --balanced has it.
+    `fewlabels fit`: before self-training on photos only.
     """
 
-    def __init__(
-        self, laboratory: Lab, body: Body, draws: int, *, propagates: bool = False, balanced: bool = False
-    ) -> None:
-        self.lab, self.body, self.draws = laboratory, body, range(draws)
-        self.propagates, self.balanced = propagates, balanced
+    def __init__(self, laboratory: Lab, body: Body, draws: int, *, propagates: bool = False) -> None:
+        self.lab, self.body, self.draws, self.propagates = laboratory, body, range(draws), propagates
 
-    def rows(self, amounts: list[int], ways: Iterable[str]) -> Rows:
-        """These ways to learn, by the number of labels."""
-        balanced = BALANCED * self.balanced
+    def rows(self, amounts: list[int], ways: Iterable[str], *, balanced: bool = False) -> Rows:
+        """These ways to learn, by the number of labels. balanced: as --balanced has it."""
+        words = BALANCED * balanced
         return {
-            name + balanced: {
+            name + words: {
                 f"{a} labels": [
-                    self.lab.cell(self._named(name, a, n) + balanced, partial(WAYS[name], self, a, n))
+                    self.lab.cell(self._named(name, a, n) + words, partial(self._right, name, a, n, balanced=balanced))
                     for n in self.draws
                 ]
                 for a in amounts
@@ -87,11 +84,13 @@ class Comparison:
             for name in ways
         }
 
-    def _right(self, network: nn.Module, amount: int, draw: int) -> float:
-        """% of the held-out images that a network gets right."""
-        few = self.lab.few(amount, draw)
+    def _right(self, name: str, amount: int, draw: int, *, balanced: bool) -> float:
+        """% of the held-out images that are told right in this way."""
+        found, few = WAYS[name](self, amount, draw), self.lab.few(amount, draw)
+        if isinstance(found, float):
+            return found
         known = few.labels[few.labeled]
-        return self.lab.accuracy(network, np.bincount(known) / len(known) if self.balanced else None)
+        return self.lab.accuracy(found, np.bincount(known) / len(known) if balanced else None)
 
     def _named(self, name: str, amount: int, draw: int) -> str:
         begins = (TUNED, DISTILLED, "itself") + (SELF_TRAINED,) * (self.lab.general.kind != "glyph")
@@ -101,8 +100,8 @@ class Comparison:
     def _spreads(self, amount: int) -> bool:
         return self.propagates and amount <= propagate.FEW_LABELS * self.lab.dataset.num_classes
 
-    def _alone(self, amount: int, draw: int) -> float:
-        return self._right(self.lab.supervised(self.body.encoder, amount, draw), amount, draw)
+    def _alone(self, amount: int, draw: int) -> nn.Module:
+        return self.lab.supervised(self.body.encoder, amount, draw)
 
     def _pixels(self, amount: int, draw: int) -> float:
         return self.lab.regressed(compare.pixels_as_features, amount, draw)
@@ -110,43 +109,39 @@ class Comparison:
     def _probed(self, amount: int, draw: int) -> float:
         return self.lab.linear(self.body, amount, draw)
 
-    def _tuned(self, amount: int, draw: int) -> float:
-        return self._right(self._teacher(amount, draw), amount, draw)
-
     def _teacher(self, amount: int, draw: int) -> Classifier:
         return self.lab.finetuned(self.body, 1, amount, draw, start="propagated" if self._spreads(amount) else None)
 
     def _finetuned(self, amount: int, draw: int) -> Classifier:
         return self.lab.finetuned(self.body, 1, amount, draw)
 
-    def _distilled(self, amount: int, draw: int) -> float:
+    def _distilled(self, amount: int, draw: int) -> nn.Module:
         few, teacher = self.lab.few(amount, draw), self._teacher(amount, draw)
         epochs = self.lab.distill_epochs * PASSES / (1 + 1 / 3)
         start = self.lab.recipe(len(few.labeled)).distill.start
-        student = self.lab.distilled(
+        return self.lab.distilled(
             self.body.encoder, teacher, self._named("itself", amount, draw) + f", {epochs:g} epochs", few, draw,
             body=self.body if start == "pretrained" else None, epochs=epochs,
         )  # fmt: skip
-        return self._right(student, amount, draw)
 
-    def _selftrained(self, amount: int, draw: int) -> float:
+    def _selftrained(self, amount: int, draw: int) -> nn.Module:
         start = self._finetuned if self.lab.general.kind == "glyph" else self._teacher
         name = f"self-trained {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
         name += ", on propagated labels" * (start == self._teacher and self._spreads(amount))
         return self._trained(name, SelfTrain, start(amount, draw), amount, draw, self.lab.distill_epochs)
 
-    def _unshifted(self, amount: int, draw: int) -> float:
+    def _unshifted(self, amount: int, draw: int) -> nn.Module:
         name = f"self-trained, not shifted, {self.body}, {amount}, draw {draw}, {self.lab.distill_epochs:g} epochs"
         return self._trained(name, Unshifted, self._finetuned(amount, draw), amount, draw, self.lab.distill_epochs)
 
-    def _fixmatch(self, amount: int, draw: int) -> float:
+    def _fixmatch(self, amount: int, draw: int) -> nn.Module:
         epochs = self.lab.distill_epochs + 2 * self.lab.epochs / PASSES
         name = f"FixMatch {self.body.encoder}, {amount}, draw {draw}, {epochs:g} epochs"
         return self._trained(name, FixMatch, self.lab.fresh(self.body.encoder, draw), amount, draw, epochs)
 
     def _trained(
         self, name: str, kind: Callable[..., SelfTrain], network: Classifier, amount: int, draw: int, epochs: float,
-    ) -> float:  # fmt: skip
+    ) -> nn.Module:  # fmt: skip
         few = self.lab.few(amount, draw)
         settings = replace(self.lab.recipe(len(few.labeled)).distill, epochs=epochs)
         beside = plan.beside(plan.derive(settings, len(few.train), 1).batch, len(few.labeled), 1)
@@ -159,15 +154,15 @@ class Comparison:
             ),
             expected=expected_classes(few.labels[few.labeled], few.num_classes),
         )  # fmt: skip
-        self.lab.kept(name, stage.average, lambda: self.lab.train(stage, settings, few, few.train, draw))
-        return self._right(stage.average, amount, draw)
+        return self.lab.kept(name, stage.average, lambda: self.lab.train(stage, settings, few, few.train, draw))
 
 
-WAYS = {
+# Each gives a network, or % of the held-out images that are told right where there is none
+WAYS: dict[str, Callable[[Comparison, int, int], nn.Module | float]] = {
     ALONE: Comparison._alone,
     PIXELS: Comparison._pixels,
     PROBED: Comparison._probed,
-    TUNED: Comparison._tuned,
+    TUNED: Comparison._teacher,
     DISTILLED: Comparison._distilled,
     SELF_TRAINED: Comparison._selftrained,
     UNSHIFTED: Comparison._unshifted,
@@ -202,10 +197,10 @@ def main() -> None:
         source, place, epochs=asked.epochs, distill_epochs=asked.again, changes=asked.set, device=device, pool=pool,
         choose=choose, on_gpu=asked.gpu_settings or None,
     )  # fmt: skip
-    rows = Comparison(laboratory, Body(asked.encoder), asked.draws).rows(asked.labels, asked.ways)
+    comparison = Comparison(laboratory, Body(asked.encoder), asked.draws)
+    rows = comparison.rows(asked.labels, asked.ways)
     if asked.balanced:
-        again = Comparison(laboratory, Body(asked.encoder), asked.draws, balanced=True)
-        rows |= again.rows(asked.labels, [way for way in asked.ways if way not in NO_NETWORK])
+        rows |= comparison.rows(asked.labels, [way for way in asked.ways if way not in NO_NETWORK], balanced=True)
     told(f"{Path(asked.data).name}, {asked.pool} pool, {asked.encoder}", rows)
     harness.keep_beside(f"selftraining-{Path(asked.data).name}-{asked.pool}", vars(asked), rows)
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from conftest import shapes_images
 from faults.tally import before_forking
-from fewlabels import checkpoint, cli, prepare, watch
+from fewlabels import checkpoint, cli, watch
 from fewlabels.data import loader, pixels
 from fewlabels.errors import DataError, Stopped, StorageError
 from fewlabels.stages import loop
@@ -64,7 +64,7 @@ def kill(number: int) -> None:
 
 def in_the_survey(fault: Callable[[], None]) -> None:
     """Before any pixel is decoded."""
-    prepare.survey = lambda source: fault()
+    pixels.survey = lambda source: fault()
 
 
 def in_the_store(fault: Callable[[], None]) -> None:

@@ -32,7 +32,8 @@ FLOORS = {
     "config": 2, "runtime": 2, "random": 2,
     "data": 3, "model": 3, "checkpoint": 3, "recipes": 3, "plan": 3, "runfolder": 3, "watch": 3,
     "stages": 4, "use": 4,
-    "commands": 5, "asked": 5, "prepare": 5, "agreement": 5, "worker": 5, "pipeline": 5,
+    "commands": 5, "asked": 5, "prepared": 5, "identity": 5, "prepare": 5, "agreement": 5, "worker": 5,
+    "pipeline": 5,
     "cli": 6, "estimator": 6, "__main__": 7, "__init__": 7,
 }  # fmt: skip
 STRANGERS = [("data", "model"), ("model", "data"), ("model", "config"), ("stages", "use"), ("use", "stages")]

@@ -138,20 +138,20 @@ def test_balanced_rows_are_the_same_networks_with_other_answers(
 ) -> None:
     """What is divided by the shares of labels that come equally often is as it was; of others the rare gain."""
     made = laboratory(tmp_path)
-    plain, balanced = (selftraining.Comparison(made, Body(TINY), 1, balanced=way) for way in (False, True))
+    comparison = selftraining.Comparison(made, Body(TINY), 1)
     even, uneven = made.few(20, 0), pools.as_they_come(made.dataset, 20, 0)
-    first = plain.rows([20], ["fine-tuned"])["fine-tuned"]
+    first = comparison.rows([20], ["fine-tuned"])["fine-tuned"]
     monkeypatch.setattr(workload, "trained", lambda *_: pytest.fail("trained again"))
-    assert balanced.rows([20], ["fine-tuned"]) == {"fine-tuned, balanced": first}
+    assert comparison.rows([20], ["fine-tuned"], balanced=True) == {"fine-tuned, balanced": first}
     counts = [np.bincount(some.labels[some.labeled], minlength=even.num_classes) for some in (even, uneven)]
     assert len(set(counts[0])) == 1 < len(set(counts[1])) and counts[1].min() >= 1
     np.testing.assert_array_equal(uneven.labels[uneven.held_out], made.dataset.labels[made.dataset.held_out])
-    network = plain._teacher(20, 0).eval()
+    network = comparison._teacher(20, 0).eval()
     monkeypatch.setitem(made._draws, ("20", 0), uneven)
     shares = counts[1] / counts[1].sum()
     (logits,) = compare.outputs(made.dataset, made.dataset.held_out, made.setting, lambda view: [network(view)])
     right = (torch.from_numpy(logits).softmax(dim=1).numpy() / shares).argmax(axis=1) == made.truth
-    assert balanced._right(network, 20, 0) == 100 * right.mean()
+    assert comparison._right("fine-tuned", 20, 0, balanced=True) == 100 * right.mean()
 
 
 def test_nothing_is_shifted_where_answers_count_as_they_are() -> None:

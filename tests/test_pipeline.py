@@ -25,7 +25,7 @@ from PIL import Image
 
 import fewlabels as fl
 from conftest import same, shapes_images
-from fewlabels import asked, checkpoint, config, pipeline, plan, prepare, recipes, runtime
+from fewlabels import asked, checkpoint, config, identity, pipeline, plan, prepare, recipes, runtime
 from fewlabels.asked import Asked
 from fewlabels.data import pixels, views
 from fewlabels.data.loader import Batch
@@ -331,9 +331,9 @@ def test_a_run_of_an_older_version_goes_on(run: fl.Run) -> None:
     assert saved is not None
     now = saved["identity"]
     before = {**now, "distill": {k: v for k, v in now["distill"].items() if k != "teacher_epochs"}}
-    prepare.check_identity(before, now, "distill", run.path)
+    identity.check(before, now, "distill", run.path)
     with pytest.raises(CannotCreate, match=r"distill.teacher_epochs: 0 there, 3 asked"):
-        prepare.check_identity(before, {**now, "distill": {**now["distill"], "teacher_epochs": 3}}, "distill", run.path)
+        identity.check(before, {**now, "distill": {**now["distill"], "teacher_epochs": 3}}, "distill", run.path)
 
 
 def test_pretraining_alone_keeps_the_results_of_a_finished_run(run: fl.Run, photos: Path) -> None:
@@ -456,7 +456,7 @@ def test_the_hour_of_auto_is_not_spent_on_what_is_done(
     slow = {"pretrain": 1000.0, "finetune": 1e-3, "distill": 1e-3, "supervised": 1e-3}
 
     def measured(worker: Worker) -> dict[str, float]:
-        stages = prepare.stages_to_run(worker.prepared)
+        stages = worker.prepared.stages
         return {stage: slow[stage] for stage in stages + ["supervised"] * ("finetune" in stages)}
 
     monkeypatch.setattr(Worker, "seconds_per_step", measured)
@@ -533,9 +533,9 @@ def test_a_baseline_says_with_which_optimizer_it_learned(photos: Path, tmp_path:
     with folder.locked():
         found = prepare.prepare(asked, prepare.open_images(asked), folder, torch.device("cpu"))
     muon = replace(found, recipe=replace(found.recipe, distill=replace(found.recipe.distill, optimizer="muon")))
-    assert "baseline" not in prepare.identity(found, "supervised")
-    assert prepare.identity(muon, "supervised")["baseline"] == "muon"
-    assert "baseline" not in prepare.identity(muon, "finetune")
+    assert "baseline" not in identity.of(found, "supervised")
+    assert identity.of(muon, "supervised")["baseline"] == "muon"
+    assert "baseline" not in identity.of(muon, "finetune")
 
 
 def test_labels_may_come_after_pretraining(photos: Path, tmp_path: Path) -> None:
@@ -628,10 +628,10 @@ def test_a_student_of_another_size(photos: Path, tmp_path: Path) -> None:
 def test_fine_tuning_before_self_training_is_another_where_drawings_are_learned(tmp_path: Path) -> None:
     """And of photos an older version said so too."""
     started = {"starts_from_propagated_labels": False}
-    prepare.check_identity({"kind": "photo", **started}, {"kind": "photo"}, "finetune", tmp_path)
-    prepare.check_identity({"kind": "glyph", **started}, {"kind": "glyph", **started}, "finetune", tmp_path)
+    identity.check({"kind": "photo", **started}, {"kind": "photo"}, "finetune", tmp_path)
+    identity.check({"kind": "glyph", **started}, {"kind": "glyph", **started}, "finetune", tmp_path)
     with pytest.raises(CannotCreate) as refused:
-        prepare.check_identity({"kind": "glyph", **started}, {"kind": "glyph"}, "finetune", tmp_path)
+        identity.check({"kind": "glyph", **started}, {"kind": "glyph"}, "finetune", tmp_path)
     assert any("propagated" in line for line in refused.value.details)
 
 
@@ -896,7 +896,7 @@ def test_the_survey_tells_the_full_size_and_gray(tmp_path: Path) -> None:
         Image.fromarray(image).save(tmp_path / name / "1.png")
         Image.fromarray(image).rotate(90, expand=True).save(tmp_path / name / "2.png")
         (tmp_path / name / "3.png").write_text("not a picture")
-        assert prepare.survey(open_source(tmp_path / name)) == (700, name == "gray")
+        assert pixels.survey(open_source(tmp_path / name)) == (700, name == "gray")
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz"])
@@ -905,7 +905,7 @@ def test_the_survey_looks_at_more_than_the_first_image(kind: str, tmp_path: Path
     images[0] = 0  # as a film may begin
     np.save(tmp_path / "a.npy", images)
     np.savez(tmp_path / "a.npz", images=images)
-    assert prepare.survey(open_source(tmp_path / f"a.{kind}")) == (16, False)
+    assert pixels.survey(open_source(tmp_path / f"a.{kind}")) == (16, False)
 
 
 def test_fewer_labels_than_processes_are_left_to_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -922,7 +922,7 @@ def test_fewer_labels_than_processes_are_left_to_the_plan(tmp_path: Path, monkey
         prepared = prepare.prepare(asked, prepare.open_images(asked), folder, torch.device("cpu"))
     monkeypatch.setattr(runtime, "world_size", lambda: 4)
     assert list(Worker(prepared, Interrupts()).held()) == ["pretrain"]
-    assert not any(line.startswith("finetune") for line in prepare.equations(prepared))
+    assert not any(line.startswith("finetune") for line in prepared.equations)
     assert pipeline._wanted_stages(replace(asked, until="pretrain"), prepared) == ["pretrain"]
     with pytest.raises(UsageError, match="finetune needs at least 4 labeled images, not 3"):
         pipeline._wanted_stages(asked, prepared)
@@ -947,21 +947,21 @@ def test_a_share_that_cannot_be_used(share: float, tmp_path: Path) -> None:
 
 def test_what_is_to_be_removed_can_be_pasted_and_is_no_more_than_changed(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
-    for stage, later in {"finetune": prepare.SAVING[1:], "distill": ("distill",)}.items():
+    for stage, later in {"finetune": [*plan.TRAINED][1:], "distill": ("distill",)}.items():
         with pytest.raises(CannotCreate) as refused:
-            prepare.check_identity({"seed": 1}, {"seed": 2}, stage, folder)
+            identity.check({"seed": 1}, {"seed": 2}, stage, folder)
         command = shlex.split(refused.value.fix.partition(", first ")[2])
         assert command == ["rm", "-rf", *(str(folder / name) for name in later)]
     with pytest.raises(CannotCreate) as refused:
-        prepare.check_identity({"seed": 1}, {"seed": 2}, "pretrain", folder)
+        identity.check({"seed": 1}, {"seed": 2}, "pretrain", folder)
     assert "rm" not in refused.value.fix.split()
 
 
 def test_another_student_leaves_what_it_is_taught_by(tmp_path: Path) -> None:
     one, other = ({"distill": {"student": name, "temperature": t}} for name, t in (("resnet18", 1.0), (None, 2.0)))
-    prepare.check_identity(one, other, "distill_self", tmp_path)
+    identity.check(one, other, "distill_self", tmp_path)
     with pytest.raises(CannotCreate, match="distill stage"):
-        prepare.check_identity(one, other, "distill", tmp_path)
+        identity.check(one, other, "distill", tmp_path)
 
 
 def test_as_many_labels_in_other_classes_are_another_plan(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 
 To read the code in the order of the method: data/sources.py, data/pixels.py, data/views.py -> model/encoder.py,
 model/heads.py, model/losses.py, model/optim.py, model/muon.py -> stages/pretrain.py, finetune.py, distill.py,
-loop.py -> asked.py, prepare.py, worker.py, pipeline.py -> use/.
+loop.py -> asked.py, prepare.py, prepared.py, worker.py, pipeline.py -> use/.
 
 Names are resolved on first use, so that `import fewlabels` and `fewlabels --help` do not wait for torch.
 """

@@ -20,7 +20,8 @@ from fewlabels import config, runtime
 from fewlabels.asked import Asked
 from fewlabels.data.source import Source
 from fewlabels.errors import DataError, FewlabelsError, UsageError
-from fewlabels.prepare import Prepared, images_digest, versions
+from fewlabels.prepare import versions
+from fewlabels.prepared import Prepared
 from fewlabels.runfolder import RunFolder
 
 
@@ -63,7 +64,7 @@ def on_plan(prepared: Prepared) -> None:
     if runtime.world_size() == 1:
         return
     labels = prepared.dataset.labels[prepared.dataset.train]
-    data = {"pixels": images_digest(prepared.dataset), "known labels": hashlib.sha256(labels.tobytes()).hexdigest()}
+    data = {"pixels": prepared.dataset.digest, "known labels": hashlib.sha256(labels.tobytes()).hexdigest()}
     _compare(data, DataError, fix="give every process the same images and labels, on a disk that all machines see")
     recipe = {"precision": prepared.precision.name, "seed": prepared.seed, **asdict(prepared.recipe)}
     _compare(recipe, UsageError, fix="start every process with the same command")

@@ -91,12 +91,8 @@ def _check(command: Fit) -> None:
     from fewlabels import pipeline, runtime
 
     found = pipeline.check(_asked(command, "distill"))
-    if not runtime.is_main():
-        return
-    if command.json:
-        print(json.dumps(found))
-    else:
-        _say(*found["lines"])
+    if runtime.is_main():
+        _say(*([json.dumps(found)] if command.json else found["lines"]))
 
 
 def _evaluate(command: Evaluate) -> None:

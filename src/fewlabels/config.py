@@ -241,9 +241,7 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
             changes |= _converted(Recipe, {name: value}, "", faults)
     if faults:
         raise UsageError(
-            "some recipe values cannot be used",
-            details=faults,
-            fix="see `fewlabels fit --help` for all options",
+            "some recipe values cannot be used", details=faults, fix="see `fewlabels fit --help` for all options"
         )
     for name in SECTIONS.keys() & changes.keys():
         changes[name] = dataclasses.replace(getattr(recipe, name), **changes[name])

@@ -145,6 +145,11 @@ def _escaped(character: str) -> str:
     return "".join(f"%{byte:02X}" for byte in raw)
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """ "1 image", "2,000 images"; many: where it is not one + "s"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """' (did you mean "x"?)' when one of choices is close to word, else ''."""
     by_folded = {choice.casefold(): choice for choice in choices}

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewlabels import agreement, checkpoint, plan, runtime, watch
+from fewlabels import agreement, checkpoint, identity, plan, runtime, watch
 from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_plan
 from fewlabels.data.source import Source
 from fewlabels.errors import DataError, FewlabelsError, RankFailed, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
-from fewlabels.prepare import Prepared, check_resumable, equations, open_images, prepare, stages_to_run, write_resolved
+from fewlabels.prepare import open_images, prepare, write_resolved
+from fewlabels.prepared import Prepared
 from fewlabels.runfolder import Interrupts, RunFolder, duration, read_json, say
 from fewlabels.use import artefact, compare, facts, report, suggest
 from fewlabels.use.artefact import Card
@@ -152,7 +153,7 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     per_step = worker.seconds_per_step()
     seconds = plan.cost(prepared.recipe, prepared.images, per_step, runtime.world_size())
     store = sum(file.stat().st_size for file in folder.data.rglob("*")) / 1e6
-    found = prepared.reasons + sums + equations(prepared)
+    found = prepared.reasons + sums + prepared.equations
     bad = (folder.path / "bad_images.csv").read_text(encoding="utf-8").splitlines()[1:]
     weights = 4e-6 * sum(p.numel() for p in build_encoder(prepared.recipe.encoder).parameters())
     disk = store + weights * 3 * 2 * len(seconds)  # weights and two slots of the optimizer, two checkpoints a stage
@@ -206,10 +207,10 @@ def _run_stages(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> Non
     worker = Worker(prepared, interrupts)
     worker.try_networks()
     prepared, sums = _as_before(asked, prepared, stages, worker)
-    check_resumable(prepared)
+    identity.check_folder(prepared)
     folder.rests = False
     folder.status("running", "prepare")
-    for line in prepared.reasons + sums + equations(prepared):
+    for line in prepared.reasons + sums + prepared.equations:
         say(f"  {line}")
     write_resolved(prepared, asked, sums)
     worker.follow(prepared)
@@ -239,7 +240,7 @@ def _run_stages(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> Non
 
 def _wanted_stages(asked: Asked, prepared: Prepared) -> list[str]:
     """The stages that can run, up to the one asked for. What they have too few of is told before the first begins."""
-    stages = stages_to_run(prepared)
+    stages = prepared.stages
     if asked.until == "pretrain" and asked.until not in stages:
         raise UsageError("pretraining was asked for, and a model that takes its place", fix="leave out --pretrained")
     if asked.until not in (*stages, "distill"):

@@ -9,11 +9,16 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from fewlabels.config import DistillRecipe, PretrainRecipe, Recipe, Schedule
+from fewlabels.config import SECTIONS, DistillRecipe, PretrainRecipe, Recipe, Schedule
 from fewlabels.model import optim
 from fewlabels.recipes import SELF_TRAINING_STEPS, Facts
 
-STAGES = ("pretrain", "finetune", "distill")
+STAGES = tuple(SECTIONS)
+# What is trained and saved, each after what it needs, and the stage whose section of the recipe it follows
+TRAINED = {
+    "pretrain": "pretrain", "finetune": "finetune", "supervised": "finetune", "distill_self": "distill",
+    "distill": "distill",
+}  # fmt: skip
 CPU_MINUTES = 60.0  # what `auto` allows itself without --budget on a CPU
 TRAINING_SHARE = 0.9  # of a budget; the rest is for reading images, evaluation and the report
 LABELS_SHARE = 0.25  # of the training time, at most, for fine-tuning and its baseline
@@ -152,10 +157,9 @@ def baseline(recipe: Recipe, images: int, ranks: int) -> Schedule:
 
 
 def schedule_of(recipe: Recipe, stage: str, labeled: int, ranks: int) -> Schedule:
-    """That of a stage: pretrain, finetune, distill, distill_self, or supervised, which is the baseline."""
-    if stage == "supervised":
-        return baseline(recipe, labeled, ranks)
-    return getattr(recipe, stage.removesuffix("_self"))  # type: ignore[no-any-return]
+    """That of one of TRAINED; supervised is the baseline."""
+    found: Schedule = getattr(recipe, TRAINED[stage])
+    return baseline(recipe, labeled, ranks) if stage == "supervised" else found
 
 
 def cost(
@@ -185,12 +189,12 @@ def fit_budget(
     go to pretraining and distillation. Time is set aside for stages in kept, which stay as they are.
     """
     costs, stay = cost(recipe, images, per_step, ranks, done), {*kept}
-    set_aside = sum(costs.get(name, 0.0) for stage in stay - {"finetune"} for name in (stage, f"{stage}_self"))
+    set_aside = sum(costs[name] for name in costs if TRAINED[name] in stay - {"finetune"})
     left = max(0.1 * seconds, TRAINING_SHARE * seconds - set_aside)
     sections: dict[str, Schedule] = {}
     sums: list[str] = []
     if "finetune" in per_step:
-        needed = costs["finetune"] + costs.get("supervised", 0.0)
+        needed = sum(costs[name] for name in costs if TRAINED[name] == "finetune")
         most = needed if "finetune" in stay else LABELS_SHARE * left
         if needed > most:
             sections["finetune"] = replace(recipe.finetune, epochs=recipe.finetune.epochs * most / needed)
@@ -203,7 +207,7 @@ def fit_budget(
     for stage, share in ((stage, share / sum(shares.values())) for stage, share in shares.items()):
         schedule: Schedule = getattr(recipe, stage)
         batch = fitted_batch(schedule.batch, images[stage], ranks)
-        a_step = per_step[stage] + (per_step.get("distill_self", 0.0) if stage == "distill" else 0.0)
+        a_step = sum(per_step[name] for name in per_step if TRAINED[name] == stage)
         steps = images[stage] / batch  # of an epoch
         epochs = min(longest[stage], float(f"{max(1.0, share * left / a_step) / steps:.4g}"))
         sums.append(

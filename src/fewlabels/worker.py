@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fewlabels import checkpoint, plan, runtime
+from fewlabels import checkpoint, identity, plan, runtime
 from fewlabels.data import views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch, Order, training_batches
@@ -24,7 +24,7 @@ from fewlabels.errors import UsageError
 from fewlabels.model.encoder import Encoder
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier, ProjectionHead
-from fewlabels.prepare import Prepared, identity
+from fewlabels.prepared import Prepared
 from fewlabels.runfolder import Interrupts, say
 from fewlabels.stages import memory, runner
 from fewlabels.stages.answers import Answers
@@ -94,7 +94,8 @@ class Worker:
             )  # fmt: skip
         layout = torch.channels_last if self.prepared.precision.channels_last else torch.contiguous_format
 
-        again = recipe.distill.teacher_epochs if stage.startswith("distill") and recipe.distill.replays else 0
+        replays = plan.TRAINED[stage] == "distill" and recipe.distill.replays
+        again = recipe.distill.teacher_epochs if replays else 0
 
         def view(batch: Batch, number: int) -> Tensor:
             epoch = batch.epoch % again if again else batch.epoch
@@ -315,11 +316,9 @@ class Worker:
 
     def _job(self, name: str, stage: Stage) -> Job:
         """What running this stage means: its images, its schedule, and whose result it is."""
-        labeled_only = name in ("finetune", "supervised")
         return Job(
-            name=name, stage=stage, schedule=self.prepared.schedule(name),
-            ids=self.dataset.labeled if labeled_only else self.dataset.train,
-            seed=self.prepared.seed + (STREAMS[name] << 32), identity=identity(self.prepared, name),
+            name=name, stage=stage, schedule=self.prepared.schedule(name), ids=self.prepared.ids(name),
+            seed=self.prepared.seed + (STREAMS[name] << 32), identity=identity.of(self.prepared, name),
             scores=self._feature_scores if name == "pretrain" and len(self.dataset.labeled) else None,
             shard=self.recipe.shard,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fewlabels import prepare
+from fewlabels import plan
 from fewlabels.errors import DataError, MissingInput
 from fewlabels.use import evaluate, facts, figures, report
 from fewlabels.use.facts import clean
@@ -134,7 +134,7 @@ def test_it_says_what_was_measured(run: Path) -> None:
 
 
 def test_every_stage_has_its_words() -> None:
-    assert report.STAGES.keys() == set(prepare.SAVING)
+    assert report.STAGES.keys() == set(plan.TRAINED)
 
 
 def test_it_is_one_small_file_that_needs_no_network(run: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ import numpy.typing as npt
 from fewlabels import checkpoint
 from fewlabels.data.pixels import PixelStore
 from fewlabels.data.source import Source
-from fewlabels.errors import DataError, UsageError, nearest, printable
+from fewlabels.errors import DataError, UsageError, counted, nearest, printable
 
 Ints = npt.NDArray[np.int64]
 TRAIN, VAL, TEST, LEAKED = 0, 1, 2, 3  # LEAKED: a training image that is also held out; nobody sees it
@@ -56,14 +57,14 @@ class Understood:
 
     def line(self) -> str:
         """One line, such as "9,469 images, 100 labeled in 10 classes, 12 unreadable, 4 duplicates"."""
-        parts = [_count(self.train, "image")]
-        known = f"{self.labeled:,} labeled in {_count(len(self.classes), 'class', 'classes')}"
+        parts = [counted(self.train, "image")]
+        known = f"{self.labeled:,} labeled in {counted(len(self.classes), 'class', 'classes')}"
         parts.append(known if self.labeled else "no labels")
         parts += [f"{self.unreadable:,} unreadable"] if self.unreadable else []
-        parts += [_count(self.duplicates, "duplicate")] if self.duplicates else []
+        parts += [counted(self.duplicates, "duplicate")] if self.duplicates else []
         parts += [f"{self.leaks:,} left out because they are also held out"] if self.leaks else []
         held = [(self.val, "validation"), (self.test, "test")]
-        parts += [f"{_count(number, f'held-out {name} image')}" for number, name in held if number]
+        parts += [f"{counted(number, f'held-out {name} image')}" for number, name in held if number]
         return ", ".join(parts)
 
 
@@ -93,6 +94,11 @@ class Dataset:
         )  # fmt: skip
 
     @property
+    def digest(self) -> str:
+        """A name for the training images: their pixels, in order."""
+        return hashlib.sha256(self.store.hashes[self.train].tobytes()).hexdigest()[:16]
+
+    @property
     def train(self) -> Ints:
         """Rows of the training images, labeled or not."""
         return np.flatnonzero(self.splits == TRAIN)
@@ -105,7 +111,8 @@ class Dataset:
     @property
     def held_out(self) -> Ints:
         """Rows of the test images with a label, each picture once; without any, of the validation images."""
-        return self.once(_held_out(self.splits, self.labels))
+        test, val = (np.flatnonzero((self.splits == split) & (self.labels >= 0)) for split in (TEST, VAL))
+        return self.once(test if len(test) else val)
 
     def once(self, ids: Ints) -> Ints:
         """ids without those that are, pixel for pixel, images that come before among them."""
@@ -147,12 +154,13 @@ def assemble(source: Source, store: PixelStore, kept: Ints, known: Sequence[str]
 
     groups = _identical(store.hashes)
     _check_conflicts(groups, labels, splits, source, kept, classes)
-    splits, leaked = _without_leaks(groups, splits)
+    leaked = np.flatnonzero((splits == TRAIN) & np.isin(groups, groups[splits != TRAIN]))
+    splits[leaked] = LEAKED
     train = splits == TRAIN
     notes = [f"also held out, left out of training: {_few([names[i] for i in leaked])}"] if len(leaked) else []
     val, test = (len(np.unique(groups[splits == split])) for split in (VAL, TEST))
     copies = int(np.isin(splits, (VAL, TEST)).sum()) - val - test
-    notes += [f"held out more than once, which counts once: {_count(copies, 'copy', 'copies')}"] if copies else []
+    notes += [f"held out more than once, which counts once: {counted(copies, 'copy', 'copies')}"] if copies else []
     if not train.any():
         raise DataError(
             f"{source.description}: every training image is also held out",
@@ -188,19 +196,22 @@ def keep_labels(dataset: Dataset, amount: str | int, seed: int) -> Dataset:
     hidden = len(rows) - len(chosen)
     before = _count_notes(dataset.labels_a_class, classes)
     notes = [*_count_notes(counts, classes), *(note for note in dataset.notes if note not in before)]
-    notes += [f"{_count(hidden, 'label')} hidden on request"] if hidden else []
+    notes += [f"{counted(hidden, 'label')} hidden on request"] if hidden else []
     return replace(dataset, labels=labels, hidden=dataset.hidden + hidden, notes=tuple(notes))
 
 
 def write_images(dataset: Dataset, path: Path) -> None:
     """RUN/images.csv: image,label,split of every row of the store, in order, as the run knows them."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "label", "split"])
     words = ("", *dataset.classes)
-    for name, label, split in zip(dataset.names, dataset.labels.tolist(), dataset.splits.tolist(), strict=True):
-        writer.writerow([name, words[label + 1], SPLIT_WORDS[split]])
-    checkpoint.write_text(path, text.getvalue())
+    rows = zip(dataset.names, dataset.labels.tolist(), dataset.splits.tolist(), strict=True)
+    checkpoint.write_text(path, as_table((name, words[label + 1], SPLIT_WORDS[split]) for name, label, split in rows))
+
+
+def as_table(rows: Iterable[tuple[str, str, str]]) -> str:
+    """A labels CSV of rows (image, label, split)."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("image", "label", "split"), *rows])
+    return text.getvalue()
 
 
 def read_images(path: Path, store: PixelStore, understood: Mapping[str, Any]) -> Dataset:
@@ -233,7 +244,7 @@ def _known(known: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:
     strangers = sorted(set(used) - set(known), key=_natural)
     if strangers:
         raise DataError(
-            f"{_count(len(strangers), 'class', 'classes')} of the held-out images the given model does not know",
+            f"{counted(len(strangers), 'class', 'classes')} of the held-out images the given model does not know",
             details=[f'"{name}"{nearest(name, known)}' for name in strangers],
             why="without training labels the model's own classes count, and these images would all be errors",
             fix="name the classes as the model does (its README.md lists them), or label training images",
@@ -257,7 +268,7 @@ def _check_conflicts(
             conflicts.append(" and ".join(pair))
     if conflicts:
         raise DataError(
-            f"{_count(len(conflicts), 'picture')} with two different labels: the pixels are the same",
+            f"{counted(len(conflicts), 'picture')} with two different labels: the pixels are the same",
             details=conflicts,
             why="one of the two labels is wrong, and it would be learned or count as an error",
             fix="correct or empty the wrong label of each pair",
@@ -275,7 +286,7 @@ def _check_learnable(
     known = [classes[k] for k in sorted(trained)]
     if held - trained and trained:
         raise DataError(
-            f"{_count(len(held - trained), 'class', 'classes')} without a training label, only held-out ones",
+            f"{counted(len(held - trained), 'class', 'classes')} without a training label, only held-out ones",
             details=[
                 f'"{classes[k]}"{nearest(classes[k], known)}, the first is {source.named(int(kept[labels == k][0]))}'
                 for k in sorted(held - trained)
@@ -285,7 +296,7 @@ def _check_learnable(
         )
     if held and not trained:
         leaked = int(((splits == LEAKED) & (labels >= 0)).sum())
-        same = f"; {_count(leaked, 'labeled training image')} are the same pictures as held-out ones"
+        same = f"; {counted(leaked, 'labeled training image')} are the same pictures as held-out ones"
         raise DataError(
             f"{source.description}: only held-out images are labeled",
             details=[f'"{classes[k]}"' for k in sorted(held)],
@@ -300,7 +311,7 @@ def _check_learnable(
         )
     if count and len(classes) > count:
         raise DataError(
-            f"{len(classes):,} classes but only {_count(count, 'label')}",
+            f"{len(classes):,} classes but only {counted(count, 'label')}",
             why="every class needs at least one labeled image",
             fix="label at least one image of each class; are numbers or file names in the label column?",
         )
@@ -312,14 +323,14 @@ def _count_notes(counts: Ints, classes: Sequence[str]) -> list[str]:
     if counts.any():
         for number, words in ((0, "no labeled image"), (1, "a single labeled image")):
             few = [classes[k] for k in np.flatnonzero(counts == number).tolist()]
-            notes += [f"{_count(len(few), 'class', 'classes')} with {words}: {_few(few)}"] if few else []
+            notes += [f"{counted(len(few), 'class', 'classes')} with {words}: {_few(few)}"] if few else []
     return notes
 
 
 def _lost_notes(source: Source, kept: Ints) -> list[str]:
     lost = np.setdiff1d(np.arange(len(source.names)), kept).tolist()
     named = [source.named(i) for i in lost if source.labels[i] is not None]
-    words = f"{_count(len(named), 'labeled image')} could not be read and their labels are lost: {_few(named)}"
+    words = f"{counted(len(named), 'labeled image')} could not be read and their labels are lost: {_few(named)}"
     return [words] if named else []
 
 
@@ -330,12 +341,6 @@ def _identical(hashes: npt.NDArray[np.uint8]) -> Ints:
     """(N,) group numbers; images of one group have the same pixels. hashes: (N, 32)."""
     keys = np.ascontiguousarray(hashes).view("V32").reshape(-1)
     return np.unique(keys, return_inverse=True)[1].reshape(-1).astype(np.int64)
-
-
-def _without_leaks(groups: Ints, splits: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.int8], Ints]:
-    """(splits with LEAKED, rows leaked): training images that are also validation or test images."""
-    leaked = (splits == TRAIN) & np.isin(groups, groups[np.isin(splits, (VAL, TEST))])
-    return np.where(leaked, np.int8(LEAKED), splits), np.flatnonzero(leaked)
 
 
 def _near_duplicates(
@@ -352,7 +357,7 @@ def _near_duplicates(
         twins = (apart <= CLOSE) & (groups[one] != groups[other])
         like |= dict(zip(one[twins].tolist(), other[twins].tolist(), strict=True))
     pairs = [f"{names[row]} like {names[like[row]]}" for row in sorted(like)]
-    words = f"{_count(len(pairs), 'training image')} nearly the same as a held-out one (kept): {_few(pairs, '; ')}"
+    words = f"{counted(len(pairs), 'training image')} nearly the same as a held-out one (kept): {_few(pairs, '; ')}"
     return [words] if pairs else []
 
 
@@ -378,11 +383,6 @@ def _candidates(thumbs: npt.NDArray[np.uint8], train: Ints, held: Ints) -> Itera
 # --- small things ------------------------------------------------------------------------------------------------
 
 
-def _held_out(splits: npt.NDArray[np.int8], labels: Ints) -> Ints:
-    test = np.flatnonzero((splits == TEST) & (labels >= 0))
-    return test if len(test) else np.flatnonzero((splits == VAL) & (labels >= 0))
-
-
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts "2" before "10"."""
     pieces = re.split(r"([0-9]+)", name)
@@ -401,14 +401,10 @@ def _amount(amount: str | int, available: int, classes: int) -> int:
     if not classes <= wanted <= available:
         raise UsageError(
             f"{wanted:,} labels were asked for",
-            why=f"there are {available:,} labels in {_count(classes, 'class', 'classes')}, and each class keeps one",
+            why=f"there are {available:,} labels in {counted(classes, 'class', 'classes')}, and each class keeps one",
             fix=f"ask for {classes:,} to {available:,} of them",
         )
     return wanted
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _few(words: Sequence[str], mark: str = ", ") -> str:

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from fewlabels.data.decode import Payload
-from fewlabels.data.parts import UNREADABLE, Part, damaged, sampled
+from fewlabels.data.parts import UNREADABLE, Part, reading, sampled
 from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
 from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.told import with_sequence
@@ -76,10 +76,8 @@ class Parquet(Part):
         """A span of the file, where the image lies in it as it is, else a cell."""
         group = bisect_right(self.ends, row)
         inside = row - (self.ends[group - 1] if group else 0)
-        try:
+        with reading(self.place):
             spans = patiently(self.place, lambda: _spans(self.place, self.column, group, _state(self.place)))
-        except UNREADABLE as error:
-            raise damaged(self.place, error) from error
         if spans is None:
             return Cell(self.place, f":{row}", self.column, group, inside)
         return Span(self.place, f":{row}", *spans[inside])
@@ -89,11 +87,8 @@ class Parquet(Part):
         yield stamp(self.place)
 
     def _read(self, groups: list[int] | None) -> Iterator[Payload]:
-        try:
-            with _file(self.place) as file:
-                yield from _images(file, self.column, groups)
-        except UNREADABLE as error:
-            raise damaged(self.place, error) from error
+        with reading(self.place), _file(self.place) as file:
+            yield from _images(file, self.column, groups)
 
 
 def _state(place: str) -> bytes:
@@ -160,44 +155,58 @@ def open_parquet(place: str) -> Source:
 
     Raises DataError for a damaged or empty file, UsageError without pyarrow.
     """
-    try:
-        with _file(place) as file:
-            schema, rows = file.schema_arrow, int(file.metadata.num_rows)
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            column = next((name for name in ("image", "img") if name in schema.names), None)
-            if column is None:
-                raise DataError(
-                    f'{place}: no column "image"{nearest("image", schema.names)}',
-                    why=f"its columns are {', '.join(schema.names)}",
-                    fix="rename the column that holds the encoded pictures to image, and their classes to label",
-                )
-            labels = file.read(columns=["label"]).column(0).to_pylist() if "label" in schema.names else None
-            kind = schema.field(column).type
-            fields = [field.name for field in kind] if str(kind).startswith("struct") else []
-            if "bytes" not in fields and str(kind) not in ("binary", "large_binary"):
-                raise DataError(
-                    f"{place}: the image column holds {kind}",
-                    why="it must hold encoded pictures: binary, or a struct with the field bytes",
-                    fix="write each picture's JPEG or PNG bytes into it",
-                )
-            paths = file.read(columns=[f"{column}.path"]).column(0).to_pylist() if "path" in fields else [None] * rows
-            names = [value and value["path"] for value in paths]
-            once, file = Counter(names), place.rpartition("/")[2]  # a name that comes twice could be in no table
-            shown = (name if name and once[name] == 1 else f"{file}:{row}" for row, name in enumerate(names))
-            ends = tuple(accumulate(int(group.num_rows) for group in groups))
-            chunks = [_chunk(group, column) for group in groups]
-            small = all(c.compression == "UNCOMPRESSED" or c.total_uncompressed_size <= LARGEST_GROUP for c in chunks)
-            part = Parquet(place, column, ends, small)
-            source = unlabeled(f"parquet {printable(place)}", tuple(map(printable, shown)), part)
-            passed = ", ".join(printable(name) for name in schema.names if name != column)
-            words = f"there is no column label, so nothing is labeled by {passed}; rename the one, or give labels"
-            notes = (words,) if passed and labels is None else ()
-            source = replace(source, classes=_class_names(schema.metadata or {}), notes=notes)
-    except UNREADABLE as error:
-        raise damaged(place, error) from error
-    if not rows:
-        raise DataError(f"{place} has no rows", fix="give a file with at least one image")
-    return source if labels is None else with_sequence(source, labels)
+    with reading(place), _file(place) as file:
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+        column, has_paths = _pictures(place, schema)
+        labels = _values(file, "label") if "label" in schema.names else None
+        paths = [v and v["path"] for v in _values(file, f"{column}.path")] if has_paths else [None] * rows
+        source = unlabeled(f"parquet {printable(place)}", _names(place, paths), _part(place, column, file.metadata))
+        source = replace(source, classes=_class_names(schema.metadata or {}))
+        if not rows:
+            raise DataError(f"{place} has no rows", fix="give a file with at least one image")
+    if labels is not None:
+        return with_sequence(source, labels)
+    passed = ", ".join(printable(name) for name in schema.names if name != column)
+    words = f"there is no column label, so nothing is labeled by {passed}; rename the one, or give labels"
+    return replace(source, notes=(words,) if passed else ())
+
+
+def _pictures(place: str, schema: Any) -> tuple[str, bool]:
+    """The column of encoded pictures, and whether it has their paths too. Raises DataError where there is none."""
+    column = next((name for name in ("image", "img") if name in schema.names), None)
+    if column is None:
+        raise DataError(
+            f'{place}: no column "image"{nearest("image", schema.names)}',
+            why=f"its columns are {', '.join(schema.names)}",
+            fix="rename the column that holds the encoded pictures to image, and their classes to label",
+        )
+    kind = schema.field(column).type
+    fields = [field.name for field in kind] if str(kind).startswith("struct") else []
+    if "bytes" not in fields and str(kind) not in ("binary", "large_binary"):
+        raise DataError(
+            f"{place}: the image column holds {kind}",
+            why="it must hold encoded pictures: binary, or a struct with the field bytes",
+            fix="write each picture's JPEG or PNG bytes into it",
+        )
+    return column, "path" in fields
+
+
+def _values(file: Any, column: str) -> list[Any]:
+    return file.read(columns=[column]).column(0).to_pylist()  # type: ignore[no-any-return]
+
+
+def _names(place: str, paths: list[str | None]) -> tuple[str, ...]:
+    """What images are called: as their paths, or as file:row where a path is missing or comes twice."""
+    once, file = Counter(paths), place.rpartition("/")[2]  # a name that comes twice could be in no table
+    shown = (path if path and once[path] == 1 else f"{file}:{row}" for row, path in enumerate(paths))
+    return tuple(map(printable, shown))
+
+
+def _part(place: str, column: str, metadata: Any) -> Parquet:
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [_chunk(group, column) for group in groups]
+    small = all(c.compression == "UNCOMPRESSED" or c.total_uncompressed_size <= LARGEST_GROUP for c in chunks)
+    return Parquet(place, column, tuple(accumulate(int(group.num_rows) for group in groups)), small)
 
 
 def _file(place: str) -> Any:
@@ -211,8 +220,7 @@ def _pyarrow_parquet() -> ModuleType:
         import pyarrow.parquet
     except ImportError:
         raise UsageError(
-            "parquet files need the package pyarrow, which is not installed",
-            fix='pip install "fewlabels[data]"',
+            "parquet files need the package pyarrow, which is not installed", fix='pip install "fewlabels[data]"'
         ) from None
     return cast(ModuleType, pyarrow.parquet)
 

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,6 +28,8 @@ from fewlabels import checkpoint
 from fewlabels.data.decode import FAILING, Payload
 from fewlabels.data.places import is_url, stamp
 from fewlabels.errors import DataError, FewlabelsError, StorageError, nearest
+
+Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether in Fortran order, dtype
 
 CHUNK_BYTES = 4 << 20
 ALLOWED_ARRAYS = "uint8 arrays of shape (N, H, W) for grey or (N, H, W, 3) for RGB images, values 0 to 255"
@@ -128,30 +130,20 @@ class ArrayFile(Part):
     def payloads(self) -> Iterator[Payload]:
         """Images as they come out of the file."""
         step, size = rows_of(self.shape), prod(self.shape[1:])
-        try:
-            with ExitStack() as stack:
-                stream = _stream(stack, self.path, self.member)
-                _header(stream)
-                for first in range(0, len(self), step):
-                    count = min(step, len(self) - first)
-                    raw = stream.read(count * size)
-                    if len(raw) < count * size:
-                        raise EOFError("it ends before its last image")
-                    yield from np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
-        except UNREADABLE as error:
-            raise damaged(self.path, error) from error
+        with _opened(self.path, self.member) as (stream, _):
+            for first in range(0, len(self), step):
+                count = min(step, len(self) - first)
+                raw = stream.read(count * size)
+                if len(raw) < count * size:
+                    raise EOFError("it ends before its last image")
+                yield from np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
 
     def at(self, row: int) -> Payload:
         """One image."""
         size = prod(self.shape[1:])
-        try:
-            with ExitStack() as stack:
-                stream = _stream(stack, self.path, self.member)
-                _header(stream)
-                stream.seek(row * size, 1)
-                return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
-        except UNREADABLE as error:
-            raise damaged(self.path, error) from error
+        with _opened(self.path, self.member) as (stream, _):
+            stream.seek(row * size, 1)
+            return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
 
     def stamps(self) -> Iterator[bytes]:
         """Of the file."""
@@ -196,11 +188,8 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
     """(image parts, small arrays) of an .npz file by name: images, test_images; labels, test_labels, classes; and the
     names of arrays that are not known.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-    except UNREADABLE as error:
-        raise damaged(path, error) from error
+    with reading(path), zipfile.ZipFile(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
     if "images" not in names:
         found = ", ".join(sorted(names)) or "nothing"
         raise DataError(
@@ -217,14 +206,9 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
 def open_npy(path: Path, member: str | None = None) -> ArrayFile:
     """The images of an .npy file, or of the member of an .npz file; its header is checked."""
     where = f"{path}" if member is None else f'{path}, "{member.removesuffix(".npy")}"'
-    try:
-        with ExitStack() as stack:
-            stream = _stream(stack, path, member)
-            shape, fortran, dtype = _header(stream)
-            begin = stream.tell()
-            size = (stream.seek(0, 2) if member is None else _member_size(path, member)) - begin
-    except UNREADABLE as error:
-        raise damaged(path, error) from error
+    with _opened(path, member) as (stream, (shape, fortran, dtype)):
+        begin = stream.tell()
+        size = (stream.seek(0, 2) if member is None else _member_size(path, member)) - begin
     check_images(shape, dtype, where)
     if fortran:
         raise DataError(f"{where}: saved in Fortran order", fix="save np.ascontiguousarray(images)")
@@ -233,11 +217,13 @@ def open_npy(path: Path, member: str | None = None) -> ArrayFile:
     return ArrayFile(path, member, shape, seekable=member is None)
 
 
-def _stream(stack: ExitStack, path: Path, member: str | None) -> BinaryIO:
-    if member is None:
-        return stack.enter_context(path.open("rb"))
-    archive = stack.enter_context(zipfile.ZipFile(path))
-    return cast(BinaryIO, stack.enter_context(archive.open(member)))
+@contextmanager
+def _opened(path: Path, member: str | None) -> Iterator[tuple[BinaryIO, Header]]:
+    """The file, read up to the end of its header, and what that says."""
+    with reading(path), ExitStack() as stack:
+        file = path.open("rb") if member is None else stack.enter_context(zipfile.ZipFile(path)).open(member)
+        stream = cast(BinaryIO, stack.enter_context(file))
+        yield stream, _header(stream)
 
 
 def _member_size(path: Path, member: str) -> int:
@@ -245,7 +231,7 @@ def _member_size(path: Path, member: str) -> int:
         return archive.getinfo(member).file_size
 
 
-def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _header(stream: BinaryIO) -> Header:
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"unknown version {version} of the npy format")
@@ -254,12 +240,18 @@ def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _whole(path: Path, member: str) -> npt.NDArray[Any]:
+    with _opened(path, member) as (stream, (shape, _, dtype)):
+        if max(_member_size(path, member), prod(shape) * dtype.itemsize) > MOST_SMALL:
+            raise ValueError(f'"{member}" would take more than {MOST_SMALL >> 20} MiB')
+        stream.seek(0)
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """What is met while a file of images is read is told as `damaged` has it."""
     try:
-        with ExitStack() as stack:
-            shape, _, dtype = _header(_stream(stack, path, member))
-            if max(_member_size(path, member), prod(shape) * dtype.itemsize) > MOST_SMALL:
-                raise ValueError(f'"{member}" would take more than {MOST_SMALL >> 20} MiB')
-            return np.lib.format.read_array(_stream(stack, path, member), allow_pickle=False)
+        yield
     except UNREADABLE as error:
         raise damaged(path, error) from error
 

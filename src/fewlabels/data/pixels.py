@@ -49,6 +49,7 @@ from fewlabels.errors import DataError, FewlabelsError, MissingInput, RunAgain, 
 LARGEST_CANVAS = 256  # unless asked for: 196 KB an image; training at 224 crops from it
 SMALLEST_CANVAS = 8
 HEADERS = 256  # pictures whose headers decide the canvas
+SURVEYED = 32  # images looked at to choose a recipe
 CHUNK_BYTES = 8 << 20  # decoded, and encoded, in the hands of one thread
 CHUNK_IMAGES = 64
 THUMB = (8, 9)  # rows, columns: 8 differences a row make the 64-bit hash
@@ -232,6 +233,21 @@ def build(
             bad_csv.unlink(missing_ok=True)
             raise
     return open_store(folder, lambda row: source.at(int(kept[row]))), kept, bad
+
+
+def survey(source: Source) -> tuple[int, bool]:
+    """The usual longest side of the images, and whether they are gray, from a few of them."""
+    sides, gray = [], []
+    for payload in source.sample(SURVEYED):
+        size = header_size(payload)
+        try:  # at full size one of 63 megapixels takes 670 MB
+            image = decode(payload, LARGEST_CANVAS)  # (H, W, 3) uint8
+        except BadPicture:
+            continue
+        sides.append(max(size or image.shape[:2]))
+        spread = image.max(axis=2).astype(np.int16) - image.min(axis=2)
+        gray.append(float(np.mean(spread > 8)) < 0.01)  # JPEG's chroma noise stays below 8 levels
+    return (int(np.median(sides)), bool(np.mean(gray) > 0.95)) if sides else (32, False)
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -65,6 +66,16 @@ class Source:
         """One image by its place."""
         number = bisect_right(self._ends, index)
         return self.parts[number].at(index - (self._ends[number - 1] if number else 0))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names and stamps: whether a stored decoding may be used again. Labels do not matter."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+        for part in self.parts:
+            for stamp in part.stamps():
+                digest.update(stamp + b"\n")
+        return digest.hexdigest()
 
 
 def unlabeled(description: str, names: tuple[str, ...], part: Part) -> Source:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fewlabels.errors import DataError, MissingInput, StorageError, nearest, printable
+from fewlabels.errors import DataError, MissingInput, StorageError, counted, nearest, printable
 
 COLUMNS = ("image", "label", "split")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -61,9 +61,8 @@ class Table:
         """Raise one DataError with all faults in the order of their lines, if there are any."""
         if not self.faults:
             return
-        count = len(self.faults)
         raise DataError(
-            f"{self.path}: {count:,} fault{'s' if count > 1 else ''}",
+            f"{self.path}: {counted(len(self.faults), 'fault')}",
             details=[f"line {line}: {words}" for line, words in sorted(self.faults)],
             why="a label that is guessed would be learned",
             fix=f"correct these lines; {FORMAT}",

@@ -15,7 +15,7 @@ import numpy as np
 from fewlabels.data import tables
 from fewlabels.data.parts import Files
 from fewlabels.data.source import Source
-from fewlabels.errors import DataError, UsageError, printable
+from fewlabels.errors import DataError, UsageError, counted, printable
 
 
 def with_labels(source: Source, labels: Any) -> Source:
@@ -58,7 +58,7 @@ def _overruled(source: Source, found: Sequence[tables.Row]) -> tuple[str, ...]:
         for row, name, label, split in zip(found, source.names, source.labels, source.splits, strict=True)
         if (row.label and label in classes and label != row.label) or (row.split and split not in ("train", row.split))
     ]
-    words = f"{len(rows):,} image{'s' if len(rows) > 1 else ''} of another class or split than the place says"
+    words = f"{counted(len(rows), 'image')} of another class or split than the place says"
     return (f"{words}; the CSV counts: {', '.join(rows[:3])}{', ...' if len(rows) > 3 else ''}",) if rows else ()
 
 
@@ -105,7 +105,7 @@ def _with_list(source: Source, path: Path) -> Source:
             chosen[found[0]] = label
     if faults or not any(lines):
         raise DataError(
-            f"{len(faults):,} fault{'' if len(faults) == 1 else 's'} in {path}" if faults else f"{path} is empty",
+            f"{counted(len(faults), 'fault')} in {path}" if faults else f"{path} is empty",
             details=faults,
             why="each line names an image that is labeled; all others are used without their labels",
             fix="list file names of the images, or give a CSV with the columns image,label",
@@ -141,7 +141,7 @@ def with_sequence(source: Source, labels: Iterable[Any]) -> Source:
             faults += [f"label {i}: {fault}"] if fault else []
     if faults:
         raise DataError(
-            f"{len(faults):,} fault{'s' if len(faults) > 1 else ''} in the labels of {source.description}",
+            f"{counted(len(faults), 'fault')} in the labels of {source.description}",
             details=faults,
             why="a label that is guessed would be learned",
             fix='use whole numbers or class names, and -1, None or "" for unlabeled images',

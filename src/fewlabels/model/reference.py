@@ -28,12 +28,7 @@ TAP_BY_CATEGORY = {
     "distill_10pct": 0, "distill_1pct": 0,
 }  # fmt: skip
 TAP_BY_STEP = {250228: 0, 751: 1, 3754: 1, 37535: 0, 28151: 0}
-BATCH_NORM = {
-    "gamma": "weight",
-    "beta": "bias",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_variance",
-}
+BATCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_variance"}
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 FORTH, BACK = {4: (3, 2, 0, 1), 2: (1, 0)}, {4: (2, 3, 1, 0), 2: (1, 0)}  # HWIO <-> OIHW, (in, out) <-> (out, in)
 # (kind, number) of conv2d_12 or sync_batch_normalization_3, in names of both versions of TensorFlow

@@ -19,7 +19,7 @@ from fewlabels.data.labels import Dataset
 from fewlabels.data.loader import Batch, Order, training_batches
 from fewlabels.errors import DataError, Diverged, RunAgain, Stopped, UsageError
 from fewlabels.model import optim
-from fewlabels.plan import Derived, derive
+from fewlabels.plan import TRAINED, Derived, derive
 from fewlabels.runfolder import Interrupts, Progress, RunFolder, duration, say
 from fewlabels.stages import memory, sharded
 from fewlabels.stages.loop import Listeners, Plan, Stage, TrainState, check_finite, step, train
@@ -133,7 +133,8 @@ def _run(job: Job, at: Workplace, state: TrainState) -> None:
         at.interrupts.patient = False
         batches.close()
     at.folder.status("running", job.name, seconds={job.name: seconds()}, waited={job.name: sum(waits)})
-    if number := from_signal(at.interrupts):
+    # The same number on all ranks, though perhaps one of them got the signal
+    if number := max(runtime.from_all(at.interrupts.received or 0)):
         raise Stopped(number, f"at step {state.step:,} of {total:,} of {job.name}; everything is saved")
     say(f"{job.name}: done in {duration(seconds())}{_waited(sum(waits), seconds() - spent, at.dataset)}")
 
@@ -151,12 +152,11 @@ def _enough_memory(job: Job, at: Workplace, state: TrainState, batches: Generato
         state.optimizer.state.clear()
         fits = memory.largest_batch(job, at) if runtime.world_size() == 1 else None
         chunks = " or --pretrain.chunk" if job.name == "pretrain" else ""
-        section = {"supervised": "finetune", "distill_self": "distill"}.get(job.name, job.name)
         raise UsageError(
             f"the GPU has too little memory for {job.name} with batches of {job.derived.batch}",
             why="" if fits is None else f"the largest batch that fits: about {fits:,}",
             fix="repeat the command with --recompute; or, and with a new --out, with a smaller "
-            f"--{section}.batch or --size{chunks}",
+            f"--{TRAINED[job.name]}.batch or --size{chunks}",
         ) from error
 
 
@@ -166,11 +166,6 @@ def _seen(job: Job, dataset: Dataset, error: Diverged) -> list[str]:
     permutation = order.permutation(order.epoch(step))
     ranks = range(runtime.world_size()) if error.rank is None else [error.rank]
     return [dataset.names[row] for rank in ranks for row in order.share(step, permutation, rank)]
-
-
-def from_signal(interrupts: Interrupts) -> int:
-    """The number of the signal that stops the ranks, the same on all of them though perhaps one rank got it; or 0."""
-    return max(runtime.from_all(interrupts.received or 0))
 
 
 def _waited(seconds: float, of: float, dataset: Dataset) -> str:

@@ -20,10 +20,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from fewlabels import __version__, checkpoint
+from fewlabels import __version__, checkpoint, plan
 from fewlabels.config import flat
 from fewlabels.data.pixels import open_store
-from fewlabels.errors import DataError, FewlabelsError, MissingInput
+from fewlabels.errors import DataError, FewlabelsError, MissingInput, counted
 from fewlabels.runfolder import duration
 from fewlabels.use import figures
 from fewlabels.use.facts import Facts, is_number, part, read, short
@@ -96,7 +96,7 @@ def progress(run: Facts) -> Facts:
     """Whether the run is finished, and in words what is missing."""
     state = run["status"].get("state", "")
     missing = []
-    for stage in part(run["resolved"], "derived") or ("pretrain", "finetune", "distill"):
+    for stage in part(run["resolved"], "derived") or plan.STAGES:
         records = run["metrics"].get(stage)
         if not records:
             missing.append(f"{STAGES[stage]} has not begun")
@@ -116,7 +116,7 @@ def headline(run: Facts) -> Facts:
         images, known = understood.get("train"), understood.get("labeled")
         source = f"{images:,} images and {known:,} labels" if is_number(images) and is_number(known) else ""
         return {"title": "This run has no results yet", "under": source, "remark": ""}
-    source = f"{_count(results['labels_used'], 'label')} and {_count(results['images_used'], 'image')}"
+    source = f"{counted(results['labels_used'], 'label')} and {counted(results['images_used'], 'image')}"
     row = next((r for r in results["rows"] if r["key"] == results["final"]), None)
     if row and row["accuracy"] is not None and not row.get("cross_validated"):
         n, split = row["n"], (results["held_out"] or {}).get("split", "test")
@@ -124,13 +124,13 @@ def headline(run: Facts) -> Facts:
         if split == "val":
             remark = f"These are the validation images, since there are no test images. {remark}".strip()
         return {
-            "title": f"Your model gets {percent(row['accuracy'])} of {_count(n, 'held-out image')} right",
+            "title": f"Your model gets {percent(row['accuracy'])} of {counted(n, 'held-out image')} right",
             "under": f"{_range(row)} with 95 % confidence, from {source}.",
             "remark": remark,
         }
     if not results["labels_used"] and results["final"] == "pretrain":
         return {
-            "title": f"Pretrained on {_count(results['images_used'], 'image')}, no labels yet",
+            "title": f"Pretrained on {counted(results['images_used'], 'image')}, no labels yet",
             "under": "Give some labels to the same command, and it goes on from here.",
             "remark": "",
         }
@@ -142,13 +142,13 @@ def headline(run: Facts) -> Facts:
         return {"title": "Your model is trained, but not measured", "under": f"From {source}.", "remark": remark}
     if not row.get("cross_validated"):
         return {
-            "title": f"Its features get {percent(row['accuracy'])} of {_count(row['n'], 'held-out image')} right",
+            "title": f"Its features get {percent(row['accuracy'])} of {counted(row['n'], 'held-out image')} right",
             "under": f"{_range(row)} with 95 % confidence: {row['name']}; from {source}.",
             "remark": "It has no classifier of its own yet: `fewlabels fit` with the same --out goes on from here.",
         }
     return {
         "title": f"About {percent(row['accuracy'])} right, judged on its own labels",
-        "under": f"{_range(row)}: {row['name']}, cross-validated on {_count(row['n'], 'label')}; from {source}.",
+        "under": f"{_range(row)}: {row['name']}, cross-validated on {counted(row['n'], 'label')}; from {source}.",
         "remark": remark,
     }
 
@@ -371,10 +371,6 @@ def commands(run: str, results: Facts) -> list[tuple[str, str]]:
 def percent(share: float) -> str:
     """0.881 -> "88.1 %"."""
     return f"{100 * share:.1f} %"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _range(row: Facts) -> str:

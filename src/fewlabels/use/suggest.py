@@ -10,8 +10,6 @@ Shapes: N images, D features, n suggestions, K classes.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import warnings
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from fewlabels import runtime
-from fewlabels.data.labels import LEAKED, SPLIT_WORDS, TEST, TRAIN, VAL, Dataset
+from fewlabels.data.labels import LEAKED, SPLIT_WORDS, TEST, TRAIN, VAL, Dataset, as_table
 from fewlabels.data.tables import FORMULA_STARTS, through_links
 from fewlabels.errors import DataError, UsageError
 from fewlabels.runfolder import RunFolder
@@ -69,9 +67,7 @@ class Suggestions:
         that a spreadsheet would run, or whose first space would be lost, gets "./" before it, which leads to the same
         image; one that leads to another from the table's folder is a whole path. Labels stay as they are.
         """
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["image", "label", "split"])
+        rows = list[tuple[str, str, str]]()
         known, splits, named = self.dataset.labels >= 0, self.dataset.splits, set(self.dataset.names)
         told = known & np.isin(splits, (TRAIN, LEAKED)) | np.isin(splits, (VAL,) if self.tested_apart else (VAL, TEST))
         for row in [*self.rows, *np.flatnonzero(told).tolist()]:
@@ -80,8 +76,8 @@ class Suggestions:
             name = f"{self.root}/{name}" if other != name and other in named else name
             name = f"./{name}" if name.startswith(FORMULA_STARTS) or name[:1].isspace() else name
             word = SPLIT_WORDS[TRAIN if splits[row] == LEAKED else int(splits[row])]
-            writer.writerow([name, self.dataset.classes[label] if label >= 0 else "", word])
-        return text.getvalue()
+            rows.append((name, self.dataset.classes[label] if label >= 0 else "", word))
+        return as_table(rows)
 
 
 def suggest(run: Path, count: int, *, device: str = "auto") -> Suggestions:

@@ -1,0 +1,104 @@
+"""Whose a stage's checkpoint is: what decides its result, and the refusal to go on with another run's."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fewlabels import checkpoint, config, plan
+from fewlabels.data.labels import Understood
+from fewlabels.errors import CannotCreate
+from fewlabels.prepared import Prepared
+from fewlabels.runfolder import RunFolder
+from fewlabels.use import artefact
+
+
+def of(prepared: Prepared, stage: str) -> dict[str, Any]:
+    """What decides the result of a stage: equal identities mean that its checkpoint belongs to this run."""
+    recipe, dataset = prepared.recipe, prepared.dataset
+    facts: dict[str, Any] = {
+        "images": dataset.digest,
+        "seed": prepared.seed,
+        **{name: getattr(recipe, name) for name in ("size", "kind", "encoder")},
+        "precision": prepared.precision.name,
+        "pretrain": asdict(recipe.pretrain),
+    }
+    if recipe.resolution != 1:
+        facts["resolution"] = recipe.resolution
+    if recipe.pretrain.chunk:
+        facts["chunk_norm"] = recipe.chunk_norm
+    if recipe.pretrained is not None:
+        facts["pretrained"] = artefact.weights_digest(Path(recipe.pretrained))
+    if stage != "pretrain":
+        labeled = dataset.labels[dataset.train].tobytes() + "\0".join(dataset.classes).encode()
+        facts |= {"labels": hashlib.sha256(labeled).hexdigest()[:16], "finetune": asdict(recipe.finetune)}
+    if stage == "finetune" and prepared.self_trains and recipe.kind == "glyph":
+        facts["starts_from_propagated_labels"] = False
+    if stage == "supervised" and recipe.distill.optimizer == "muon":
+        facts["baseline"] = "muon"
+    if plan.TRAINED[stage] == "distill":
+        facts["distill"] = asdict(recipe.distill)
+        facts |= {"self_trains": False} if prepared.too_weak else {}
+    return facts
+
+
+def check(
+    before: Mapping[str, Any], now: Mapping[str, Any], stage: str, folder: Path, understood: Understood | None = None
+) -> None:
+    """Refuse a checkpoint of another run, naming every difference; of images and labels how many are understood now.
+
+    A run of an older version knows no knob that is newer: it ran with what is now that knob's default. Distillation
+    into the same network knows no student.
+    """
+    untouched = {"distill.student", "distill.temperature"} if stage == "distill_self" else set()
+    flat_before, flat_now = (config.flat(_with_defaults(facts)) for facts in (before, now))
+    differences = [
+        _counted(name, folder, understood)
+        or f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"
+        for name in sorted((flat_before.keys() | flat_now.keys()) - untouched)
+        if flat_before.get(name) != flat_now.get(name)
+    ]
+    if differences:
+        trained = list(plan.TRAINED)
+        later = shlex.join(str(folder / name) for name in trained[trained.index(stage) :])
+        fix = "give a new --out for the new settings, or repeat the command that made this folder"
+        if flat_before.get("images") != flat_now.get("images") and (folder / "model").is_dir():
+            fix = f"give a new --out (`fit --pretrained {shlex.quote(str(folder))}` begins there), or the old images"
+        if stage != "pretrain":
+            fix += f"; to keep what comes before it and do the rest anew, first rm -rf {later}"
+        raise CannotCreate(
+            f"{folder} holds another run's {stage} stage", details=differences,
+            why="going on would mix two runs; nothing was changed", fix=fix,
+        )  # fmt: skip
+
+
+def check_folder(prepared: Prepared) -> None:
+    """Refuse, before anything is done, a folder whose stages belong to another run."""
+    for stage in plan.TRAINED:
+        before = checkpoint.glance(prepared.folder.stage(stage)) or {}
+        if "identity" in before:
+            understood = prepared.dataset.understood
+            check(before["identity"], of(prepared, stage), stage, prepared.folder.path, understood)
+
+
+def _counted(name: str, folder: Path, now: Understood | None) -> str:
+    """How many images or labels there are and were: their hashes tell nobody anything. "" for what is no hash."""
+    if now is None or name not in ("images", "labels"):
+        return ""
+    count, kind, words = (now.train, "train", " to train on") if name == "images" else (now.labeled, "labeled", "")
+    before = (RunFolder(folder).resolved() or {}).get("understood", {}).get(kind, "others")
+    return f"{name}: {before}{words} there, {count}{' others' * (before == count)} now"
+
+
+def _with_defaults(facts: Any) -> dict[str, Any]:
+    """An identity, which may come from anywhere, with all knobs of today in the sections that it has."""
+    found: dict[str, Any] = dict(facts) if isinstance(facts, Mapping) else {}
+    for name, kind in config.SECTIONS.items():
+        found |= {name: asdict(kind()) | found[name]} if isinstance(found.get(name), Mapping) else {}
+    if found.get("kind") != "glyph":  # an older version said it of photos too
+        found.pop("starts_from_propagated_labels", None)
+    return found
