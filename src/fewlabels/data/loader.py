@@ -130,7 +130,9 @@ def training_batches(
                 permutation = order.permutation(epoch)
             yield pool.submit(reader, order.share(step, permutation), epoch)
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="batches") as pool:
+    # A thread begins on the first GPU, whichever the process has chosen: every rank would take memory of that one
+    chosen = partial(torch.cuda.set_device, device.index or 0) if device.type == "cuda" else None
+    with ThreadPoolExecutor(threads, thread_name_prefix="batches", initializer=chosen) as pool:
         waiting: deque[Future[Callable[[], Batch]]] = deque()
         try:
             for future in load():

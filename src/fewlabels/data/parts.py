@@ -109,8 +109,9 @@ class Array(Part):
         return cast(npt.NDArray[np.uint8], self.images[row])
 
     def stamps(self) -> Iterator[bytes]:
-        """The pixels themselves."""
-        return (image.tobytes() for image in self.payloads())  # type: ignore[union-attr]
+        """The shape, as equal bytes are other images in another one, and the pixels themselves."""
+        yield repr(self.images.shape).encode()
+        yield from (image.tobytes() for image in self.payloads())  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)

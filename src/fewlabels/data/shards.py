@@ -62,13 +62,13 @@ def find(images: str) -> Shards:
     """The tar or parquet files that a folder, a file, a pattern or a URL means; only a folder's may be of other splits
     than train, a file is what it is given as. Raises MissingInput.
     """
-    is_folder = not (BRACES.search(images) or images.lower().endswith(ENDINGS)) or Path(images).is_dir()
+    is_folder = not (BRACES.search(images) or ending(images)) or os.path.isdir(images)  # noqa: PTH112 - names may be long
     if is_folder:
         root = images.rstrip("/") or "/"
         names = places.below(root, ENDINGS) if places.is_url(root) else folders.scan(Path(root), is_shard)
         found = [f"{root}/{name}" for name in names]
     else:
-        root, found = BRACES.split(images)[0].rpartition("/")[0], _expanded(images)
+        root, found = BRACES.split(_without_query(images))[0].rpartition("/")[0], _expanded(images)
         names = [file[len(root) :].lstrip("/") if root else file for file in found]
     with ThreadPoolExecutor(places.AT_ONCE) as pool:
         states = list(pool.map(places.stamp, found))
@@ -81,6 +81,16 @@ def find(images: str) -> Shards:
             fix="correct the name",
         )
     return Shards(found, names, states, [_split_of(name) if is_folder else "train" for name in names])
+
+
+def ending(place: str) -> str:
+    """Which of ENDINGS a place has; a URL may have it before its query. "" for none."""
+    ways = (_without_query(place).lower(), place.lower())
+    return next((known for way in ways for known in ENDINGS if way.endswith(known)), "")
+
+
+def _without_query(place: str) -> str:
+    return place.partition("?")[0] if places.is_url(place) else place
 
 
 def is_shard(path: str) -> bool:
