@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -129,30 +129,20 @@ class ArrayFile(Part):
     def payloads(self) -> Iterator[Payload]:
         """Images as they come out of the file."""
         step, size = rows_of(self.shape), prod(self.shape[1:])
-        try:
-            with ExitStack() as stack:
-                stream = _stream(stack, self.path, self.member)
-                _header(stream)
-                for first in range(0, len(self), step):
-                    count = min(step, len(self) - first)
-                    raw = stream.read(count * size)
-                    if len(raw) < count * size:
-                        raise EOFError("it ends before its last image")
-                    yield from np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
-        except UNREADABLE as error:
-            raise damaged(self.path, error) from error
+        with _opened(self.path, self.member) as (stream, *_):
+            for first in range(0, len(self), step):
+                count = min(step, len(self) - first)
+                raw = stream.read(count * size)
+                if len(raw) < count * size:
+                    raise EOFError("it ends before its last image")
+                yield from np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
 
     def at(self, row: int) -> Payload:
         """One image."""
         size = prod(self.shape[1:])
-        try:
-            with ExitStack() as stack:
-                stream = _stream(stack, self.path, self.member)
-                _header(stream)
-                stream.seek(row * size, 1)
-                return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
-        except UNREADABLE as error:
-            raise damaged(self.path, error) from error
+        with _opened(self.path, self.member) as (stream, *_):
+            stream.seek(row * size, 1)
+            return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
 
     def stamps(self) -> Iterator[bytes]:
         """Of the file."""
@@ -218,14 +208,8 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
 def open_npy(path: Path, member: str | None = None) -> ArrayFile:
     """The images of an .npy file, or of the member of an .npz file; its header is checked."""
     where = f"{path}" if member is None else f'{path}, "{member.removesuffix(".npy")}"'
-    try:
-        with ExitStack() as stack:
-            stream = _stream(stack, path, member)
-            shape, fortran, dtype = _header(stream)
-            begin = stream.tell()
-            size = (stream.seek(0, 2) if member is None else _member_size(path, member)) - begin
-    except UNREADABLE as error:
-        raise damaged(path, error) from error
+    with _opened(path, member) as (_, size, shape, fortran, dtype):
+        pass  # the header will do
     check_images(shape, dtype, where)
     if fortran:
         raise DataError(f"{where}: saved in Fortran order", fix="save np.ascontiguousarray(images)")
@@ -234,16 +218,22 @@ def open_npy(path: Path, member: str | None = None) -> ArrayFile:
     return ArrayFile(path, member, shape, seekable=member is None)
 
 
-def _stream(stack: ExitStack, path: Path, member: str | None) -> BinaryIO:
-    if member is None:
-        return stack.enter_context(path.open("rb"))
-    archive = stack.enter_context(zipfile.ZipFile(path))
-    return cast(BinaryIO, stack.enter_context(archive.open(member)))
-
-
-def _member_size(path: Path, member: str) -> int:
-    with zipfile.ZipFile(path) as archive:
-        return archive.getinfo(member).file_size
+@contextmanager
+def _opened(path: Path, member: str | None) -> Iterator[tuple[BinaryIO, int, tuple[int, ...], bool, np.dtype[Any]]]:
+    """(Stream behind its header, bytes left, shape, in Fortran order or not, dtype). What cannot be read is damaged."""
+    try:
+        with ExitStack() as stack:
+            if member is None:
+                stream: BinaryIO = stack.enter_context(path.open("rb"))
+                size = path.stat().st_size
+            else:
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                stream = cast(BinaryIO, stack.enter_context(archive.open(member)))
+                size = archive.getinfo(member).file_size
+            header = _header(stream)
+            yield stream, size - stream.tell(), *header
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
 
 
 def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -255,14 +245,11 @@ def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _whole(path: Path, member: str) -> npt.NDArray[Any]:
-    try:
-        with ExitStack() as stack:
-            shape, _, dtype = _header(_stream(stack, path, member))
-            if max(_member_size(path, member), prod(shape) * dtype.itemsize) > MOST_SMALL:
-                raise ValueError(f'"{member}" would take more than {MOST_SMALL >> 20} MiB')
-            return np.lib.format.read_array(_stream(stack, path, member), allow_pickle=False)
-    except UNREADABLE as error:
-        raise damaged(path, error) from error
+    with _opened(path, member) as (stream, size, shape, _, dtype):
+        if max(size, prod(shape) * dtype.itemsize) > MOST_SMALL:
+            raise ValueError(f'"{member}" would take more than {MOST_SMALL >> 20} MiB')
+        stream.seek(0)  # read_array begins with the header
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def damaged(path: str | Path, error: Exception) -> FewlabelsError:

@@ -68,7 +68,7 @@ def find(images: str) -> Shards:
         names = places.below(root, ENDINGS) if places.is_url(root) else folders.scan(Path(root), is_shard)
         found = [f"{root}/{name}" for name in names]
     else:
-        root, found = BRACES.split(_without_query(images))[0].rpartition("/")[0], _expanded(images)
+        root, found = BRACES.split(images)[0].rpartition("/")[0], _expanded(images)
         names = [file[len(root) :].lstrip("/") if root else file for file in found]
     with ThreadPoolExecutor(places.AT_ONCE) as pool:
         states = list(pool.map(places.stamp, found))
@@ -84,13 +84,9 @@ def find(images: str) -> Shards:
 
 
 def ending(place: str) -> str:
-    """Which of ENDINGS a place has; a URL may have it before its query. "" for none."""
-    ways = (_without_query(place).lower(), place.lower())
-    return next((known for way in ways for known in ENDINGS if way.endswith(known)), "")
-
-
-def _without_query(place: str) -> str:
-    return place.partition("?")[0] if places.is_url(place) else place
+    """The one of ENDINGS that a place has, a URL maybe before its query (?download=true); "" for none."""
+    ways = (place.partition("?")[0], place) if places.is_url(place) else (place,)
+    return next((known for way in ways for known in ENDINGS if way.lower().endswith(known)), "")
 
 
 def is_shard(path: str) -> bool:
