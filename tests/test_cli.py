@@ -264,7 +264,7 @@ def test_stdout_is_the_result_and_stderr_the_progress(photos: Path, tmp_path: Pa
 
 def test_help_names_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
     for command, told in (("predict", "RUN IMAGES [IMAGES ...]"), ("fit", "[IMAGES]"), ("suggest", "--out CSV")):
-        assert main([command, "--help"]) == 0
+        assert cli.main([command, "--help"]) == 0
         spoken = capsys.readouterr().out
         assert told in spoken
         assert "{None}" not in spoken

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,3 +127,19 @@ def test_of_many_ranks_the_first_that_differs_is_named(monkeypatch: pytest.Monke
     with pytest.raises(UsageError, match="the 8 processes of this job do not agree") as met:
         agreement._compare({"size": 32, "seed": 1}, UsageError, fix="none")
     assert met.value.details == ("seed: rank 0: 1; rank 3: 2",)
+
+
+def test_one_run_folder_is_one_in_every_time_zone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(runtime, "barrier", lambda: None)
+    monkeypatch.setattr(runtime, "from_all", lambda facts: told.append(facts) or [facts])
+    with monkeypatch.context() as there:
+        for zone in ("UTC0", "JST-9"):
+            there.setenv("TZ", zone)
+            time.tzset()
+            agreement.on_folder(SimpleNamespace(path=tmp_path))  # type: ignore[arg-type]
+    time.tzset()
+    assert "its lock is file " in told[0]["run folder"]
+    assert told[0] == told[1]

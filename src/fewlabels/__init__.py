@@ -41,33 +41,23 @@ _HOMES = {
     "views": "fewlabels.data.views",
 }
 
-__all__ = [
-    "LARS",
-    "FewLabelClassifier",
-    "Model",
-    "ProjectionHead",
-    "Run",
-    "__version__",
-    "distillation_loss",
-    "encoder",
-    "fit",
-    "load",
-    "load_reference",
-    "nt_xent",
-    "resnet",
-    "views",
-]
+__all__ = ["__version__"]
+__all__ += list(_HOMES)
 
 if TYPE_CHECKING:
-    from fewlabels.data import views
-    from fewlabels.estimator import FewLabelClassifier
-    from fewlabels.model.encoder import encoder, resnet
-    from fewlabels.model.heads import ProjectionHead
-    from fewlabels.model.losses import distillation_loss, nt_xent
-    from fewlabels.model.optim import LARS
-    from fewlabels.model.reference import load_reference
-    from fewlabels.pipeline import Run, fit
-    from fewlabels.use.predict import Model, load
+    from fewlabels.data import views as views
+    from fewlabels.estimator import FewLabelClassifier as FewLabelClassifier
+    from fewlabels.model.encoder import encoder as encoder
+    from fewlabels.model.encoder import resnet as resnet
+    from fewlabels.model.heads import ProjectionHead as ProjectionHead
+    from fewlabels.model.losses import distillation_loss as distillation_loss
+    from fewlabels.model.losses import nt_xent as nt_xent
+    from fewlabels.model.optim import LARS as LARS
+    from fewlabels.model.reference import load_reference as load_reference
+    from fewlabels.pipeline import Run as Run
+    from fewlabels.pipeline import fit as fit
+    from fewlabels.use.predict import Model as Model
+    from fewlabels.use.predict import load as load
 
 
 def __getattr__(name: str) -> Any:

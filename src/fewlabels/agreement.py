@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -53,7 +52,7 @@ def on_folder(folder: RunFolder) -> None:
     try:
         with (folder.path / ".lock").open() as file:  # opening asks a network disk anew
             found = os.fstat(file.fileno())
-        lock = f"its lock is file {found.st_ino} of {time.ctime(found.st_mtime)}"
+        lock = f"its lock is file {found.st_ino}, made {int(found.st_mtime)} s after 1970"
     except OSError:
         lock = f"there is none at {folder.path.absolute()}"
     _compare({"run folder": lock}, UsageError, fix="put --out on a disk that all machines see")

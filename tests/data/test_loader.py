@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -125,6 +126,22 @@ def test_a_copy_beside_the_step_is_waited_for_by_the_stream_and_kept_until_it_is
     assert told == [*before, ("wait", "event"), *[("keep", 5, current)] * 4]
     assert batch.epoch == 3
     assert torch.equal(batch.pixels, dataset.store.read(np.arange(5))[0])
+
+
+def test_threads_that_read_for_a_gpu_begin_on_it(dataset: labels.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those of every rank would begin on the first GPU, and take its memory for a context each."""
+    begun: dict[str, int] = {}
+    device, order = torch.device("cuda", 1), loader.Order(dataset.train, batch=12, seed=1)
+
+    def start(ids: np.ndarray, epoch: int) -> object:
+        assert begun[threading.current_thread().name] == 1
+        return lambda: loader.read(dataset, ids, epoch)
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda told: begun.update({threading.current_thread().name: told}))
+    monkeypatch.setattr(runtime, "free_memory", lambda _: 0)
+    monkeypatch.setattr(loader, "uploading", lambda *_: start)
+    assert len(list(loader.training_batches(dataset, order, first_step=0, last_step=4, device=device))) == 4
+    assert threading.current_thread().name not in begun
 
 
 def test_which_images_go_onto_the_device() -> None:

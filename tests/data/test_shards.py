@@ -604,6 +604,22 @@ def test_urls_of_all_forms(forms: dict[str, Path], memory: str) -> None:
         open_source("nosuchprotocol://bucket/x.tar")
 
 
+@pytest.mark.parametrize("query", ["?download=true", f"?X-Amz-Credential=a/b&X-Amz-Signature={'0' * 300}"])
+def test_the_query_of_a_url_is_no_part_of_its_ending(
+    forms: dict[str, Path], memory: str, tmp_path: Path, query: str
+) -> None:
+    files = fsspec.filesystem("memory")
+    for file in ("labels/shard-000.tar", "plain/0.parquet"):
+        files.pipe_file(f"/bucket/{file}{query}", files.cat_file(f"/bucket/{file}"))
+        there, signed = open_source(f"{memory}/{file}"), open_source(f"{memory}/{file}{query}")
+        assert signed.labels == there.labels
+        assert np.array_equal(decode.decode(signed.at(3)), decode.decode(there.at(3)))
+    folder = tmp_path / "x.tar?download=true"  # on a disk a question mark is a letter
+    (folder / "cat").mkdir(parents=True)
+    (folder / "cat" / "1.png").write_bytes(png())
+    assert open_source(folder).names == ("cat/1.png",)
+
+
 @pytest.mark.parametrize("form", ["labels", "snappy"])
 def test_a_failing_range_is_tried_again_and_then_named(
     memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str

@@ -291,6 +291,13 @@ def test_arrays_in_memory_in_npy_and_in_npz_are_the_same(tmp_path: Path, stack: 
     assert np.array_equal(np.stack(decoded(grey)), np.repeat(stack[..., :1], 3, axis=3))
 
 
+def test_arrays_of_equal_bytes_and_another_shape_are_other_images(stack: np.ndarray) -> None:
+    same, other = stack.copy(), stack.reshape(7, 6, 5, 3)
+    first, again, turned = (list(open_source(images).parts[0].stamps()) for images in (stack, same, other))
+    assert first == again
+    assert first != turned
+
+
 def test_npz_streams_over_chunk_borders(tmp_path: Path, stack: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewlabels.data.parts.CHUNK_BYTES", 2 * stack[0].nbytes)
     np.savez_compressed(tmp_path / "a.npz", images=stack)

@@ -343,6 +343,23 @@ def test_momentum_moves_the_average_and_fills_the_memory(dataset: labels.Dataset
     assert torch.allclose(stage.queue.norm(dim=1), torch.ones(24), atol=1e-5)
 
 
+def test_no_two_steps_seeds_or_stages_drop_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, whose generator takes 32 bits of a seed. A stage's seed has its number above these."""
+    drawn: list[float] = []
+
+    def drawing(state: SimpleNamespace, *_: object) -> dict[str, Tensor]:
+        drawn.append(torch.rand(()).item())
+        state.step += 1
+        return {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(loop, "step", drawing)
+    quiet = Listeners(lambda *_: None, lambda _: None, lambda _: None, lambda: False)
+    for seed in (0, 1, 256, 1 << 32, 2 << 32):
+        state = SimpleNamespace(stage=nn.Module(), step=0, tensors=dict)
+        loop.train(state, range(5), loop.Plan(5, lambda _: 0.1, 1, 0, 9, seed), quiet, FP32)  # type: ignore[arg-type]
+    assert len(drawn) == len(set(drawn)) == 25
+
+
 def test_a_stage_says_that_it_waited_for_images() -> None:
     streamed, stored = (SimpleNamespace(store=SimpleNamespace(streamed=kind)) for kind in (True, False))
     assert runner._waited(4.9, 100.0, streamed) == ""  # type: ignore[arg-type]

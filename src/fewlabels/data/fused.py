@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewlabels.data import colour
+from fewlabels.data import colour, resample
 from fewlabels.data.philox import uniforms as uniforms
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ ZERO, HALF, ONE, TWO, FOUR, SIX = F(0), F(0.5), F(1), F(2), F(4), F(6)
 UNIT = F(1 / 255)
 TINY = F(colour.TINY)
 LUMA = tuple(F(weight) for weight in colour.LUMA)
-RESIZE = {"antialias": 0, "tf2": 1, "tf1": 2}
 PIXELS = 1024  # that colour operations pass over at a time: their channels take 12 KiB of the first-level cache
 FAINT = F(1e-6)  # blur weights below this share of the largest are left out: they move no view by more than 1e-5
 MARGIN = 4  # a blur takes four pairs of taps at a time, the last of them perhaps of no weight
@@ -55,7 +54,7 @@ def make(pixels: Tensor, placement: Placement, strokes: Paint | None, *, size: i
     no, four = placement.flip.new_zeros(len(pixels)), torch.zeros(len(pixels), 4, **host)
     unpainted = (no, four.long(), four, no, no, four[:, 0])
     arrays += [part.contiguous().numpy() for part in (vars(strokes).values() if strokes else unpainted)]
-    settings = (RESIZE[kind.resize], placement.affine is not None, kind.colour, radius, kind.official)
+    settings = (resample.CODES[kind.resize], placement.affine is not None, kind.colour, radius, kind.official)
     threads = min(torch.get_num_threads(), len(pixels))
     edges = [len(pixels) * i // threads for i in range(threads + 1)]
 

@@ -113,13 +113,7 @@ def training_batches(
     dataset: Dataset, order: Order, *, first_step: int, last_step: int, device: torch.device
 ) -> Generator[Batch, None, None]:
     """This rank's batches of steps first_step .. last_step - 1, read ahead by threads."""
-    passes = (last_step - first_step) * order.batch / len(order.ids)
-    if fits(dataset, order.ids, passes, runtime.free_memory(device)):
-        reader = resident(dataset, order.ids, device)
-    elif device.type == "cuda":
-        reader = uploading(dataset, device)
-    else:
-        reader = lambda ids, epoch: partial(read(dataset, ids, epoch).to, device)  # noqa: E731 - no copy
+    reader = _reader(dataset, order.ids, (last_step - first_step) * order.batch / len(order.ids), device)
     threads = 1 if device.type == "cpu" else min(READERS, runtime.threads_while_training())
 
     def load() -> Iterator[Future[Callable[[], Batch]]]:
@@ -130,7 +124,9 @@ def training_batches(
                 permutation = order.permutation(epoch)
             yield pool.submit(reader, order.share(step, permutation), epoch)
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="batches") as pool:
+    # A thread begins on the first GPU, whichever the process has chosen: every rank would take memory of that one
+    chosen = partial(torch.cuda.set_device, device.index or 0) if device.type == "cuda" else None
+    with ThreadPoolExecutor(threads, thread_name_prefix="batches", initializer=chosen) as pool:
         waiting: deque[Future[Callable[[], Batch]]] = deque()
         try:
             for future in load():
@@ -141,6 +137,15 @@ def training_batches(
                 yield waiting.popleft().result()()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _reader(dataset: Dataset, ids: np.ndarray, passes: float, device: torch.device) -> Reader:
+    """The one for images ids, each of which is seen so many times."""
+    if fits(dataset, ids, passes, runtime.free_memory(device)):
+        return resident(dataset, ids, device)
+    if device.type == "cuda":
+        return uploading(dataset, device)
+    return lambda chosen, epoch: partial(read(dataset, chosen, epoch).to, device)  # no copy
 
 
 def fits(dataset: Dataset, ids: np.ndarray, passes: float, free: int) -> bool:

@@ -29,8 +29,6 @@ from fewlabels.data.decode import FAILING, Payload
 from fewlabels.data.places import is_url, stamp
 from fewlabels.errors import DataError, FewlabelsError, StorageError, nearest
 
-Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether in Fortran order, dtype
-
 CHUNK_BYTES = 4 << 20
 ALLOWED_ARRAYS = "uint8 arrays of shape (N, H, W) for grey or (N, H, W, 3) for RGB images, values 0 to 255"
 MOST_SMALL = 512 << 20  # bytes of labels or class names, which are held whole; a few kB of zip can stand for terabytes
@@ -111,8 +109,9 @@ class Array(Part):
         return cast(npt.NDArray[np.uint8], self.images[row])
 
     def stamps(self) -> Iterator[bytes]:
-        """The pixels themselves."""
-        return (image.tobytes() for image in self.payloads())  # type: ignore[union-attr]
+        """The shape, as equal bytes are other images in another one, and the pixels themselves."""
+        yield repr(self.images.shape).encode()
+        yield from (image.tobytes() for image in self.payloads())  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class ArrayFile(Part):
     def payloads(self) -> Iterator[Payload]:
         """Images as they come out of the file."""
         step, size = rows_of(self.shape), prod(self.shape[1:])
-        with _opened(self.path, self.member) as (stream, _):
+        with _opened(self.path, self.member) as (stream, *_):
             for first in range(0, len(self), step):
                 count = min(step, len(self) - first)
                 raw = stream.read(count * size)
@@ -141,7 +140,7 @@ class ArrayFile(Part):
     def at(self, row: int) -> Payload:
         """One image."""
         size = prod(self.shape[1:])
-        with _opened(self.path, self.member) as (stream, _):
+        with _opened(self.path, self.member) as (stream, *_):
             stream.seek(row * size, 1)
             return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
 
@@ -206,9 +205,8 @@ def open_npz(path: Path) -> tuple[dict[str, ArrayFile], dict[str, npt.NDArray[An
 def open_npy(path: Path, member: str | None = None) -> ArrayFile:
     """The images of an .npy file, or of the member of an .npz file; its header is checked."""
     where = f"{path}" if member is None else f'{path}, "{member.removesuffix(".npy")}"'
-    with _opened(path, member) as (stream, (shape, fortran, dtype)):
-        begin = stream.tell()
-        size = (stream.seek(0, 2) if member is None else _member_size(path, member)) - begin
+    with _opened(path, member) as (_, size, shape, fortran, dtype):
+        pass  # the header will do
     check_images(shape, dtype, where)
     if fortran:
         raise DataError(f"{where}: saved in Fortran order", fix="save np.ascontiguousarray(images)")
@@ -218,20 +216,21 @@ def open_npy(path: Path, member: str | None = None) -> ArrayFile:
 
 
 @contextmanager
-def _opened(path: Path, member: str | None) -> Iterator[tuple[BinaryIO, Header]]:
-    """The file, read up to the end of its header, and what that says."""
+def _opened(path: Path, member: str | None) -> Iterator[tuple[BinaryIO, int, tuple[int, ...], bool, np.dtype[Any]]]:
+    """Stream behind its header, bytes left, shape, in Fortran order or not, dtype."""
     with reading(path), ExitStack() as stack:
-        file = path.open("rb") if member is None else stack.enter_context(zipfile.ZipFile(path)).open(member)
-        stream = cast(BinaryIO, stack.enter_context(file))
-        yield stream, _header(stream)
+        if member is None:
+            stream: BinaryIO = stack.enter_context(path.open("rb"))
+            size = path.stat().st_size
+        else:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            stream = cast(BinaryIO, stack.enter_context(archive.open(member)))
+            size = archive.getinfo(member).file_size
+        header = _header(stream)
+        yield stream, size - stream.tell(), *header
 
 
-def _member_size(path: Path, member: str) -> int:
-    with zipfile.ZipFile(path) as archive:
-        return archive.getinfo(member).file_size
-
-
-def _header(stream: BinaryIO) -> Header:
+def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"unknown version {version} of the npy format")
@@ -240,10 +239,10 @@ def _header(stream: BinaryIO) -> Header:
 
 
 def _whole(path: Path, member: str) -> npt.NDArray[Any]:
-    with _opened(path, member) as (stream, (shape, _, dtype)):
-        if max(_member_size(path, member), prod(shape) * dtype.itemsize) > MOST_SMALL:
+    with _opened(path, member) as (stream, size, shape, _, dtype):
+        if max(size, prod(shape) * dtype.itemsize) > MOST_SMALL:
             raise ValueError(f'"{member}" would take more than {MOST_SMALL >> 20} MiB')
-        stream.seek(0)
+        stream.seek(0)  # read_array begins with the header
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CODES = {"antialias": 0, "tf2": 1, "tf1": 2}  # what compiled views call the ways to resize
+
 
 def matrices(
     start: Tensor, length: Tensor, flip: Tensor | None = None, *, in_size: int, out_size: int, resize: str

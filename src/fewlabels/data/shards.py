@@ -62,7 +62,7 @@ def find(images: str) -> Shards:
     """The tar or parquet files that a folder, a file, a pattern or a URL means; only a folder's may be of other splits
     than train, a file is what it is given as. Raises MissingInput.
     """
-    is_folder = not (BRACES.search(images) or images.lower().endswith(ENDINGS)) or Path(images).is_dir()
+    is_folder = not (BRACES.search(images) or ending(images)) or os.path.isdir(images)  # noqa: PTH112 - names may be long
     if is_folder:
         root = images.rstrip("/") or "/"
         names = places.below(root, ENDINGS) if places.is_url(root) else folders.scan(Path(root), is_shard)
@@ -81,6 +81,12 @@ def find(images: str) -> Shards:
             fix="correct the name",
         )
     return Shards(found, names, states, [_split_of(name) if is_folder else "train" for name in names])
+
+
+def ending(place: str) -> str:
+    """The one of ENDINGS that a place has, a URL maybe before its query (?download=true); "" for none."""
+    ways = (place.partition("?")[0], place) if places.is_url(place) else (place,)
+    return next((known for way in ways for known in ENDINGS if way.lower().endswith(known)), "")
 
 
 def is_shard(path: str) -> bool:

@@ -169,7 +169,7 @@ def _csv(path: Path) -> Source:
 def _shards(images: str | Path) -> Source:
     """Tar or parquet files. In a folder the file's name may say the split: train-00000-of-00001.parquet."""
     found, shown = shards.find(str(images)), printable(str(images))
-    is_tar = [place.lower().endswith(".tar") for place in found.places]
+    is_tar = [shards.ending(place) == ".tar" for place in found.places]
     if all(is_tar):
         return shards.open_tars(found, shown)
     if any(is_tar):

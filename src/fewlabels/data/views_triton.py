@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 WHOLE = 64  # views up to this side are one tile
 SIDE = 32  # of a block, and of a tile of larger views: the largest whose numbers a program keeps in registers
-RESIZE = {"antialias": 0, "tf2": 1, "tf1": 2}
 UNIT = tl.constexpr(2.0**-24)
 
 
@@ -78,8 +77,8 @@ def _made(
     settings: dict[str, Any] = {"TILE": tile, "BLOCK": min(tile, SIDE), "num_warps": max(1, tile * tile // 512)}
     settings |= {"COLOUR": kind.colour, "DARK": kind.official, "num_stages": 1}
     _place[grid](
-        source, brush, made, sums, height, width, size, radius, RESIZE=RESIZE[kind.resize], PLACED=source is images,
-        PAINTED=brush is not None, WHOLE=whole, CLIP=clip, **settings,
+        source, brush, made, sums, height, width, size, radius, RESIZE=resample.CODES[kind.resize],
+        PLACED=source is images, PAINTED=brush is not None, WHOLE=whole, CLIP=clip, **settings,
     )  # fmt: skip
     if sums is None:
         return made

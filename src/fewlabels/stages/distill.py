@@ -40,9 +40,8 @@ class Distill(Stage):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         view = self.view(batch, 0)
         with torch.no_grad():
-            answers = self.answers or (lambda _, ask: ask(slice(None)))
-            taught = answers(batch, lambda rows: self.teacher(view[rows]))  # (B, K)
-        logits = self.student(view)  # (B, K)
+            taught = self.answers(batch, lambda rows: self.teacher(view[rows])) if self.answers else self.teacher(view)
+        logits = self.student(view)  # (B, K), as taught
         # Unscaled, the paper's 0.1 has ten times the gradient at the same rate: it diverged (docs/method.md)
         distilled = distillation_loss(logits, taught, self.temperature, scale_by_temperature_squared=True)
         scalars = {"agreement": (logits.argmax(dim=1) == taught.argmax(dim=1)).float().mean()}

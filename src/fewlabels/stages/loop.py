@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -152,8 +153,8 @@ def train(
     mark = asked = time.perf_counter()
     for batch in batches:
         waited += time.perf_counter() - asked
-        # so that a resumed run drops the same, and no two ranks do: of a seed the CPU's generator takes 32 bits
-        torch.manual_seed((plan.seed << 24) + state.step + runtime.rank() * 0x9E3779B1 & (1 << 63) - 1)
+        # so that a resumed run drops the same, and no two ranks or stages do: a CPU's generator takes 32 bits of a seed
+        torch.manual_seed(zlib.crc32(f"{plan.seed} {state.step} {runtime.rank()}".encode()))
         scalars = step(state, batch, plan.learning_rate(state.step), precision)
         losses.take(scalars["loss"])
         finished = state.step == plan.total_steps

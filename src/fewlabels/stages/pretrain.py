@@ -11,7 +11,7 @@ Shapes: B images of this rank, V views, D projections, Q keys in the memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import torch
@@ -66,11 +66,12 @@ class Pretrain(Stage):
         """The loss and what is logged, of what look gives."""
         del keys
         seen = projections.chunk(self.num_views)
-        losses = [nt_xent(first, second, self.temperature) for first, second in combinations(seen, 2)]
-        return {
-            "loss": torch.stack(losses).mean(),  # each the paper's mean over 2N anchors
-            "contrast_accuracy": contrast_accuracy(*seen[:2]),
-        }
+        return self.over_pairs(seen, lambda a, b: nt_xent(seen[a], seen[b], self.temperature))
+
+    def over_pairs(self, seen: Sequence[Tensor], loss: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
+        """The mean of loss(a, b), each the paper's mean over 2N anchors, over every two views, and what is logged."""
+        losses = [loss(a, b) for a, b in combinations(range(self.num_views), 2)]
+        return {"loss": torch.stack(losses).mean(), "contrast_accuracy": contrast_accuracy(*seen[:2])}
 
 
 class PretrainWithMomentum(Pretrain):
@@ -91,9 +92,8 @@ class PretrainWithMomentum(Pretrain):
         super().__init__(encoder, head, view=view, temperature=temperature, num_views=num_views, chunks=chunks)
         self.momentum = momentum
         self.average = copy.deepcopy(nn.ModuleDict({"encoder": encoder, "head": head})).requires_grad_(False)
-        width = next(p.shape[0] for p in reversed(list(head.parameters())) if p.dim() == 2)
         # Random unit vectors until real keys fill the memory, as in MoCo
-        noise = random.uniforms(0, 0, torch.arange(queue), stream=99, count=width) - 0.5
+        noise = random.uniforms(0, 0, torch.arange(queue), stream=99, count=head.width()) - 0.5
         self.register_buffer("queue", nn.functional.normalize(noise, dim=1) if queue else noise)  # (Q, D)
         self.register_buffer("next_row", torch.zeros((), dtype=torch.long))
         self._keys = torch.empty(0)
@@ -110,11 +110,11 @@ class PretrainWithMomentum(Pretrain):
         seen, keys_seen = projections.chunk(self.num_views), keys.chunk(self.num_views)
         # View by view, so that the memory's order does not depend on the number of ranks
         self._keys = torch.cat([runtime.gather(part) for part in keys_seen])[-len(self.queue) :]
-        losses = [
-            nt_xent_with_queue(seen[a], seen[b], keys_seen[a], keys_seen[b], self.queue, self.temperature)
-            for a, b in combinations(range(self.num_views), 2)
-        ]
-        return {"loss": torch.stack(losses).mean(), "contrast_accuracy": contrast_accuracy(*seen[:2])}
+
+        def loss(a: int, b: int) -> Tensor:
+            return nt_xent_with_queue(seen[a], seen[b], keys_seen[a], keys_seen[b], self.queue, self.temperature)
+
+        return self.over_pairs(seen, loss)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -323,21 +323,21 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
     there = [name for name in ("test", "val", "train") if name in source.splits]
     # Images to train on never stand in for held-out ones without labels
     split = next((name for name in there if name in labeled and name != "train"), there[0] if there else "train")
-    rows, truth, first, conflicts, unreadable, copies, unlabeled = [], [], dict[bytes, int](), [], [], 0, 0
+    rows, truth, first = [], [], dict[bytes, int]()  # first: of each picture, by its pixels
+    conflicts, unreadable, copies, unlabeled = [], [], 0, 0
     keep = [s == split and n >= 0 for s, n in zip(source.splits, numbers, strict=True)]
     for index, prediction in enumerate(model.each(source, keep=keep, digests=True)):
         if prediction.error:
             unreadable.append({"name": prediction.name, "reason": prediction.error})
-        elif prediction.probabilities is not None and prediction.digest not in first:
-            first[prediction.digest] = index
+        elif prediction.probabilities is None:
+            unlabeled += source.splits[index] == split
+        elif (same := first.setdefault(prediction.digest, index)) == index:
             rows.append(prediction.probabilities)
             truth.append(numbers[index])
-        elif prediction.probabilities is not None:
-            copies, pair = copies + 1, (first[prediction.digest], index)
-            if numbers[pair[0]] != numbers[index]:
-                conflicts.append(" and ".join(f'{source.named(i)} is "{source.labels[i]}"' for i in pair))
-        elif source.splits[index] == split:
-            unlabeled += 1
+        else:
+            copies += 1
+            if numbers[same] != numbers[index]:
+                conflicts.append(" and ".join(f'{source.named(i)} is "{source.labels[i]}"' for i in (same, index)))
     if conflicts:
         raise DataError(
             f"pictures with two labels, though their pixels are the same: {len(conflicts):,}", details=conflicts,

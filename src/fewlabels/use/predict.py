@@ -287,6 +287,30 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
     "unreadable", "counts": {class: n}}.
     """
     out = Path(out_csv)
+    source, counts, unreadable = _pictures(images, out), dict.fromkeys(model.classes, 0), 0
+    with checkpoint.storage_errors(out):
+        if str(out.absolute().parent) not in checkpoint.STREAMS and out.is_file() and not _is_ours(out):
+            why = "it does not begin as a table of predictions does, which would be replaced"
+            raise CannotCreate(f"{out} is there already", why=why, fix="give another file for the predictions")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.text_file(out) as file:
+        writer, names = csv.writer(file), [f"p:{name}" for name in map(printable, model.classes)]
+        writer.writerow(["image", "label", "confidence", *names, "error"])
+        for prediction in model.each(source):
+            row = prediction.probabilities
+            if row is None:
+                unreadable += 1
+                writer.writerow([cell(prediction.name), "", "", *[""] * len(names), cell(prediction.error)])
+                continue
+            numbers, best = [f"{p:.6f}" for p in row], int(row.argmax())
+            writer.writerow([cell(prediction.name), cell(model.classes[best]), numbers[best], *numbers, ""])
+            counts[model.classes[best]] += 1
+    done = sum(counts.values())
+    return {"out": str(out), "images": done + unreadable, "predicted": done, "unreadable": unreadable, "counts": counts}
+
+
+def _pictures(images: Any, out: Path) -> Source:
+    """images as a source. Raises UsageError or MissingInput for a list or an out that cannot be meant."""
     if isinstance(images, str | os.PathLike) and real(str(images)) == real(str(out)):
         raise UsageError(f"{out} are the images themselves", fix="give another file for the predictions")
     source = as_source(images)
@@ -297,25 +321,7 @@ def write_predictions(model: Model, images: Any, out_csv: str | os.PathLike[str]
         raise UsageError("several images must be pictures", details=other, fix="give a folder or a table alone")
     if out.is_dir():
         raise UsageError(f"{out} is a folder", fix=f"give a file name, such as {out / 'predictions.csv'}")
-    counts, images = dict.fromkeys(model.classes, 0), 0
-    with checkpoint.storage_errors(out):
-        if str(out.absolute().parent) not in checkpoint.STREAMS and out.is_file() and not _is_ours(out):
-            why = "it does not begin as a table of predictions does, which would be replaced"
-            raise CannotCreate(f"{out} is there already", why=why, fix="give another file for the predictions")
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.text_file(out) as file:
-        writer, names = csv.writer(file), [f"p:{name}" for name in map(printable, model.classes)]
-        writer.writerow(["image", "label", "confidence", *names, "error"])
-        for images, prediction in enumerate(model.each(source), 1):  # noqa: B007
-            row = prediction.probabilities
-            if row is None:
-                writer.writerow([cell(prediction.name), "", "", *[""] * len(names), cell(prediction.error)])
-                continue
-            numbers, best = [f"{p:.6f}" for p in row], int(row.argmax())
-            writer.writerow([cell(prediction.name), cell(model.classes[best]), numbers[best], *numbers, ""])
-            counts[model.classes[best]] += 1
-    done = sum(counts.values())
-    return {"out": str(out), "images": images, "predicted": done, "unreadable": images - done, "counts": counts}
+    return source
 
 
 def _is_ours(table: Path) -> bool:

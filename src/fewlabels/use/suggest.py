@@ -69,7 +69,8 @@ class Suggestions:
         """
         rows = list[tuple[str, str, str]]()
         known, splits, named = self.dataset.labels >= 0, self.dataset.splits, set(self.dataset.names)
-        told = known & np.isin(splits, (TRAIN, LEAKED)) | np.isin(splits, (VAL,) if self.tested_apart else (VAL, TEST))
+        measures = np.isin(splits, (VAL,) if self.tested_apart else (VAL, TEST))
+        told = measures | (known & np.isin(splits, (TRAIN, LEAKED)))
         for row in [*self.rows, *np.flatnonzero(told).tolist()]:
             name, label = self.dataset.names[row], self.dataset.labels[row]
             other = os.path.relpath(through_links(f"{beside.absolute()}/{name}"), self.root)
