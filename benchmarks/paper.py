@@ -160,11 +160,11 @@ class Tables:
         rows[f"{self.big}, distilled into itself"] = self.few(
             f"itself, {body}", lambda amount, draw: self.lab.accuracy(itself(amount, draw))
         )
-        smaller = [name for name in dict.fromkeys(self.scale.bodies[::-1]) if "18" in name]
-        for name in smaller:
+        big, *smaller = [name for name in dict.fromkeys(self.scale.bodies[::-1]) if "18" in name]
+        for name in (*smaller, big):
             rows[f"{name}, taught by it"] = self.few(f"taught by {body}, {name}", functools.partial(student, name=name))
             rows[f"{name}, fine-tuned itself"] = {a: self.finetuned(Body(name), a) for a in LABELS[:2]}
-        for name in smaller[1:]:
+        for name in smaller:
             rows[f"{name}, taught by it {LONGER} times as long"] = self.few(
                 f"taught by {body}, {name}, {LONGER} x", functools.partial(student, name=name, longer=LONGER)
             )
