@@ -63,12 +63,8 @@ class Table:
         """Raise one DataError with all faults in the order of their lines, if there are any."""
         if not self.faults:
             return
-        raise DataError(
-            f"{self.path}: {counted(len(self.faults), 'fault')}",
-            details=[f"line {line}: {words}" for line, words in sorted(self.faults)],
-            why=why,
-            fix=fix,
-        )
+        details = [f"line {line}: {words}" for line, words in sorted(self.faults)]
+        raise DataError(f"{self.path}: {counted(len(self.faults), 'fault')}", details=details, why=why, fix=fix)
 
 
 def read_table(path: Path, classes: Collection[str | None] = ()) -> Table:
@@ -181,11 +177,8 @@ def twins(labels: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _folded(label: str, both: bool) -> str:  # noqa: FBT001
-    """label without case, unless it is a letter of both, outer quotes, zeros ("01", "1.0"), kinds of space ("a_b").
-
-    What a spreadsheet makes of UTF-8 that it takes for Windows-1252 ("K\u00c3\u00a4fer") is folded to what was meant.
-    """
-    with contextlib.suppress(UnicodeError):
+    """label without case, unless it is a letter of both, outer quotes, zeros ("01", "1.0"), kinds of space ("a_b")."""
+    with contextlib.suppress(UnicodeError):  # what a spreadsheet makes of UTF-8 that it takes for Windows-1252
         label = label.encode("cp1252").decode("utf-8")
     text = unicodedata.normalize("NFKC", label).strip("'\"`\u2018\u2019\u201c\u201d")
     text = text if both and len(text) == 1 else text.casefold()
@@ -248,11 +241,9 @@ def _header(table: Table, line: int, cells: list[str]) -> list[str]:
             table.fault(line, f'the column "{name}" is there {order.count(name)} times')
         elif name not in order and name != "split":
             table.fault(line, f'the column "{name}" is missing')
-    delete = (
-        "delete these columns: only image, label and split are read; of predictions keep rows that you have checked"
-    )
-    is_whole = {"image", "label"} <= {*order}
-    table.refuse("columns are known by their names", delete if is_whole else f"correct the first line; {FORMAT}")
+    more = "delete these columns: only image, label and split are read; of predictions keep what you have checked"
+    fix = more if {"image", "label"} <= {*order} else f"correct the first line; {FORMAT}"
+    table.refuse("columns are known by their names", fix)
     return order
 
 

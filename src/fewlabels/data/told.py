@@ -27,18 +27,16 @@ def with_labels(source: Source, labels: Any) -> Source:
         return _with_list(source, path)
     rows = tables.match(tables.read_table(path, set(source.labels)), _finder(source, path), lambda: source.names)
     told = {row.label for row in rows.values() if row.label}
-    places = {own for own, split in zip(source.labels, source.splits, strict=True) if own and split != "train"}
-    # A place that spells a class otherwise than the table keeps its label, so that the pair is refused, not passed over
-    told |= {own for one, own in tables.twins([*told, *places]) if one in told}
+    places = enumerate(zip(source.labels, source.splits, strict=True))
+    held = {i: own for i, (own, split) in places if own and split != "train" and i not in rows}
+    # A class that the table spells otherwise keeps its images, so that the pair is refused and not passed over
+    told |= {own for one, own in tables.twins([*told, *set(held.values())]) if one in told}
     nothing = tables.Row(0, "", None, None, sound=True)
-    found, lost = [], Counter[str]()
-    for i, (own, split) in enumerate(zip(source.labels, source.splits, strict=True)):
-        measured = split != "train" and own in told  # held out, and of a class of the table's: its place says which
-        found.append(rows.get(i) or (replace(nothing, label=own) if measured else nothing))
-        if own and split != "train" and found[-1] is nothing:
-            lost[own] += 1
-    note = f"not measured, since {path.name} has no such class: held-out images in {', '.join(sorted(lost)[:20])}"
-    note += f" ({lost.total():,} of {len(source) - source.splits.count('train'):,})"
+    measured = {i: replace(nothing, label=own) for i, own in held.items() if own in told}
+    found = [rows.get(i) or measured.get(i, nothing) for i in range(len(source))]
+    lost = sorted({*held.values()} - told)
+    note = f"not measured, since {path.name} has no such class: held-out images in {', '.join(lost[:20])}"
+    note += f" ({len(held) - len(measured):,} of {len(source) - source.splits.count('train'):,})"
     return replace(
         source,
         description=f"{source.description}, labels from {printable(str(path))}",

@@ -340,10 +340,9 @@ def feature_map(
 
 def write(run: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """results.json, with the tap that the run's recipe fine-tunes from, and evaluation.npz, each by one rename."""
-    recipe = facts.part(read_json(run / "resolved.json") or {}, "recipe")
-    results = results | {"tap": facts.part(recipe, "finetune").get("tap", 0)}
+    tuned = facts.part(facts.part(read_json(run / "resolved.json") or {}, "recipe"), "finetune")
     temporary = run / ".evaluation.tmp.npz"
     with checkpoint.storage_errors(run):
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         temporary.replace(run / "evaluation.npz")
-    checkpoint.write_json(run / "results.json", results)
+    checkpoint.write_json(run / "results.json", results | {"tap": tuned.get("tap", 0)})

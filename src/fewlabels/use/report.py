@@ -175,15 +175,12 @@ def methods(results: Facts) -> Facts:
 
 
 def verdict(rows: Sequence[Facts], tap: int) -> str:
-    """The model, or where it could not be judged its features, against the best cheap baseline, also when that wins.
-
-    tap: of the recipe. The best of all taps, chosen by the same labels, would flatter.
-    """
+    """The model, or where it could not be judged its features, against the best cheap baseline, also when that wins."""
     judged = [row for row in rows if row["accuracy"] is not None]
     final, who = next((row for row in judged if row["is_final"]), None), "the model"
     rivals = [row for row in judged if row["is_baseline"]]
     if final is None:
-        told = {row["key"]: row for row in judged}
+        told = {row["key"]: row for row in judged}  # not the best of all taps: chosen after looking, it would flatter
         tap = tap if f"tap{tap}_logistic" in told else 0
         who, final = f"logistic regression on its features (tap {tap})", told.get(f"tap{tap}_logistic")
         unknown = next((row["note"] for row in rows if TAP.fullmatch(row["key"]) and row["note"]), "")
