@@ -208,6 +208,7 @@ def test_a_model_that_learned_these_labels_is_not_judged_on_them(photos: Path, t
     assert rows["pixels_logistic"]["cross_validated"]
     assert again.metrics["temperature"] == 1
     assert "trained, but not measured" in again.report().read_text()
+    assert "Its features are not measured: the given model may have learned these labels" in again.report().read_text()
     other = fl.fit(
         images, np.char.add("class ", classes.astype(str)), out=tmp_path / "other", recipe="smoke", until="finetune",
         pretrained=str(once.path),

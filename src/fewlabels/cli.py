@@ -155,7 +155,7 @@ def _suggest(command: Suggest) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     found = suggest.suggest(Path(command.run), command.count, device=command.device)
     if out:
-        checkpoint.write_text(out, found.table(out.parent))
+        checkpoint.write_text(out, "\ufeff" + found.table(out.parent))  # by its mark Excel knows UTF-8
     if command.json:
         print(json.dumps({"images": found.images, "out": command.out}))
     elif out:

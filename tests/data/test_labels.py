@@ -54,6 +54,14 @@ def test_without_labels_there_is_pretraining(tmp_path: Path) -> None:
     assert data.understood.line() == "1,200 images, no labels"
 
 
+def test_a_teacher_may_have_accents_apart(tmp_path: Path) -> None:
+    """One of an older version, trained on a Mac's folders: its classes are told by the names of today."""
+    source = open_source(noise(4), test=(noise(2, 1), ["\u00e4", "b"]))
+    store, kept, _ = pixels.build(source, tmp_path / "data", working_size=None, threads=1, bad_csv=tmp_path / "bad.csv")
+    data = assemble(source, store, kept, ("b", "a\u0308"))
+    assert (data.classes, data.labels[4:].tolist()) == (("b", "\u00e4"), [1, 0])
+
+
 def test_classes_sort_naturally_or_as_declared(tmp_path: Path) -> None:
     assert dataset(tmp_path, noise(6), [2, 10, 1, 2, 10, 1]).classes == ("1", "2", "10")
     assert dataset(tmp_path, noise(4), ["b2", "b10", "a", "b2"]).classes == ("a", "b2", "b10")

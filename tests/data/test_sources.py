@@ -328,6 +328,8 @@ def test_npz_with_names_as_bytes_and_arrays_that_are_not_known(tmp_path: Path, s
     source = open_source(tmp_path / "a.npz")
     assert source.classes == ("cat",)
     assert source.notes[0].endswith("are known): test_labels"), "there are no images for them"
+    np.savez(tmp_path / "a.npz", images=stack, classes=["zebra", "u\u0308nt"], test_images=stack, test_labels=labels)
+    assert open_source(tmp_path / "a.npz").classes == ("zebra", "\u00fcnt")
     np.savez(tmp_path / "a.npz", images=stack, labels=labels, classes=[])
     assert open_source(tmp_path / "a.npz").classes is None
 

@@ -147,7 +147,8 @@ CSV_FAULTS = [  # (text, what must be said)
     (H + "a.png,cat\n" + H + "b.png,dog\n", "line 3: a second header line: delete it"),
     (H + 'a.png,cat\n\ufeff"Image","Label","split"\nb.png,dog,val\n', "line 3: a second header line: delete it"),
     (H + "a.png,Cat\nb.png,cat\n", 'line 3: class "cat" and class "Cat" (line 2) look like one class'),
-    (H + "a.png,caf\u00e9\nb.png,cafe\u0301\n", "look like one class"),
+    (H + "a.png,fish\nb.png,\ufb01sh\n", "look like one class"),
+    (H + "a.png,K\u00e4fer\nb.png,K\u00c3\u00a4fer\n", "look like one class"),  # Excel took UTF-8 for Windows-1252
     (H + "a.png,01\nb.png,1\n", "look like one class"),
     (H + "a.png,1.0\nb.png,1\n", "look like one class"),
     (H + "a.png,polar bear\nb.png,polar_bear\n", "look like one class"),
@@ -235,7 +236,48 @@ def test_images_that_a_csv_takes_out_of_their_place_are_noted(tmp_path: Path) ->
     assert note.endswith('counts: "test/cat/4.png" (line 5), "train/cat/1.png" (line 2), "train/dog/3.png" (line 4)')
     file.write_text("image,label\n1.png,x\n2.png,y\n3.png,y\n")  # its classes are not the folders
     (note,) = open_source(tmp_path, file).notes
-    assert note == "not measured, since labels.csv has no such class: held-out images in cat, dog"
+    assert note == "not measured, since labels.csv has no such class: held-out images in cat, dog (2 of 2)"
+
+
+@pytest.mark.parametrize("told", ["s\u00e4ge", "S\u00c3\u00a4ge"])
+def test_a_class_spelled_otherwise_than_the_held_out_ones_is_refused(told: str, tmp_path: Path) -> None:
+    """Its test images were passed over, and the few of other classes made the headline."""
+    for name in ("train/S\u00e4ge/1.png", "train/x/2.png", "test/S\u00e4ge/3.png", "test/x/4.png", "test/y/5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), "green").save(tmp_path / name)
+    file = tmp_path / "labels.csv"
+    file.write_text(f"image,label\n1.png,{told}\n2.png,x\n", encoding="utf-8")
+    source = open_source(tmp_path, file)
+    assert source.notes[-1].endswith("has no such class: held-out images in y (1 of 3)")
+    with pytest.raises(DataError, match="look like one class") as refused:
+        check_classes(source)
+    assert refused.value.details == (
+        f'"S\u00e4ge" (as "test/S\u00e4ge/3.png") and "{told}" (as "train/S\u00e4ge/1.png" (line 2))',
+    )
+
+
+def test_accents_written_apart_are_the_same_class(tmp_path: Path) -> None:
+    """macOS unpacks them so, Excel writes the others; the files are still found where they are."""
+    apart, whole = "Ka\u0308fer", "K\u00e4fer"
+    for name in (f"train/{apart}/1.png", "train/x/2.png", f"test/{apart}/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), "green").save(tmp_path / name)
+    file = tmp_path / "labels.csv"
+    file.write_text(f"image,label\ntrain/{whole}/1.png,{apart}\n2.png,{whole}\n", encoding="utf-8")
+    for source in (open_source(tmp_path, file), open_source(tmp_path, [apart, whole, whole])):
+        check_classes(source)
+        assert set(source.labels) == {whole}
+        assert source.names[0] == f"test/{apart}/3.png"
+        assert len([decode.decode(payload, None) for payload in source.payloads()]) == 3
+    assert set(open_source(tmp_path).labels) == {whole, "x"}
+
+
+def test_columns_too_many_are_to_be_deleted(album: Path) -> None:
+    """ "Correct these lines" sent people to the rows of a table of predictions."""
+    for header, fix in (("image,label,confidence", "delete these columns"), ("image,lable", "correct the first line")):
+        with pytest.raises(DataError) as refused:
+            labeled(album, f"{header}\na.png,cat,1\n")
+        assert refused.value.fix.startswith(fix)
 
 
 def test_a_missing_csv(album: Path) -> None:

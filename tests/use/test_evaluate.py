@@ -367,6 +367,29 @@ def test_evaluate_run_refuses_unknown_classes_and_no_labels(tmp_path: Path, mode
     assert '"zebra"' in str(refusal.value) and '"unicorn"' in str(refusal.value)
 
 
+def test_evaluate_run_knows_classes_whose_accents_are_apart() -> None:
+    """A model of an older version has the names of a Mac's folders."""
+    images, labels = shapes_images(8, size=20)
+    apart = ("a\u0308", "o\u0308", "u\u0308", "e\u0301")
+    old = small_model(classes=apart)
+    assert set(old.predict(images)) <= set(apart)
+    whole = ["\u00e4\u00f6\u00fc\u00e9"[label] for label in labels]
+    assert (
+        evaluate.evaluate_run(old, images, whole)["top1"]
+        == evaluate.evaluate_run(old, images, [apart[label] for label in labels])["top1"]
+    )
+
+
+def test_table_says_what_is_taken_for_what() -> None:
+    truth = np.array([0] * 9 + [1] * 9 + [2] * 3)
+    guess = np.array([0] * 5 + [1] * 3 + [2] + [1] * 2 + [0] * 7 + [2] * 3)
+    text = evaluate.format_table(evaluate.measure(np.eye(3)[guess], truth, ["cat", "dog", "b\x1b"]))
+    assert text.splitlines()[-3:] == [
+        "dog taken for cat: 7 of 9", "cat taken for dog: 3 of 9", "cat taken for b%1B: 1 of 9"
+    ]  # fmt: skip
+    assert "taken for" not in evaluate.format_table(evaluate.measure(np.eye(3)[truth], truth, ["a", "b", "c"]))
+
+
 def test_table_says_accuracy_with_its_interval() -> None:
     probabilities, labels, _ = _predictions(597, 3)
     measured = evaluate.measure(probabilities, labels, ["a", "b\x1b[31m", "c" * 90])

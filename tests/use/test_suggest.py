@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,7 +160,7 @@ def test_the_table_goes_back_to_the_right_pictures_of_a_nest(
     assert cli.main(["pretrain", "photos", "--out", "run", "--recipe", "smoke", "--pretrain.epochs", "1"]) == 0
     out = Path(place) / "next.csv"
     assert cli.main(["suggest", "run", "-n", "8", "--out", str(out)]) == 0
-    rows = answered(out.read_text())
+    rows = answered(out.read_text(encoding="utf-8-sig"))
     names = fl.Run(Path("run")).suggest(8)
     assert len(rows) == 8
     given = {name: f"class{i % 2}" for i, name in enumerate(names)}
@@ -187,7 +189,8 @@ def test_the_table_filled_in_goes_back_with_nothing_lost(
     out = tmp_path / "next.csv"
     assert cli.main(["suggest", str(pretrained.path), "-n", "47", "--out", str(out)]) == 0
     assert "47 images to label" in capsys.readouterr().out
-    rows = answered(out.read_text())
+    assert out.read_bytes().startswith(b"\xef\xbb\xbf"), "Excel would read umlauts as Windows-1252"
+    rows = answered(out.read_text(encoding="utf-8-sig"))
     assert [label for _, label, _ in rows[:47]] == [""] * 47
     assert len(rows) == 47 + 8 + 8
     truth = [(image, label or f"class{i % 4}", split) for i, (image, label, split) in enumerate(rows)]
@@ -232,6 +235,18 @@ def test_test_images_from_python_are_not_in_the_table(photos: Path, tmp_path: Pa
     assert [split for _, _, split in answered(table)] == ["train"] * (2 + 8)
     (tmp_path / "next.csv").write_text(table)
     assert len(open_source(photos, tmp_path / "next.csv", test=test)) == 57 + 8 + 6
+
+
+def test_a_run_that_was_interrupted_says_how_to_suggest(pretrained: fl.Run, tmp_path: Path) -> None:
+    """Pretraining is done, but a model is written at the end of a command."""
+    run = shutil.copytree(pretrained.path, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    (run / "results.json").unlink()
+    with pytest.raises(MissingInput, match="no model yet") as refused:
+        suggest.suggest(run, 5)
+    command = refused.value.fix.partition(" ends after")[0]
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert fl.Run(run).suggest(5) == pretrained.suggest(5)
 
 
 def test_what_is_no_run_is_refused(pretrained: fl.Run, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 from fewlabels.data.decode import picture_magic
-from fewlabels.data.tables import SPLITS
+from fewlabels.data.tables import SPLITS, composed
 from fewlabels.errors import DataError, StorageError, printable
 
 # also the pictures that we cannot read, so that they are named and not passed over in silence
@@ -110,7 +110,7 @@ def place(paths: list[str], root: Path) -> tuple[list[str | None], list[str]]:
         if in_splits and folders and folders[0].casefold() in SPLITS:
             split = SPLITS[folders.pop(0).casefold()]
         is_class = bool(folders) and folders[0].casefold() not in UNLABELED
-        labels.append((printable(folders[0]).strip() or None) if is_class else None)  # as a label in a table is read
+        labels.append((composed(printable(folders[0])).strip() or None) if is_class else None)  # as a table's label
         found.append(split)
     return labels, found
 

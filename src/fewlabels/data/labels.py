@@ -25,6 +25,7 @@ import numpy.typing as npt
 from fewlabels import checkpoint
 from fewlabels.data.pixels import PixelStore
 from fewlabels.data.source import Source
+from fewlabels.data.tables import composed
 from fewlabels.errors import DataError, UsageError, counted, nearest, printable
 
 Ints = npt.NDArray[np.int64]
@@ -241,6 +242,7 @@ def read_images(path: Path, store: PixelStore, understood: Mapping[str, Any]) ->
 
 
 def _known(known: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:
+    known = tuple(map(composed, known))  # an older version kept names as macOS writes them
     strangers = sorted(set(used) - set(known), key=_natural)
     if strangers:
         raise DataError(
@@ -249,7 +251,7 @@ def _known(known: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:
             why="without training labels the model's own classes count, and these images would all be errors",
             fix="name the classes as the model does (its README.md lists them), or label training images",
         )
-    return tuple(known)
+    return known
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

@@ -199,7 +199,8 @@ def _shards(images: str | Path) -> Source:
 def _npz(path: Path) -> Source:
     images, small, passed = open_npz(path)
     declared = np.atleast_1d(small.get("classes", [])).tolist()
-    classes = tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in declared) or None
+    texts = (name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in declared)
+    classes = tuple(map(tables.composed, texts)) or None
     sources = []
     for name, part in images.items():
         split = "test" if name == "test_images" else "train"

@@ -6,6 +6,7 @@ through csv.DictReader without an error, 14 of them with wrong labels: nothing h
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
@@ -28,6 +29,7 @@ SPREADSHEET_ERRORS = {"#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#num!", 
 WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx, .ods and .xls begin
 UTF_16_32 = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 LONGEST_LABEL = 200
+GUESSED = "a label that is guessed would be learned"
 FORMAT = "the first line is image,label or image,label,split; an empty label is an unlabeled image"
 SEARCHED = 2_000  # names compared to find the nearest one; comparing a million takes minutes
 FORMULA_STARTS = tuple("=+-@") + tuple("\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH COMMERCIAL AT}")
@@ -57,16 +59,12 @@ class Table:
         """Note a fault; reading goes on."""
         self.faults.append((line, words))
 
-    def refuse(self) -> None:
+    def refuse(self, why: str = GUESSED, fix: str = f"correct these lines; {FORMAT}") -> None:
         """Raise one DataError with all faults in the order of their lines, if there are any."""
         if not self.faults:
             return
-        raise DataError(
-            f"{self.path}: {counted(len(self.faults), 'fault')}",
-            details=[f"line {line}: {words}" for line, words in sorted(self.faults)],
-            why="a label that is guessed would be learned",
-            fix=f"correct these lines; {FORMAT}",
-        )
+        details = [f"line {line}: {words}" for line, words in sorted(self.faults)]
+        raise DataError(f"{self.path}: {counted(len(self.faults), 'fault')}", details=details, why=why, fix=fix)
 
 
 def read_table(path: Path, classes: Collection[str | None] = ()) -> Table:
@@ -180,6 +178,8 @@ def twins(labels: Iterable[str]) -> list[tuple[str, str]]:
 
 def _folded(label: str, both: bool) -> str:  # noqa: FBT001
     """label without case, unless it is a letter of both, outer quotes, zeros ("01", "1.0"), kinds of space ("a_b")."""
+    with contextlib.suppress(UnicodeError):  # what a spreadsheet makes of UTF-8 that it takes for Windows-1252
+        label = label.encode("cp1252").decode("utf-8")
     text = unicodedata.normalize("NFKC", label).strip("'\"`\u2018\u2019\u201c\u201d")
     text = text if both and len(text) == 1 else text.casefold()
     text = " ".join(re.sub(r"(?<=\w)[-_](?=\w)", " ", text).split())
@@ -241,7 +241,9 @@ def _header(table: Table, line: int, cells: list[str]) -> list[str]:
             table.fault(line, f'the column "{name}" is there {order.count(name)} times')
         elif name not in order and name != "split":
             table.fault(line, f'the column "{name}" is missing')
-    table.refuse()
+    more = "delete these columns: only image, label and split are read; of predictions keep what you have checked"
+    fix = more if {"image", "label"} <= {*order} else f"correct the first line; {FORMAT}"
+    table.refuse("columns are known by their names", fix)
     return order
 
 
@@ -254,7 +256,7 @@ def _read_row(table: Table, line: int, order: list[str], cells: Sequence[str]) -
         table.fault(line, f'"{stray}": an index column without a name? write it with index=False, or delete it')
         table.refuse()
     said = dict(zip(order, cells, strict=True))
-    image, label, split = said["image"], said["label"].strip(), said.get("split", "").strip().casefold()
+    image, label, split = said["image"], composed(said["label"].strip()), said.get("split", "").strip().casefold()
     problems = [
         "no image name" if not image.strip() else "",
         "a NUL in the image's name" if "\0" in image else "",
@@ -294,16 +296,16 @@ class Finder:
             if not file.isprintable():  # as our own tables call it
                 for root in roots:
                     number.setdefault(root + printable(file.removeprefix(root)), index)
-        for known in (number, by_name):  # macOS writes a letter and its accent apart
+        for known in (number, by_name):
             for name, found in [(name, found) for name, found in known.items() if not name.isascii()]:
-                known.setdefault(_composed(name), found)  # type: ignore[arg-type]
-        return cls(folders, lambda path: number.get(path, number.get(_composed(path))), by_name)
+                known.setdefault(composed(name), found)  # type: ignore[arg-type]
+        return cls(folders, lambda path: number.get(path, number.get(composed(path))), by_name)
 
     def __call__(self, image: str) -> int | str:
         """The image's number, or why there is none ("" = unknown)."""
         tried, plain = list[str](), image.strip()
         apart = unicodedata.normalize("NFD", plain)  # as macOS writes accents
-        for spelled in dict.fromkeys((image, plain, plain.replace("\\", "/"), _composed(plain), apart)):
+        for spelled in dict.fromkeys((image, plain, plain.replace("\\", "/"), composed(plain), apart)):
             paths = [os.path.normpath(os.path.join(folder, spelled)) for folder in self.folders]  # noqa: PTH118
             found = {number: path for path in paths if (number := self._at(path)) is not None}
             if len(found) > 1:
@@ -324,7 +326,8 @@ class Finder:
         return self.look(through_links(path)) if number is None else number
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """name in NFC: macOS writes a letter and its accent apart, and both are the same name."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 

@@ -26,15 +26,17 @@ def with_labels(source: Source, labels: Any) -> Source:
     if path.suffix == ".txt" and not re.search("[,;\t]", tables.read_text(path)):
         return _with_list(source, path)
     rows = tables.match(tables.read_table(path, set(source.labels)), _finder(source, path), lambda: source.names)
-    told = {row.label for row in rows.values()}
+    told = {row.label for row in rows.values() if row.label}
+    places = enumerate(zip(source.labels, source.splits, strict=True))
+    held = {i: own for i, (own, split) in places if own and split != "train" and i not in rows}
+    # A class that the table spells otherwise keeps its images, so that the pair is refused and not passed over
+    told |= {own for one, own in tables.twins([*told, *set(held.values())]) if one in told}
     nothing = tables.Row(0, "", None, None, sound=True)
-    found, lost = [], set()
-    for i, (own, split) in enumerate(zip(source.labels, source.splits, strict=True)):
-        measured = split != "train" and own in told  # held out, and of a class of the table's: its place says which
-        found.append(rows.get(i) or (replace(nothing, label=own) if measured else nothing))
-        if own and split != "train" and found[-1] is nothing:
-            lost.add(own)
-    note = f"not measured, since {path.name} has no such class: held-out images in {', '.join(sorted(lost)[:20])}"
+    measured = {i: replace(nothing, label=own) for i, own in held.items() if own in told}
+    found = [rows.get(i) or measured.get(i, nothing) for i in range(len(source))]
+    lost = sorted({*held.values()} - told)
+    note = f"not measured, since {path.name} has no such class: held-out images in {', '.join(lost[:20])}"
+    note += f" ({len(held) - len(measured):,} of {len(source) - source.splits.count('train'):,})"
     return replace(
         source,
         description=f"{source.description}, labels from {printable(str(path))}",
@@ -126,7 +128,7 @@ def with_sequence(source: Source, labels: Iterable[Any]) -> Source:
             why="there must be exactly one label per image, -1 or None for an unlabeled one",
             fix="give the labels in the order of the images, or a CSV that names them",
         )
-    classes = source.classes or ()
+    classes = tuple(map(tables.composed, source.classes or ()))
     faults = [f"class {k}: {fault}" for k, name in enumerate(classes) if (fault := tables.name_fault(name))]
     faults += [f'two classes are called "{name}"' for name, count in Counter(classes).items() if count > 1]
     names: dict[Any, str | None] = {}
@@ -137,7 +139,7 @@ def with_sequence(source: Source, labels: Iterable[Any]) -> Source:
             faults.append(f"label {i}: a {type(value).__name__} is not a label")
             continue
         if not known:
-            names[type(value), value], fault = class_of(value, source.classes)
+            names[type(value), value], fault = class_of(value, classes or None)
             faults += [f"label {i}: {fault}"] if fault else []
     if faults:
         raise DataError(
@@ -146,8 +148,8 @@ def with_sequence(source: Source, labels: Iterable[Any]) -> Source:
             why="a label that is guessed would be learned",
             fix='use whole numbers or class names, and -1, None or "" for unlabeled images',
         )
-    declared = source.classes if all(name is None or name in classes for name in names.values()) else None
-    return replace(source, labels=tuple(names[type(value), value] for value in values), classes=declared)
+    declared = classes if all(name is None or name in classes for name in names.values()) else None
+    return replace(source, labels=tuple(names[type(value), value] for value in values), classes=declared or None)
 
 
 def class_of(value: Any, classes: tuple[str, ...] | None) -> tuple[str | None, str]:
@@ -161,7 +163,7 @@ def class_of(value: Any, classes: tuple[str, ...] | None) -> tuple[str | None, s
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):
-        name = value.strip()
+        name = tables.composed(value.strip())
         return name or None, tables.label_fault(name) if name else ""
     if isinstance(value, bool):
         return str(value), ""

@@ -30,7 +30,8 @@ from fewlabels.data import views
 from fewlabels.data.labels import TEST, Dataset
 from fewlabels.data.loader import in_order
 from fewlabels.model.heads import Classifier, ProjectionHead
-from fewlabels.use import evaluate, propagate
+from fewlabels.runfolder import read_json
+from fewlabels.use import evaluate, facts, propagate
 
 Floats = npt.NDArray[np.float32]
 
@@ -338,9 +339,10 @@ def feature_map(
 
 
 def write(run: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """results.json and evaluation.npz, each replaced by one rename."""
+    """results.json, with the tap that the run's recipe fine-tunes from, and evaluation.npz, each by one rename."""
+    tuned = facts.part(facts.part(read_json(run / "resolved.json") or {}, "recipe"), "finetune")
     temporary = run / ".evaluation.tmp.npz"
     with checkpoint.storage_errors(run):
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         temporary.replace(run / "evaluation.npz")
-    checkpoint.write_json(run / "results.json", results)
+    checkpoint.write_json(run / "results.json", results | {"tap": tuned.get("tap", 0)})

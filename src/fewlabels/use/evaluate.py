@@ -24,6 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 from fewlabels.data import parts
 from fewlabels.data.source import Source
 from fewlabels.data.sources import open_source
+from fewlabels.data.tables import composed
 from fewlabels.errors import DataError, printable
 from fewlabels.use import learned
 from fewlabels.use.predict import Model
@@ -32,6 +33,7 @@ Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.integer[Any]]
 
 LONGEST_NAME = 40  # characters of a class in the table
+MOST_CONFUSIONS = 5
 NUM_BINS = 15  # equal-width confidence bins, as in Guo et al. 2017 (arXiv 1706.04599)
 VOTE_TEMPERATURE = 0.1  # of the weighted kNN vote; Wu et al. 2018 (arXiv 1805.01978) use 0.07
 COLDEST, HOTTEST = 0.05, 20.0
@@ -365,7 +367,7 @@ def evaluate_run(model: Model, images: object, labels: object = None) -> dict[st
 
 def _class_numbers(source: Source, classes: Sequence[str]) -> list[int]:
     """One class number for each image, -1 = unlabeled. All unknown classes are named at once."""
-    number = {name: i for i, name in enumerate(classes)}
+    number = {composed(name): i for i, name in enumerate(classes)}  # an older model has names as macOS writes them
     unknown = sorted({label for label in source.labels if label not in (None, "") and label not in number})
     if unknown:
         raise DataError(
@@ -405,4 +407,10 @@ def format_table(measurement: dict[str, Any]) -> str:
     for name, row in zip(names, measurement["per_class"], strict=True):
         cells = [f"{100 * row[key]:.1f}" if row[key] is not None else "-" for key in ("precision", "recall", "f1")]
         lines.append(f"{name:{width}}  {cells[0]:>9}  {cells[1]:>6}  {cells[2]:>6}  {row['n']:>6,}")
+    confusion = np.array(measurement["confusion"])  # (K, K)
+    wrong = confusion - np.diag(np.diag(confusion))
+    largest = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    pairs = [(t, p) for t, p in zip(*np.unravel_index(largest, wrong.shape), strict=True) if wrong[t, p]]
+    lines += [""] if pairs else []
+    lines += [f"{names[t]} taken for {names[p]}: {wrong[t, p]:,} of {confusion[t].sum():,}" for t, p in pairs]
     return "\n".join(lines)

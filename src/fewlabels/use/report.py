@@ -67,6 +67,7 @@ def write(run: Path) -> Path:
 def render(run: Facts) -> str:
     """The page of what `read` found."""
     results = run["results"]
+    tap = part(part(run["resolved"], "recipe"), "finetune").get("tap", 0)  # an older version's results do not say it
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -77,7 +78,7 @@ def render(run: Facts) -> str:
         version=__version__,
         progress=progress(run),
         headline=headline(run),
-        methods=methods(results) if results else None,
+        methods=methods({"tap": tap, **results}) if results else None,
         taps=taps(results) if results else "",
         quality=quality(run),
         mistakes=mistakes(run),
@@ -167,20 +168,24 @@ def methods(results: Facts) -> Facts:
     ]
     return {
         "rows": rows,
-        "verdict": verdict(rows),
+        "verdict": verdict(rows, results.get("tap", 0)),
         "costs": any(row["parameters"] is not None for row in rows),
         "cross_validated": any(row.get("cross_validated") for row in rows),
     }
 
 
-def verdict(rows: Sequence[Facts]) -> str:
+def verdict(rows: Sequence[Facts], tap: int) -> str:
     """The model, or where it could not be judged its features, against the best cheap baseline, also when that wins."""
     judged = [row for row in rows if row["accuracy"] is not None]
     final, who = next((row for row in judged if row["is_final"]), None), "the model"
     rivals = [row for row in judged if row["is_baseline"]]
     if final is None:
-        who = "logistic regression on its features"
-        final = max((r for r in judged if TAP.fullmatch(r["key"])), key=lambda row: row["accuracy"], default=None)
+        told = {row["key"]: row for row in judged}  # not the best of all taps: chosen after looking, it would flatter
+        tap = tap if f"tap{tap}_logistic" in told else 0
+        who, final = f"logistic regression on its features (tap {tap})", told.get(f"tap{tap}_logistic")
+        unknown = next((row["note"] for row in rows if TAP.fullmatch(row["key"]) and row["note"]), "")
+        if final is None and unknown:
+            return f"Its features are not measured: {unknown}. Held-out images can measure them."
         rivals = [row for row in rivals if not TAP.fullmatch(row["key"])]
     if final is None or not rivals:
         return ""
