@@ -72,7 +72,7 @@ def _tell(run: Any, *, as_json: bool) -> None:
         return
     for row in results["rows"]:
         told = (
-            "not measured: no held-out images"
+            f"not measured: {row['note'] or 'no held-out images'}"
             if row["accuracy"] is None
             else evaluate.percent({"accuracy": row["accuracy"], "interval": (row["low"], row["high"]), "n": row["n"]})
         )
