@@ -1,12 +1,13 @@
 """What the user asked for, by either face, and the recipe that follows from it.
 
-The same command on a run folder gets the recipe that was stored there.
+The same command on a run folder gets the recipe that was stored there; what a command leaves out, a begun run keeps.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import numbers
 import os
 import shlex
 import sys
@@ -18,9 +19,9 @@ from typing import Any
 from fewlabels import config, plan, recipes, runtime
 from fewlabels.config import Recipe
 from fewlabels.data.places import is_url, real
-from fewlabels.errors import CannotCreate, UsageError
+from fewlabels.errors import CannotCreate, MissingInput, UsageError
 from fewlabels.recipes import Facts
-from fewlabels.runfolder import RunFolder
+from fewlabels.runfolder import RunFolder, say
 from fewlabels.use import artefact
 
 
@@ -35,13 +36,28 @@ class Asked:
     test: Any = None
     student: str | None = None
     budget: float | None = None  # seconds
-    seed: int = 0
+    seed: int | None = 0  # None = left out
     device: str = "auto"
     keep_labels: str | int | None = None
     max_bad: float = 0.05
     until: str = "distill"
     command: str = ""
+    same_labels: bool = False  # the command left them out: they are those of the run
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.out, str | os.PathLike):
+            raise UsageError(f"out = {self.out!r} is no path", fix="give that of a folder for the run, which is made")
+        if not isinstance(self.student, str | None):
+            raise UsageError(f"student = {self.student!r} is no name", fix='give an encoder\'s, as "resnet18_0.25x"')
+        if not (self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**32)):
+            raise UsageError(f"seed {self.seed!r} cannot be used", fix="give a whole number from 0 to 4294967295")
+        if not (isinstance(self.max_bad, numbers.Real) and 0 <= self.max_bad <= 1):
+            raise UsageError(f"max_bad {self.max_bad!r} is no share of the images", fix="give a number from 0 to 1")
+        for name in ("images", "labels", "test", "out"):  # a shell leaves the ~ in --out=~/run to us
+            if isinstance(value := getattr(self, name), str | Path) and str(value).startswith("~"):
+                object.__setattr__(self, name, os.path.expanduser(value))  # noqa: PTH111 - it knows no error
+        object.__setattr__(self, "out", Path(self.out))
 
     def inputs(self) -> dict[str, str]:
         """Paths that a later command on the same run folder may leave out."""
@@ -56,11 +72,7 @@ class Asked:
 
     def given(self) -> dict[str, Any]:
         """The values of the recipe that the user gave, as options or in a recipe file; options count."""
-        file, options = self.file, {k: v for k, v in self.overrides.items() if v is not None}
-        both = [
-            name for name in config.SECTIONS if all(isinstance(part.get(name), Mapping) for part in (file, options))
-        ]
-        return file | options | {name: {**file[name], **options[name]} for name in both}
+        return _joined(self.file, {k: v for k, v in self.overrides.items() if v is not None})
 
     def names(self, stage: str, knob: str) -> bool:
         """Whether the user gave this knob of a stage."""
@@ -82,6 +94,12 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
+def _joined(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a recipe, knob by knob; where both name one, the second counts."""
+    both = [name for name in config.SECTIONS if all(isinstance(part.get(name), Mapping) for part in (first, then))]
+    return {**first, **then, **{name: {**first[name], **then[name]} for name in both}}
+
+
 def _absolute(word: str) -> str:
     """A path, or pattern of paths, from the root; a URL or a source's name as it is."""
     local = Path(word).exists() or ("{" in word and not is_url(word))
@@ -89,7 +107,7 @@ def _absolute(word: str) -> str:
 
 
 def of_run(asked: Asked, folder: RunFolder) -> Asked:
-    """asked, with the recipe of the run where `auto` leaves it open; another one is refused once a stage has begun."""
+    """asked, with the wishes of a begun run where it leaves them open; another recipe is refused."""
     (stored, begun), recipe = runtime.from_main((folder.resolved(), begun_stages(folder))), asked.recipe
     if recipe.endswith(".toml"):
         recipe = str(Path(recipe).absolute())  # a later command may come from another folder
@@ -101,7 +119,7 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
             fix=f"give a new --out (with --pretrained {folder.path} it begins with what was learned), "
             "or leave out --recipe to go on",
         )
-    asked = replace(asked, recipe=before)
+    given, asked = asked, replace(asked, recipe=before)
     new, old = asked.file, (stored["asked"].get("file") if stored and begun else None) or {}
     here = {**new, **old}.keys() - (config.SECTIONS.keys() - begun) if new and old else set()
     if edited := sorted(name for name in here if old.get(name) != new.get(name)):
@@ -110,7 +128,30 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
             why="one run follows one recipe; nothing was changed",
             fix=f"give a new --out, or undo the change ({folder.path / 'recipe.toml'} has what the run follows)",
         )
-    return asked
+    return _kept(given, stored["asked"]) if stored and begun else replace(asked, seed=asked.seed or 0)
+
+
+def _kept(asked: Asked, before: Mapping[str, Any]) -> Asked:
+    """asked, with the wishes that a run was begun with where it says nothing of them; these are told.
+
+    A budget is that of one command: what is left to do gets all of it. Other labels than before count, every one.
+    """
+    names = ("student", "budget", "seed", *["keep_labels"] * (asked.same_labels or asked.labels is None))
+    kept = {name: before.get(name) for name in names if getattr(asked, name) is None}
+    kept |= {"recipe": before["recipe"]} if asked.recipe == "auto" else {}
+    old, new = before.get("overrides", {}), asked.overrides
+    if asked.student or "distill.student" in config.flat(new):  # two names of one wish
+        kept.pop("student", None)
+        old = {n: {k: w for k, w in v.items() if k != "student"} if n == "distill" else v for n, v in old.items()}
+    told = kept | {name: value for name, value in config.flat(old).items() if name not in config.flat(new)}
+    told |= {"budget": f"{kept['budget']:g}s"} if kept.get("budget") else {}
+    usual = {"recipe": "auto", "seed": 0}
+    words = [
+        f"--{name.replace('_', '-')} {value}" for name, value in told.items() if value not in (None, usual.get(name))
+    ]
+    if words:
+        say(f"kept from the run: {', '.join(words)}")
+    return replace(asked, **{**kept, "recipe": before["recipe"]}, overrides=_joined(old, new))
 
 
 # --- the recipe --------------------------------------------------------------------------------------------------
@@ -241,9 +282,16 @@ def on_command_line(**values: Any) -> Asked:
     images = values["images"] = values.get("images") or None
     if images is not None and ("images" not in known or real(known["images"]) != real(images)):
         known = {}  # other images have other labels
-    for name in ("images", "labels", "test"):
-        if values.get(name) is None:
-            values[name] = known.get(name)
+    values["same_labels"] = values.get("labels") is None
+    options = {"images": "NEW_FOLDER", "labels": "--labels CSV", "test": "--test IMAGES"}
+    for name in [name for name in options if name in known and values.get(name) is None]:
+        place = values[name] = str(known[name])
+        if place.startswith("/") and "{" not in place and not Path(place).exists():
+            words = " ".join(word for option, word in options.items() if option in known)
+            raise MissingInput(
+                f"{place} is not there: {out} was begun with these {name}",
+                fix=f"say where they are now: fewlabels fit {words} --out {shlex.quote(str(out))}",
+            )
     keep = values.get("keep_labels")
     if keep is not None and keep.isdecimal():
         values["keep_labels"] = int(keep)

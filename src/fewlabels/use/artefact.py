@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ def _state(network: Classifier, head: ProjectionHead | None, card: Card) -> dict
 
 def place(folder: Path) -> Path:
     """The model folder meant by a run folder or a model folder; MissingInput where there is none."""
+    folder = Path(os.path.expanduser(folder))  # noqa: PTH111 - it knows no error
     if not folder.is_dir():
         state = "is a file" if folder.is_file() else "does not exist"
         raise MissingInput(f"{folder} {state}", why="a model is a folder", fix="give the run folder, as in --out RUN")
