@@ -472,7 +472,7 @@ def test_what_a_command_leaves_out_is_that_of_the_run(tmp_path: Path, capsys: py
     assert asked.of_run(later, folder) == replace(later, seed=0), "nothing has begun"
     (folder.path / "pretrain" / "step-00000001").mkdir(parents=True)
     assert asked.of_run(later, folder) == begun
-    told = "--student resnet18_0.25x, --budget 30s, --seed 5, --keep-labels 9, --recipe smoke, --size 32"
+    told = "--student resnet18_0.25x, --budget 30.0s, --seed 5, --keep-labels 9, --size 32"
     assert f"kept from the run: {told}, --finetune.epochs 1, --finetune.batch 8\n" in capsys.readouterr().err
     assert asked.of_run(begun, folder) == begun
     assert capsys.readouterr().err == "", "the same command"

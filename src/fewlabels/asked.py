@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import functools
 import json
-import numbers
 import os
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from fewlabels import config, plan, recipes, runtime
 from fewlabels.config import Recipe
-from fewlabels.data.places import is_url, real
+from fewlabels.data.places import at_home, is_url, real
 from fewlabels.errors import CannotCreate, MissingInput, UsageError
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, say
@@ -46,18 +46,21 @@ class Asked:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.out, str | os.PathLike):
-            raise UsageError(f"out = {self.out!r} is no path", fix="give that of a folder for the run, which is made")
-        if not isinstance(self.student, str | None):
-            raise UsageError(f"student = {self.student!r} is no name", fix='give an encoder\'s, as "resnet18_0.25x"')
-        if not (self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**32)):
-            raise UsageError(f"seed {self.seed!r} cannot be used", fix="give a whole number from 0 to 4294967295")
-        if not (isinstance(self.max_bad, numbers.Real) and 0 <= self.max_bad <= 1):
-            raise UsageError(f"max_bad {self.max_bad!r} is no share of the images", fix="give a number from 0 to 1")
-        for name in ("images", "labels", "test", "out"):  # a shell leaves the ~ in --out=~/run to us
-            if isinstance(value := getattr(self, name), str | Path) and str(value).startswith("~"):
-                object.__setattr__(self, name, os.path.expanduser(value))  # noqa: PTH111 - it knows no error
-        object.__setattr__(self, "out", Path(self.out))
+        wanted = {
+            "out": (isinstance(self.out, str | os.PathLike), "the path of a folder, which is made"),
+            "student": (isinstance(self.student, str | None), 'the name of an encoder, as "resnet18_0.25x"'),
+            "seed": (
+                isinstance(self.seed, int | None) and 0 <= (self.seed or 0) < 2**32,
+                "a whole number from 0 to 4294967295",
+            ),
+            "max_bad": (isinstance(self.max_bad, Real) and 0 <= self.max_bad <= 1, "a share from 0 to 1"),
+        }
+        for name, (fits, words) in wanted.items():
+            if not fits:
+                raise UsageError(f"{name} {getattr(self, name)!r} cannot be used", fix=f"give {words}")
+        for name in ("images", "labels", "test", "out"):  # a shell leaves the ~ in --out=~/run as it is
+            if isinstance(value := getattr(self, name), str | Path):
+                object.__setattr__(self, name, at_home(value))
 
     def inputs(self) -> dict[str, str]:
         """Paths that a later command on the same run folder may leave out."""
@@ -119,7 +122,7 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
             fix=f"give a new --out (with --pretrained {folder.path} it begins with what was learned), "
             "or leave out --recipe to go on",
         )
-    given, asked = asked, replace(asked, recipe=before)
+    asked = replace(asked, recipe=before)
     new, old = asked.file, (stored["asked"].get("file") if stored and begun else None) or {}
     here = {**new, **old}.keys() - (config.SECTIONS.keys() - begun) if new and old else set()
     if edited := sorted(name for name in here if old.get(name) != new.get(name)):
@@ -128,30 +131,23 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
             why="one run follows one recipe; nothing was changed",
             fix=f"give a new --out, or undo the change ({folder.path / 'recipe.toml'} has what the run follows)",
         )
-    return _kept(given, stored["asked"]) if stored and begun else replace(asked, seed=asked.seed or 0)
+    return _kept(asked, stored["asked"]) if stored and begun else replace(asked, seed=asked.seed or 0)
 
 
 def _kept(asked: Asked, before: Mapping[str, Any]) -> Asked:
     """asked, with the wishes that a run was begun with where it says nothing of them; these are told.
 
-    A budget is that of one command: what is left to do gets all of it. Other labels than before count, every one.
+    A budget is that of one command: what is left to do gets all of it. Of other labels than before all count.
     """
     names = ("student", "budget", "seed", *["keep_labels"] * (asked.same_labels or asked.labels is None))
-    kept = {name: before.get(name) for name in names if getattr(asked, name) is None}
-    kept |= {"recipe": before["recipe"]} if asked.recipe == "auto" else {}
-    old, new = before.get("overrides", {}), asked.overrides
-    if asked.student or "distill.student" in config.flat(new):  # two names of one wish
-        kept.pop("student", None)
-        old = {n: {k: w for k, w in v.items() if k != "student"} if n == "distill" else v for n, v in old.items()}
-    told = kept | {name: value for name, value in config.flat(old).items() if name not in config.flat(new)}
-    told |= {"budget": f"{kept['budget']:g}s"} if kept.get("budget") else {}
-    usual = {"recipe": "auto", "seed": 0}
-    words = [
-        f"--{name.replace('_', '-')} {value}" for name, value in told.items() if value not in (None, usual.get(name))
-    ]
-    if words:
+    kept: dict[str, Any] = {name: before.get(name) for name in names if getattr(asked, name) is None}
+    old, new = before.get("overrides", {}), config.flat(asked.overrides)
+    told = kept | {name: value for name, value in config.flat(old).items() if name not in new}
+    told = {name: value for name, value in told.items() if value is not None and (name, value) != ("seed", 0)}
+    if told:
+        words = (f"--{name.replace('_', '-')} {value}{'s' * (name == 'budget')}" for name, value in told.items())
         say(f"kept from the run: {', '.join(words)}")
-    return replace(asked, **{**kept, "recipe": before["recipe"]}, overrides=_joined(old, new))
+    return replace(asked, **kept, overrides=_joined(old, asked.overrides))
 
 
 # --- the recipe --------------------------------------------------------------------------------------------------
@@ -283,15 +279,12 @@ def on_command_line(**values: Any) -> Asked:
     if images is not None and ("images" not in known or real(known["images"]) != real(images)):
         known = {}  # other images have other labels
     values["same_labels"] = values.get("labels") is None
-    options = {"images": "NEW_FOLDER", "labels": "--labels CSV", "test": "--test IMAGES"}
-    for name in [name for name in options if name in known and values.get(name) is None]:
-        place = values[name] = str(known[name])
-        if place.startswith("/") and "{" not in place and not Path(place).exists():
-            words = " ".join(word for option, word in options.items() if option in known)
-            raise MissingInput(
-                f"{place} is not there: {out} was begun with these {name}",
-                fix=f"say where they are now: fewlabels fit {words} --out {shlex.quote(str(out))}",
-            )
+    again = f"fewlabels fit NEW_FOLDER{' --labels CSV' * ('labels' in known)} --out {shlex.quote(str(out))}"
+    for name in ("images", "labels", "test"):
+        if values.get(name) is None and name in known:
+            place = values[name] = str(known[name])
+            if place.startswith("/") and "{" not in place and not Path(place).exists():
+                raise MissingInput(f"{place} is not there, the {name} of {out}", fix=f"say where they are now: {again}")
     keep = values.get("keep_labels")
     if keep is not None and keep.isdecimal():
         values["keep_labels"] = int(keep)

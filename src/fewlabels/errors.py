@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 
 # Of paths: no rights, a disk that is read only, a file in the place of a folder, too long a name
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
-GO_ON = "run the same command to go on"
 SHOWN_DETAILS = 12  # a file with 5,000 faults still fits on a screen; the count is always given
 
 
@@ -116,10 +115,10 @@ class Stopped(FewlabelsError):
     (Slurm's --signal=USR1@60), whose job script asks by the exit code whether to queue the job again.
     """
 
-    def __init__(self, signal_number: int, where: str, *, fix: str = GO_ON) -> None:
+    def __init__(self, signal_number: int, where: str) -> None:
         self.exit_code = RunAgain.exit_code if signal_number == signal.SIGUSR1 else 128 + signal_number
         name = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
-        super().__init__(f"stopped by {name} {where}", fix=fix)
+        super().__init__(f"stopped by {name} {where}", fix="run the same command again")
 
 
 class RankFailed(FewlabelsError):

@@ -17,8 +17,6 @@ from fewlabels.runfolder import RunFolder
 from fewlabels.use import artefact
 from fewlabels.use.learned import open_run
 
-NAMED = 3  # images that a refusal names
-
 
 def of(prepared: Prepared, stage: str) -> dict[str, Any]:
     """What decides the result of a stage: equal identities mean that its checkpoint belongs to this run."""
@@ -97,11 +95,8 @@ def other_images(folder: Path, dataset: Dataset) -> list[str]:
         return []
     # Of arrays the names are numbers of rows, of which the count says all
     there, here = ({each.names[i] for i in each.train if not each.names[i].isdecimal()} for each in (run, dataset))
-    found = []
-    for words, names in (("no longer there", sorted(there - here)), ("not there before", sorted(here - there))):
-        more = f" and {len(names) - NAMED:,} more" * (len(names) > NAMED)
-        found += [f"{words}: {', '.join(names[:NAMED])}{more}"] if names else []
-    return found
+    others = {"no longer there": sorted(there - here), "not there before": sorted(here - there)}
+    return [f"{words}: {', '.join([*few[:3], *['...'] * (len(few) > 3)])}" for words, few in others.items() if few]
 
 
 def _counted(name: str, folder: Path, dataset: Dataset | None) -> str:

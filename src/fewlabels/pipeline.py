@@ -11,19 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from fewlabels import agreement, checkpoint, identity, plan, runtime, watch
 from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_plan
+from fewlabels.data.places import at_home
 from fewlabels.data.source import Source
 from fewlabels.errors import DataError, FewlabelsError, MissingInput, RankFailed, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
 from fewlabels.prepare import open_images, prepare, write_resolved
 from fewlabels.prepared import Prepared
-from fewlabels.runfolder import NOTHING_CHANGED, Interrupts, RunFolder, duration, read_json, say
+from fewlabels.runfolder import Interrupts, RunFolder, duration, read_json, say
 from fewlabels.use import artefact, compare, facts, report, suggest
 from fewlabels.use.artefact import Card
 from fewlabels.use.predict import Model, load
@@ -37,7 +38,7 @@ class Run:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path).expanduser())
+        object.__setattr__(self, "path", Path(at_home(self.path)))
 
     @property
     def model(self) -> Model:
@@ -70,7 +71,7 @@ def fit(
 ) -> Run:  # fmt: skip
     """Pretrain, fine-tune and distill on images, in the run folder `out`; call it again to resume.
 
-    A run that has begun keeps what is left out (recipe, student, budget, overrides; seed where it is None).
+    A run that has begun keeps what is left out: recipe, student, budget, overrides, and a seed that is None.
 
     images: folder, labels CSV, tar, parquet, npz, URL of shards, numpy uint8 (N, H, W[, 3]) or list of paths.
     labels: CSV path or one label an image; -1, None or "" = unlabeled. Without labels only stage 1 runs.
@@ -84,9 +85,9 @@ def fit(
     Raises a FewlabelsError for every fault a user can mend.
     """
     asked = Asked(
-        images=images, labels=labels, out=cast(Path, out), recipe=str(recipe), test=test, student=student,
-        budget=parse_budget(budget), seed=int(seed) if seed is not None and hasattr(seed, "__index__") else seed,
-        device=str(device), keep_labels=keep_labels, max_bad=max_bad, until=until, overrides=overrides,
+        images=images, labels=labels, out=Path(out) if isinstance(out, str) else out, recipe=str(recipe), test=test,
+        student=student, budget=parse_budget(budget), device=str(device), keep_labels=keep_labels, max_bad=max_bad,
+        seed=int(seed) if seed is not None and hasattr(seed, "__index__") else seed, until=until, overrides=overrides,
     )  # fmt: skip
     return run(asked)
 
@@ -125,7 +126,7 @@ def check(asked: Asked) -> dict[str, Any]:
     largest_batch (for each stage: asked, fits, with_recompute; measured, where it can be).
     """
     device = runtime.start(asked.device)
-    with watch.ranks(), Interrupts(NOTHING_CHANGED, fix="").watching() as interrupts:
+    with watch.ranks(), Interrupts("while it looked; nothing was changed").watching() as interrupts:
         source = _images(asked)
         with _scratch(asked.out) as folder:
             return _found_out(asked, prepare(asked, source, folder, device), interrupts)

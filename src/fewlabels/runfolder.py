@@ -20,12 +20,11 @@ from types import FrameType
 from typing import Any
 
 from fewlabels import checkpoint, runtime
-from fewlabels.errors import GO_ON, CannotCreate, DataError, FewlabelsError, Stopped, printable, tell
+from fewlabels.errors import CannotCreate, DataError, FewlabelsError, Stopped, printable, tell
 
 LOG_SECONDS = 30.0  # one plain line this often where stderr is not a terminal
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 OUTSIDE = "outside of training; finished stages are saved"
-NOTHING_CHANGED = "while it looked; nothing was changed"
 
 
 class RunFolder:
@@ -178,8 +177,8 @@ class Interrupts:
     rank 0 there; if they left first, it would meet a broken connection instead of its own end.
     """
 
-    def __init__(self, where: str = OUTSIDE, *, fix: str = GO_ON) -> None:
-        self.where, self.fix = where, fix
+    def __init__(self, where: str = OUTSIDE) -> None:
+        self.where = where
         self.received: int | None = None
         self.patient = False  # a loop polls `received`
 
@@ -206,8 +205,7 @@ class Interrupts:
             cause = error
         if self.received is not None and (cause or runtime.is_main()):
             # Another rank ends together with rank 0, which has gone, and so has the connection
-            where = self.where if runtime.is_main() else "together with rank 0"
-            raise Stopped(self.received, where, fix=self.fix) from cause
+            raise Stopped(self.received, self.where if runtime.is_main() else "together with rank 0") from cause
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

@@ -111,12 +111,6 @@ def progress(run: Facts) -> Facts:
 
 def headline(run: Facts) -> Facts:
     """The sentence on top, the one under it, and the remark that must not be overlooked."""
-    found = _headline(run)
-    earlier = run["results"] and progress(run)["missing"]
-    return found | {"title": f"Before this training: {found['title']}"} if earlier else found
-
-
-def _headline(run: Facts) -> Facts:
     results, understood = run["results"], part(run["resolved"], "understood")
     if not results:
         images, known = understood.get("train"), understood.get("labeled")
