@@ -486,7 +486,8 @@ def test_what_a_command_leaves_out_is_that_of_the_run(tmp_path: Path, capsys: py
     assert asked.of_run(named, folder).student is None
     stored["asked"] = asked.of_run(named, folder).wishes()
     (folder.path / "resolved.json").write_text(json.dumps(stored))
-    assert "student" not in asked.of_run(replace(later, student="resnet18_1x"), folder).overrides["distill"]
+    found = asked.of_run(replace(later, student="resnet18_1x"), folder)
+    assert (found.student, found.overrides["distill"]) == ("resnet18_1x", {"student": "resnet18_1x"})
 
 
 @pytest.mark.parametrize(
@@ -500,7 +501,7 @@ def test_a_wish_of_another_kind_is_a_mistake_of_usage(wrong: dict[str, Any], tmp
 def test_a_home_that_no_shell_has_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     wishes = asked.Asked(images="~/photos", labels=Path("~/labels.csv"), test=["~"], out="~/run")  # type: ignore[arg-type]
-    assert (wishes.images, wishes.labels) == (str(tmp_path / "photos"), str(tmp_path / "labels.csv"))
+    assert (wishes.images, wishes.labels) == (str(tmp_path / "photos"), tmp_path / "labels.csv")
     assert (wishes.test, wishes.out, fl.Run("~/run").path) == (["~"], tmp_path / "run", tmp_path / "run")  # type: ignore[arg-type]
     for load in (fl.load, fl.load_reference):
         with pytest.raises(MissingInput, match=str(tmp_path)):

@@ -60,7 +60,7 @@ class Asked:
                 raise UsageError(f"{name} {getattr(self, name)!r} cannot be used", fix=f"give {words}")
         for name in ("images", "labels", "test", "out"):  # a shell leaves the ~ in --out=~/run as it is
             if isinstance(value := getattr(self, name), str | Path):
-                object.__setattr__(self, name, at_home(value))
+                object.__setattr__(self, name, at_home(Path(value) if name == "out" else value))
 
     def inputs(self) -> dict[str, str]:
         """Paths that a later command on the same run folder may leave out."""
@@ -79,8 +79,7 @@ class Asked:
 
     def names(self, stage: str, knob: str) -> bool:
         """Whether the user gave this knob of a stage."""
-        given = self.given().get(stage)
-        return isinstance(given, Mapping) and knob in given
+        return f"{stage}.{knob}" in config.flat(self.given())
 
     def wishes(self) -> dict[str, Any]:
         """What decides the recipe, as plain values."""
@@ -139,9 +138,12 @@ def _kept(asked: Asked, before: Mapping[str, Any]) -> Asked:
 
     A budget is that of one command: what is left to do gets all of it. Of other labels than before all count.
     """
-    names = ("student", "budget", "seed", *["keep_labels"] * (asked.same_labels or asked.labels is None))
-    kept: dict[str, Any] = {name: before.get(name) for name in names if getattr(asked, name) is None}
     old, new = before.get("overrides", {}), config.flat(asked.overrides)
+    if asked.student and "distill.student" in config.flat(old):  # the other name of it
+        old = _joined(old, {"distill": {"student": asked.student}})
+    fits = {"keep_labels": asked.same_labels or asked.labels is None, "student": "distill.student" not in new}
+    names = [name for name in ("student", "budget", "seed", "keep_labels") if fits.get(name, True)]
+    kept: dict[str, Any] = {name: before.get(name) for name in names if getattr(asked, name) is None}
     told = kept | {name: value for name, value in config.flat(old).items() if name not in new}
     told = {name: value for name, value in told.items() if value is not None and (name, value) != ("seed", 0)}
     if told:

@@ -96,15 +96,12 @@ def _check(command: Fit) -> None:
 
 
 def _model(command: Use) -> Any:
-    """The model of a command that uses one, which may be older than the run is: that is told."""
-    from fewlabels.runfolder import read_json
-    from fewlabels.use import predict
+    """The model of a command that uses one, which may be older than its run is: that is told."""
+    from fewlabels.use import facts, predict
 
     model = predict.load(command.run, balanced=command.balanced)
-    with contextlib.suppress(DataError):  # of a damaged status nothing is known
-        status = read_json(Path(command.run) / "status.json") or {}
-        if status.get("state", "finished") != "finished":
-            tell(f"note: {printable(command.run)} is being trained anew; this is its earlier model")
+    if facts.values(Path(command.run) / "status.json").get("state", "finished") != "finished":
+        tell(f"note: {printable(command.run)} is being trained anew; this is its earlier model")
     return model
 
 
