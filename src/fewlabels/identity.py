@@ -93,8 +93,8 @@ def other_images(folder: Path, dataset: Dataset) -> list[str]:
         run, _ = open_run(folder)
     except FewlabelsError:  # an older version kept no names
         return []
-    # Of arrays the names are numbers of rows, of which the count says all
-    there, here = ({each.names[i] for i in each.train if not each.names[i].isdecimal()} for each in (run, dataset))
+    # Those of an array's rows, array-000007, say no more than their count
+    there, here = ({each.names[i] for i in each.train if "." in each.names[i]} for each in (run, dataset))
     others = {"no longer there": sorted(there - here), "not there before": sorted(here - there)}
     return [f"{words}: {', '.join([*few[:3], *['...'] * (len(few) > 3)])}" for words, few in others.items() if few]
 
