@@ -49,10 +49,7 @@ class Asked:
         wanted = {
             "out": (isinstance(self.out, str | os.PathLike), "the path of a folder, which is made"),
             "student": (isinstance(self.student, str | None), 'the name of an encoder, as "resnet18_0.25x"'),
-            "seed": (
-                isinstance(self.seed, int | None) and 0 <= (self.seed or 0) < 2**32,
-                "a whole number from 0 to 4294967295",
-            ),
+            "seed": (isinstance(self.seed, int | None) and 0 <= (self.seed or 0) < 2**32, "one from 0 to 4294967295"),
             "max_bad": (isinstance(self.max_bad, Real) and 0 <= self.max_bad <= 1, "a share from 0 to 1"),
         }
         for name, (fits, words) in wanted.items():
