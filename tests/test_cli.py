@@ -179,6 +179,20 @@ def test_the_commands_on_a_finished_run(
     assert (code, out.strip()) == (0, str(run / "report.html"))
 
 
+def test_a_model_of_before_the_present_training_is_told(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "export", lambda model, folder, **_: folder)
+    shutil.copytree(run, tmp_path / "run")
+    status, test = tmp_path / "run" / "status.json", str(photos / "test")
+    told = f"note: {tmp_path / 'run'} is being trained anew; this is its earlier model\n"
+    for text, is_told in (('{"state": "stopped"}', True), ("{", False), (status.read_text(), False)):
+        status.write_text(text)
+        for words in (["evaluate", test], ["predict", test, "--out", str(tmp_path / "p.csv")], ["export"]):
+            code, _, err = answer(capsys, words[0], str(tmp_path / "run"), *words[1:])
+            assert (code, told in err) == (0, is_told), words
+
+
 def test_balanced_reaches_the_model_of_every_command_that_uses_one(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,25 +247,44 @@ def test_check_changes_nothing(photos: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_check_says_that_a_run_keeps_to_its_own_plan(
-    photos: Path, run: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = answer(capsys, "check", str(photos), "--out", str(run), *TINY)
     assert code == 0
     assert f"{run} has begun: there distill, finetune, pretrain keep their plan" in out
+    (tmp_path / "others").mkdir()
+    for path in sorted((photos / "train").rglob("*.png"))[:8]:
+        shutil.copy(path, tmp_path / "others" / f"other-{path.name}")
+    code, out, _ = answer(capsys, "check", str(tmp_path / "others"), "--out", str(run), *TINY)
+    assert (code, "keep their plan" in out) == (0, False)
+    assert f"{run} is a run of other images: give another --out" in out
+    assert "finetune from" not in out and "distill into" not in out, "there are no labels"
+    assert "views of kind" in out
 
 
 def test_a_later_command_finds_the_images_in_the_run(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")
-    assert answer(capsys, "pretrain", str(photos), "--out", out, *TINY)[0] == 0
+    student = "resnet18_0.0625x_small"
+    wishes = ["--seed", "5", "--student", student, "--finetune.epochs", "2", *TINY]
+    moved = str(tmp_path / "moved")
+    shutil.copytree(photos, moved)
+    assert answer(capsys, "pretrain", moved, "--out", out, *wishes)[0] == 0
     assert not (tmp_path / "out" / "finetune").exists()
+    before = json.loads((tmp_path / "out" / "resolved.json").read_text())["asked"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert re.search(r"Its features get [\d.]+ % of 16 held-out images right", page)
     assert f"fewlabels fit --out {out}" in page
     assert "fewlabels predict" not in page, "it has no classifier yet"
-    assert answer(capsys, "finetune", "--out", out, *TINY)[0] == 0
-    assert (tmp_path / "out" / "finetune").exists()
+    shutil.rmtree(moved)
+    code, _, err = answer(capsys, "finetune", "--out", out)
+    assert (code, f"{moved} is not there" in err, f"fewlabels fit NEW_FOLDER --out {out}" in err) == (66, True, True)
+    shutil.copytree(photos, moved)
+    code, _, err = answer(capsys, "finetune", "--out", out)
+    assert (code, f"kept from the run: --student {student}, --seed 5, --pretrain.epochs 1" in err) == (0, True)
+    resolved = json.loads((tmp_path / "out" / "resolved.json").read_text())
+    assert (resolved["asked"], resolved["recipe"]["finetune"]["epochs"]) == (before, 2)
 
 
 def test_stdout_is_the_result_and_stderr_the_progress(photos: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fewlabels as fl
 from fewlabels import asked, config, plan, recipes
 from fewlabels.config import FinetuneRecipe, PretrainRecipe, Recipe
 from fewlabels.errors import CannotCreate, MissingInput, UsageError
@@ -453,6 +454,58 @@ def test_a_recipe_file_may_be_a_link_to_a_file_of_another_name(tmp_path: Path) -
     wishes = asked.Asked(images=tmp_path, out=tmp_path / "run", recipe=str(tmp_path / "own.toml"))
     found = asked.of_run(wishes, RunFolder(tmp_path / "run"))
     assert asked.resolve(found, FACTS, None, set()).pretrain.epochs == 7
+
+
+def test_what_a_command_leaves_out_is_that_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once a stage has begun; --labels begin anew with the number to keep."""
+    folder = RunFolder(tmp_path / "run")
+    begun = asked.Asked(
+        images=tmp_path, out=folder.path, recipe="smoke", student="resnet18_0.25x", budget=30.0, seed=5, keep_labels=9,
+        overrides={"size": 32, "finetune": {"epochs": 1, "batch": 8}},
+    )  # fmt: skip
+    stored = {
+        "format_version": 1, "asked": begun.wishes(), "understood": {"labeled": 9}, "precision": "fp32", "recipe": {},
+    }  # fmt: skip
+    folder.path.mkdir()
+    (folder.path / "resolved.json").write_text(json.dumps(stored))
+    later = asked.Asked(images=tmp_path, out=folder.path, seed=None)
+    assert asked.of_run(later, folder) == replace(later, seed=0), "nothing has begun"
+    (folder.path / "pretrain" / "step-00000001").mkdir(parents=True)
+    assert asked.of_run(later, folder) == begun
+    told = "--student resnet18_0.25x, --budget 30.0s, --seed 5, --keep-labels 9, --size 32"
+    assert f"kept from the run: {told}, --finetune.epochs 1, --finetune.batch 8\n" in capsys.readouterr().err
+    assert asked.of_run(begun, folder) == begun
+    assert capsys.readouterr().err == "", "the same command"
+    other = replace(
+        later, labels="new.csv", student="resnet18_0.5x", budget=60.0, seed=6, overrides={"finetune": {"epochs": 2}}
+    )
+    kept = {"size": 32, "finetune": {"epochs": 2, "batch": 8}}
+    assert asked.of_run(other, folder) == replace(other, recipe="smoke", overrides=kept)
+    assert asked.of_run(replace(other, same_labels=True), folder).keep_labels == 9
+    named = replace(later, overrides={"distill": {"student": "resnet18_0.5x"}})
+    assert asked.of_run(named, folder).student is None
+    stored["asked"] = asked.of_run(named, folder).wishes()
+    (folder.path / "resolved.json").write_text(json.dumps(stored))
+    found = asked.of_run(replace(later, student="resnet18_1x"), folder)
+    assert (found.student, found.overrides["distill"]) == ("resnet18_1x", {"student": "resnet18_1x"})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_bad": "5%"}, {"out": None}, {"out": 3}, {"student": 3}, {"seed": "5"}], ids=str
+)
+def test_a_wish_of_another_kind_is_a_mistake_of_usage(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        fl.fit(np.zeros((4, 8, 8), np.uint8), **({"out": tmp_path / "run"} | wrong))
+
+
+def test_a_home_that_no_shell_has_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wishes = asked.Asked(images="~/photos", labels=Path("~/labels.csv"), test=["~"], out="~/run")  # type: ignore[arg-type]
+    assert (wishes.images, wishes.labels) == (str(tmp_path / "photos"), tmp_path / "labels.csv")
+    assert (wishes.test, wishes.out, fl.Run("~/run").path) == (["~"], tmp_path / "run", tmp_path / "run")  # type: ignore[arg-type]
+    for load in (fl.load, fl.load_reference):
+        with pytest.raises(MissingInput, match=str(tmp_path)):
+            load("~/none")
 
 
 def test_wishes_are_plain_values(tmp_path: Path) -> None:

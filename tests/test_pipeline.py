@@ -259,6 +259,42 @@ def test_a_refusal_counts_images_and_labels(photos: Path, run: fl.Run, tmp_path:
         fl.fit(images, more, **asked)
 
 
+def test_a_refusal_names_some_images(run: fl.Run, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    images = sorted((tmp_path / "photos" / "train" / "unlabeled").glob("*.png"))
+    images[0].rename(images[0].with_name("renamed.png"))
+    for path in images[1:5]:
+        path.unlink()
+    with pytest.raises(CannotCreate) as raised:
+        fl.fit(tmp_path / "photos", out=run.path, recipe="smoke", **SMALL)
+    names = [f"train/unlabeled/{path.name}" for path in images[:3]]
+    gone = f"no longer there: {', '.join(names)}, ..."
+    assert raised.value.details[1:] == (gone, "not there before: train/unlabeled/renamed.png")
+
+
+def test_a_run_that_is_not_there_is_a_missing_input(run: fl.Run, tmp_path: Path) -> None:
+    assert fl.Run(str(run.path)).metrics == run.metrics  # type: ignore[arg-type]
+    with pytest.raises(MissingInput, match="none"):
+        _ = fl.Run(tmp_path / "none").metrics
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_learns_whatever_the_caller_has_turned_off(mode: Any, tmp_path: Path) -> None:
+    images, classes = shapes_images(20, size=16)
+    with mode():
+        fl.fit(images, classes, out=tmp_path / "run", recipe="smoke", until="finetune", **SMALL)
+        assert not torch.is_grad_enabled()
+
+
+def test_a_signal_while_it_checks_promises_nothing_saved(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped, match="nothing was changed") as stopped:
+        pipeline.check(Asked(images=photos, out=tmp_path / "run", recipe="smoke"))
+    assert "saved" not in stopped.value.text() and "go on" not in stopped.value.text()
+
+
 def test_an_export_of_an_older_model_is_told(
     photos: Path, run: fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,6 @@
 """What the user asked for, by either face, and the recipe that follows from it.
 
-The same command on a run folder gets the recipe that was stored there.
+The same command on a run folder gets the recipe that was stored there; what a command leaves out, a begun run keeps.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from fewlabels import config, plan, recipes, runtime
 from fewlabels.config import Recipe
-from fewlabels.data.places import is_url, real
-from fewlabels.errors import CannotCreate, UsageError
+from fewlabels.data.places import at_home, is_url, real
+from fewlabels.errors import CannotCreate, MissingInput, UsageError
 from fewlabels.recipes import Facts
-from fewlabels.runfolder import RunFolder
+from fewlabels.runfolder import RunFolder, say
 from fewlabels.use import artefact
 
 
@@ -35,13 +36,28 @@ class Asked:
     test: Any = None
     student: str | None = None
     budget: float | None = None  # seconds
-    seed: int = 0
+    seed: int | None = 0  # None = left out
     device: str = "auto"
     keep_labels: str | int | None = None
     max_bad: float = 0.05
     until: str = "distill"
     command: str = ""
+    same_labels: bool = False  # the command left them out: they are those of the run
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "out": (isinstance(self.out, str | os.PathLike), "the path of a folder, which is made"),
+            "student": (isinstance(self.student, str | None), 'the name of an encoder, as "resnet18_0.25x"'),
+            "seed": (isinstance(self.seed, int | None) and 0 <= (self.seed or 0) < 2**32, "one from 0 to 4294967295"),
+            "max_bad": (isinstance(self.max_bad, Real) and 0 <= self.max_bad <= 1, "a share from 0 to 1"),
+        }
+        for name, (fits, words) in wanted.items():
+            if not fits:
+                raise UsageError(f"{name} {getattr(self, name)!r} cannot be used", fix=f"give {words}")
+        for name in ("images", "labels", "test", "out"):  # a shell leaves the ~ in --out=~/run as it is
+            if isinstance(value := getattr(self, name), str | Path):
+                object.__setattr__(self, name, at_home(Path(value) if name == "out" else value))
 
     def inputs(self) -> dict[str, str]:
         """Paths that a later command on the same run folder may leave out."""
@@ -56,16 +72,11 @@ class Asked:
 
     def given(self) -> dict[str, Any]:
         """The values of the recipe that the user gave, as options or in a recipe file; options count."""
-        file, options = self.file, {k: v for k, v in self.overrides.items() if v is not None}
-        both = [
-            name for name in config.SECTIONS if all(isinstance(part.get(name), Mapping) for part in (file, options))
-        ]
-        return file | options | {name: {**file[name], **options[name]} for name in both}
+        return _joined(self.file, {k: v for k, v in self.overrides.items() if v is not None})
 
     def names(self, stage: str, knob: str) -> bool:
         """Whether the user gave this knob of a stage."""
-        given = self.given().get(stage)
-        return isinstance(given, Mapping) and knob in given
+        return f"{stage}.{knob}" in config.flat(self.given())
 
     def wishes(self) -> dict[str, Any]:
         """What decides the recipe, as plain values."""
@@ -82,6 +93,12 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
+def _joined(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a recipe, knob by knob; where both name one, the second counts."""
+    both = [name for name in config.SECTIONS if all(isinstance(part.get(name), Mapping) for part in (first, then))]
+    return {**first, **then, **{name: {**first[name], **then[name]} for name in both}}
+
+
 def _absolute(word: str) -> str:
     """A path, or pattern of paths, from the root; a URL or a source's name as it is."""
     local = Path(word).exists() or ("{" in word and not is_url(word))
@@ -89,7 +106,7 @@ def _absolute(word: str) -> str:
 
 
 def of_run(asked: Asked, folder: RunFolder) -> Asked:
-    """asked, with the recipe of the run where `auto` leaves it open; another one is refused once a stage has begun."""
+    """asked, with the wishes of a begun run where it leaves them open; another recipe is refused."""
     (stored, begun), recipe = runtime.from_main((folder.resolved(), begun_stages(folder))), asked.recipe
     if recipe.endswith(".toml"):
         recipe = str(Path(recipe).absolute())  # a later command may come from another folder
@@ -110,7 +127,26 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
             why="one run follows one recipe; nothing was changed",
             fix=f"give a new --out, or undo the change ({folder.path / 'recipe.toml'} has what the run follows)",
         )
-    return asked
+    return _kept(asked, stored["asked"]) if stored and begun else replace(asked, seed=asked.seed or 0)
+
+
+def _kept(asked: Asked, before: Mapping[str, Any]) -> Asked:
+    """asked, with the wishes that a run was begun with where it says nothing of them; these are told.
+
+    A budget is that of one command: what is left to do gets all of it. Of other labels than before all count.
+    """
+    old, new = before.get("overrides", {}), config.flat(asked.overrides)
+    if asked.student and "distill.student" in config.flat(old):  # the other name of it
+        old = _joined(old, {"distill": {"student": asked.student}})
+    fits = {"keep_labels": asked.same_labels or asked.labels is None, "student": "distill.student" not in new}
+    names = [name for name in ("student", "budget", "seed", "keep_labels") if fits.get(name, True)]
+    kept: dict[str, Any] = {name: before.get(name) for name in names if getattr(asked, name) is None}
+    told = kept | {name: value for name, value in config.flat(old).items() if name not in new}
+    told = {name: value for name, value in told.items() if value is not None and (name, value) != ("seed", 0)}
+    if told:
+        words = (f"--{name.replace('_', '-')} {value}{'s' * (name == 'budget')}" for name, value in told.items())
+        say(f"kept from the run: {', '.join(words)}")
+    return replace(asked, **kept, overrides=_joined(old, asked.overrides))
 
 
 # --- the recipe --------------------------------------------------------------------------------------------------
@@ -241,9 +277,13 @@ def on_command_line(**values: Any) -> Asked:
     images = values["images"] = values.get("images") or None
     if images is not None and ("images" not in known or real(known["images"]) != real(images)):
         known = {}  # other images have other labels
+    values["same_labels"] = values.get("labels") is None
+    again = f"fewlabels fit NEW_FOLDER{' --labels CSV' * ('labels' in known)} --out {shlex.quote(str(out))}"
     for name in ("images", "labels", "test"):
-        if values.get(name) is None:
-            values[name] = known.get(name)
+        if values.get(name) is None and name in known:
+            place = values[name] = str(known[name])
+            if place.startswith("/") and "{" not in place and not Path(place).exists():
+                raise MissingInput(f"{place} is not there, the {name} of {out}", fix=f"say where they are now: {again}")
     keep = values.get("keep_labels")
     if keep is not None and keep.isdecimal():
         values["keep_labels"] = int(keep)

@@ -23,7 +23,7 @@ import tyro
 
 import fewlabels
 from fewlabels import config, errors
-from fewlabels.commands import Demo, Evaluate, Export, Fit, Import, Predict, Report, Suggest
+from fewlabels.commands import Demo, Evaluate, Export, Fit, Import, Predict, Report, Suggest, Use
 from fewlabels.errors import CannotCreate, DataError, FewlabelsError, StorageError, UsageError, nearest, printable, tell
 
 FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO), "free some space, run the same command again")
@@ -95,10 +95,20 @@ def _check(command: Fit) -> None:
         _say(*([json.dumps(found)] if command.json else found["lines"]))
 
 
-def _evaluate(command: Evaluate) -> None:
-    from fewlabels.use import evaluate, predict
+def _model(command: Use) -> Any:
+    """The model of a command that uses one, which may be older than its run is: that is told."""
+    from fewlabels.use import facts, predict
 
     model = predict.load(command.run, balanced=command.balanced)
+    if facts.values(Path(command.run) / "status.json").get("state", "finished") != "finished":
+        tell(f"note: {printable(command.run)} is being trained anew; this is its earlier model")
+    return model
+
+
+def _evaluate(command: Evaluate) -> None:
+    from fewlabels.use import evaluate
+
+    model = _model(command)
     measured = evaluate.evaluate_run(model, command.images, command.labels)
     print(json.dumps(measured) if command.json else evaluate.format_table(measured))
 
@@ -110,7 +120,7 @@ def _predict(command: Predict) -> None:
         raise UsageError("no images were given", fix=f"fewlabels predict {command.run} IMAGES")
     images = command.images[0] if len(command.images) == 1 else list(command.images)
     out = "/dev/stdout" if command.out == "-" else command.out
-    model = predict.load(command.run, balanced=command.balanced)
+    model = _model(command)
     summary = predict.write_predictions(model, images, out)
     words = f"{summary['predicted']:,} images predicted, {summary['unreadable']:,} unreadable: {out}"
     (tell if _is_stdout(out) else _say)(json.dumps(summary) if command.json else words)
@@ -130,9 +140,9 @@ def _is_stdout(out: str) -> bool:
 
 
 def _export(command: Export) -> None:
-    from fewlabels.use import export, predict
+    from fewlabels.use import export
 
-    model, run = predict.load(command.run, balanced=command.balanced), Path(command.run)
+    model, run = _model(command), Path(command.run)
     is_model = model.path == run  # `fit` and `import` replace such a folder as a whole
     beside = run.resolve().with_name(f"{run.resolve().name}-export") if is_model else run / "export"
     _say(str(export.export(model, Path(command.out or beside), format=command.format)))

@@ -51,7 +51,7 @@ class Fit:
     labels: Annotated[str | None, said("CSV")] = None
     """CSV with the columns image,label[,split]; empty = unlabeled."""
     out: str = "run"
-    """The run folder. Its own command resumes it; a folder of another run is refused."""
+    """The run folder. Its own command resumes it, keeping what is left out; a folder of another run is refused."""
     recipe: str = "auto"
     """auto, best, simclrv2, digits, smoke, paper_imagenet_* or a .toml file."""
     student: Annotated[str | None, said("NAME")] = None
@@ -64,8 +64,8 @@ class Fit:
     """Use only so many labels, e.g. 100 or 1%, chosen evenly over the classes by the seed."""
     max_bad: float = 0.05
     """Share of unreadable images that stops the run before training."""
-    seed: int = 0
-    """Decides initial weights, order, views and kept labels."""
+    seed: Annotated[int | None, said("INT")] = None
+    """Decides initial weights, order, views and kept labels. Left out: that of the run folder, 0 for a new one."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: bool = False

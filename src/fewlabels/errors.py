@@ -118,7 +118,7 @@ class Stopped(FewlabelsError):
     def __init__(self, signal_number: int, where: str) -> None:
         self.exit_code = RunAgain.exit_code if signal_number == signal.SIGUSR1 else 128 + signal_number
         name = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
-        super().__init__(f"stopped by {name} {where}", fix="run the same command to go on")
+        super().__init__(f"stopped by {name} {where}", fix="run the same command again")
 
 
 class RankFailed(FewlabelsError):

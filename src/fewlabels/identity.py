@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fewlabels import checkpoint, config, plan
-from fewlabels.data.labels import Understood
-from fewlabels.errors import CannotCreate
+from fewlabels.data.labels import Dataset
+from fewlabels.errors import CannotCreate, FewlabelsError
 from fewlabels.prepared import Prepared
 from fewlabels.runfolder import RunFolder
 from fewlabels.use import artefact
+from fewlabels.use.learned import open_run
 
 
 def of(prepared: Prepared, stage: str) -> dict[str, Any]:
@@ -47,9 +48,9 @@ def of(prepared: Prepared, stage: str) -> dict[str, Any]:
 
 
 def check(
-    before: Mapping[str, Any], now: Mapping[str, Any], stage: str, folder: Path, understood: Understood | None = None
+    before: Mapping[str, Any], now: Mapping[str, Any], stage: str, folder: Path, dataset: Dataset | None = None
 ) -> None:
-    """Refuse a checkpoint of another run, naming every difference; of images and labels how many are understood now.
+    """Refuse a checkpoint of another run, naming every difference; of images and labels how many dataset has.
 
     A run of an older version knows no knob that is newer: it ran with what is now that knob's default. Distillation
     into the same network knows no student.
@@ -57,12 +58,14 @@ def check(
     untouched = {"distill.student", "distill.temperature"} if stage == "distill_self" else set()
     flat_before, flat_now = (config.flat(_with_defaults(facts)) for facts in (before, now))
     differences = [
-        _counted(name, folder, understood)
+        _counted(name, folder, dataset)
         or f"{name}: {flat_before.get(name)!r} there, {flat_now.get(name)!r} asked for now"
         for name in sorted((flat_before.keys() | flat_now.keys()) - untouched)
         if flat_before.get(name) != flat_now.get(name)
     ]
     if differences:
+        if dataset is not None and flat_before.get("images") != flat_now.get("images"):
+            differences += other_images(folder, dataset)
         trained = list(plan.TRAINED)
         later = shlex.join(str(folder / name) for name in trained[trained.index(stage) :])
         fix = "give a new --out for the new settings, or repeat the command that made this folder"
@@ -81,14 +84,26 @@ def check_folder(prepared: Prepared) -> None:
     for stage in plan.TRAINED:
         before = checkpoint.glance(prepared.folder.stage(stage)) or {}
         if "identity" in before:
-            understood = prepared.dataset.understood
-            check(before["identity"], of(prepared, stage), stage, prepared.folder.path, understood)
+            check(before["identity"], of(prepared, stage), stage, prepared.folder.path, prepared.dataset)
 
 
-def _counted(name: str, folder: Path, now: Understood | None) -> str:
+def other_images(folder: Path, dataset: Dataset) -> list[str]:
+    """Names of training images that only the run in folder has, and that only dataset has, in words."""
+    try:
+        run, _ = open_run(folder)
+    except FewlabelsError:  # an older version kept no names
+        return []
+    # Those of an array's rows, array-000007, say no more than their count
+    there, here = ({each.names[i] for i in each.train if "." in each.names[i]} for each in (run, dataset))
+    others = {"no longer there": sorted(there - here), "not there before": sorted(here - there)}
+    return [f"{words}: {', '.join([*few[:3], *['...'] * (len(few) > 3)])}" for words, few in others.items() if few]
+
+
+def _counted(name: str, folder: Path, dataset: Dataset | None) -> str:
     """How many images or labels there are and were: their hashes tell nobody anything. "" for what is no hash."""
-    if now is None or name not in ("images", "labels"):
+    if dataset is None or name not in ("images", "labels"):
         return ""
+    now = dataset.understood
     count, kind, words = (now.train, "train", " to train on") if name == "images" else (now.labeled, "labeled", "")
     before = (RunFolder(folder).resolved() or {}).get("understood", {}).get(kind, "others")
     return f"{name}: {before}{words} there, {count}{' others' * (before == count)} now"

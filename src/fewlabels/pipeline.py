@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewlabels import agreement, checkpoint, identity, plan, runtime, watch
 from fewlabels.asked import Asked, begun_stages, of_run, parse_budget, same_plan
+from fewlabels.data.places import at_home
 from fewlabels.data.source import Source
-from fewlabels.errors import DataError, FewlabelsError, RankFailed, RunAgain, Stopped, UsageError
+from fewlabels.errors import DataError, FewlabelsError, MissingInput, RankFailed, RunAgain, Stopped, UsageError
 from fewlabels.model.encoder import encoder as build_encoder
 from fewlabels.model.heads import Classifier
 from fewlabels.prepare import open_images, prepare, write_resolved
@@ -34,6 +37,9 @@ class Run:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(at_home(self.path)))
+
     @property
     def model(self) -> Model:
         """The deployable classifier."""
@@ -43,6 +49,8 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """results.json: the table of methods, and the final model's measurements on held-out images."""
         found = read_json(self.path / "results.json")
+        if not self.path.is_dir():
+            raise MissingInput(f"{self.path} is not there", fix="give the run folder, as in out=RUN")
         if found is None:
             raise RunAgain(f"{self.path} has no results yet", fix="run the same command again to finish it")
         return found
@@ -58,10 +66,12 @@ class Run:
 
 def fit(
     images: Any, labels: Any = None, *, out: str | Path, recipe: str = "auto", test: Any = None,
-    student: str | None = None, budget: str | float | None = None, seed: int = 0, device: str = "auto",
+    student: str | None = None, budget: str | float | None = None, seed: int | None = 0, device: str = "auto",
     keep_labels: str | int | None = None, max_bad: float = 0.05, until: str = "distill", **overrides: Any,
 ) -> Run:  # fmt: skip
     """Pretrain, fine-tune and distill on images, in the run folder `out`; call it again to resume.
+
+    A run that has begun keeps what is left out: recipe, student, budget, overrides, and a seed that is None.
 
     images: folder, labels CSV, tar, parquet, npz, URL of shards, numpy uint8 (N, H, W[, 3]) or list of paths.
     labels: CSV path or one label an image; -1, None or "" = unlabeled. Without labels only stage 1 runs.
@@ -75,13 +85,14 @@ def fit(
     Raises a FewlabelsError for every fault a user can mend.
     """
     asked = Asked(
-        images=images, labels=labels, out=Path(out), recipe=str(recipe), test=test, student=student,
-        budget=parse_budget(budget), seed=int(seed) if hasattr(seed, "__index__") else seed, device=str(device),
-        keep_labels=keep_labels, max_bad=max_bad, until=until, overrides=overrides,
+        images=images, labels=labels, out=Path(out) if isinstance(out, str) else out, recipe=str(recipe), test=test,
+        student=student, budget=parse_budget(budget), device=str(device), keep_labels=keep_labels, max_bad=max_bad,
+        seed=int(seed) if seed is not None and hasattr(seed, "__index__") else seed, until=until, overrides=overrides,
     )  # fmt: skip
     return run(asked)
 
 
+@torch.inference_mode(mode=False)  # which also lets gradients flow, whatever the caller has turned off
 def run(asked: Asked) -> Run:
     """Do what was asked, from wherever the run folder stands."""
     if asked.until not in plan.STAGES:
@@ -107,6 +118,7 @@ def run(asked: Asked) -> Run:
     return Run(asked.out)
 
 
+@torch.inference_mode(mode=False)
 def check(asked: Asked) -> dict[str, Any]:
     """What a run would understand, do and cost, found out in a temporary folder beside --out; changes nothing.
 
@@ -114,7 +126,7 @@ def check(asked: Asked) -> dict[str, Any]:
     largest_batch (for each stage: asked, fits, with_recompute; measured, where it can be).
     """
     device = runtime.start(asked.device)
-    with watch.ranks(), Interrupts().watching() as interrupts:
+    with watch.ranks(), Interrupts("while it looked; nothing was changed").watching() as interrupts:
         source = _images(asked)
         with _scratch(asked.out) as folder:
             return _found_out(asked, prepare(asked, source, folder, device), interrupts)
@@ -176,7 +188,9 @@ def _found_out(asked: Asked, prepared: Prepared, interrupts: Interrupts) -> dict
     ]
     lines += [f"{name}: about {duration(value)} at the measured speed" for name, value in seconds.items()]
     if begun := sorted(begun_stages(RunFolder(asked.out))):
-        lines.append(f"{asked.out} has begun: there {', '.join(begun)} keep their plan; these are figures of a new run")
+        keeps = f"has begun: there {', '.join(begun)} keep their plan; these are figures of a new run"
+        others = identity.other_images(asked.out, prepared.dataset)
+        lines.append(f"{asked.out} {'is a run of other images: give another --out' if others else keeps}")
     lines += [f"about {duration(sum(seconds.values()))} in all, {memory:,.0f} MB of memory, {disk:,.0f} MB of disk"]
     return {
         "lines": lines, "understood": asdict(prepared.dataset.understood), "seconds": seconds, "disk_mb": disk,

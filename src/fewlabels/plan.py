@@ -119,14 +119,15 @@ def reasons(recipe: Recipe, facts: Facts) -> list[str]:
     colour = "gray" if facts.gray else "colour"
     seen = f"the model in {recipe.pretrained}" if recipe.pretrained else f"images of about {facts.side} px on {machine}"
     smaller = f" ({recipe.pretrain_size} in pretraining)" * (recipe.resolution != 1)
-    return [
+    told = [
         f"encoder {recipe.encoder}, views of {recipe.size} px{smaller}: {seen}",
         f"views of kind {recipe.kind}: {colour} images of {facts.side} px",
         f"finetune from layer {recipe.finetune.tap} of the head: {facts.labeled:,} labels in {facts.classes} classes"
-        if facts.labeled or not recipe.pretrained
+        if facts.labeled
         else f"no labels: the model's own classifier of {facts.classes} classes is the teacher",
         _taught(recipe, facts),
     ]
+    return told if facts.labeled or recipe.pretrained else told[:2]  # else only pretraining runs
 
 
 def _taught(recipe: Recipe, facts: Facts) -> str:

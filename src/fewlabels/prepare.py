@@ -25,7 +25,7 @@ from fewlabels.data import labels, pixels, streamed, views
 from fewlabels.data.labels import Dataset
 from fewlabels.data.source import Source
 from fewlabels.data.sources import check_classes, open_source
-from fewlabels.errors import DataError, MissingInput, UsageError
+from fewlabels.errors import DataError, MissingInput
 from fewlabels.prepared import Prepared
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, duration, say
@@ -37,10 +37,6 @@ def open_images(asked: Asked) -> Source:
     """The source, checked as far as that goes without decoding."""
     if asked.images is None:
         raise MissingInput("no images were given", fix="give a folder, a CSV, a parquet or npz file, or an array")
-    if not (isinstance(asked.seed, int) and 0 <= asked.seed < 2**32):
-        raise UsageError(f"seed {asked.seed!r} cannot be used", fix="give a whole number from 0 to 4294967295")
-    if not 0 <= asked.max_bad <= 1:
-        raise UsageError(f"max_bad {asked.max_bad} is no share of the images", fix="give a number from 0 to 1")
     source = open_source(asked.images, asked.labels, test=asked.test)
     if asked.until != "pretrain":
         check_classes(source)
@@ -80,7 +76,7 @@ def prepare(asked: Asked, source: Source, folder: RunFolder, device: torch.devic
     recipe = resolve(asked, facts, stored, begun)
     precision = number_format(recipe, device, stored)
     seconds = runtime.from_main(time.perf_counter() - began)
-    return Prepared(folder, dataset, facts, recipe, device, precision, asked.seed, seconds)
+    return Prepared(folder, dataset, facts, recipe, device, precision, asked.seed or 0, seconds)
 
 
 def _as_asked(source: Source, asked: Asked) -> Source:
@@ -107,7 +103,7 @@ def _dataset(asked: Asked, source: Source, folder: RunFolder, recipe: Recipe) ->
                 f"there is nothing to do: no labels, and {given} has no classifier that could teach",
                 fix="give labels with --labels",
             )
-    return dataset if asked.keep_labels is None else labels.keep_labels(dataset, asked.keep_labels, asked.seed)
+    return dataset if asked.keep_labels is None else labels.keep_labels(dataset, asked.keep_labels, asked.seed or 0)
 
 
 def store_images(source: Source, folder: RunFolder, recipe: Recipe, max_bad: float, known: tuple[str, ...]) -> Dataset:
@@ -139,7 +135,7 @@ def _decode(
         if begun is not None:
             found = labels.assemble(source, store, kept, known)
             other = (begun if isinstance(begun, dict) else {}) | {"images": found.digest}
-            identity.check(begun, other, "pretrain", folder.path, found.understood)
+            identity.check(begun, other, "pretrain", folder.path, found)
         note.unlink(missing_ok=True)
 
     started = time.perf_counter()
@@ -225,4 +221,4 @@ def device_name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {runtime.threads()} threads ({platform.machine()})"
+    return f"CPU ({platform.machine()})"

@@ -177,7 +177,8 @@ class Interrupts:
     rank 0 there; if they left first, it would meet a broken connection instead of its own end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, where: str = OUTSIDE) -> None:
+        self.where = where
         self.received: int | None = None
         self.patient = False  # a loop polls `received`
 
@@ -204,7 +205,7 @@ class Interrupts:
             cause = error
         if self.received is not None and (cause or runtime.is_main()):
             # Another rank ends together with rank 0, which has gone, and so has the connection
-            raise Stopped(self.received, OUTSIDE if runtime.is_main() else "together with rank 0") from cause
+            raise Stopped(self.received, self.where if runtime.is_main() else "together with rank 0") from cause
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

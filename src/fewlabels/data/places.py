@@ -70,6 +70,11 @@ def real(word: str) -> str:
     return word if is_url(word) else os.path.realpath(word)
 
 
+def at_home(path: str | Path) -> Any:
+    """path with the home folder in place of its ~, of the same kind."""
+    return type(path)(os.path.expanduser(path))  # noqa: PTH111 - which raises where there is no such user
+
+
 def is_url(place: str) -> bool:
     """Whether fsspec is to be asked."""
     return URL.match(place) is not None

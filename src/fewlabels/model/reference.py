@@ -68,7 +68,7 @@ def load_reference(path: str | Path, *, ema: bool = False, tap: int | None = Non
     Raises MissingInput where there is no checkpoint, DataError where it is damaged or of another network, UsageError
     for a tap that it does not have or averages that are not there.
     """
-    bundle = tensorbundle.open_bundle(tensorbundle.find_prefix(Path(path)))
+    bundle = tensorbundle.open_bundle(tensorbundle.find_prefix(Path(path).expanduser()))
     keys, version = _names(bundle)
     if ema:
         keys = _averaged(keys, bundle.prefix)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewlabels import __version__, checkpoint
+from fewlabels.data.places import at_home
 from fewlabels.data.views import KINDS
 from fewlabels.errors import DataError, FewlabelsError, MissingInput
 from fewlabels.model.encoder import encoder
@@ -109,6 +110,7 @@ def _state(network: Classifier, head: ProjectionHead | None, card: Card) -> dict
 
 def place(folder: Path) -> Path:
     """The model folder meant by a run folder or a model folder; MissingInput where there is none."""
+    folder = at_home(folder)
     if not folder.is_dir():
         state = "is a file" if folder.is_file() else "does not exist"
         raise MissingInput(f"{folder} {state}", why="a model is a folder", fix="give the run folder, as in --out RUN")

@@ -36,7 +36,7 @@ def read(run: Path) -> Facts:
 
     DataError where a newer fewlabels wrote it.
     """
-    results, resolved = _json(run / "results.json") or None, _json(run / "resolved.json")
+    results, resolved = values(run / "results.json") or None, values(run / "resolved.json")
     for name, found in (("results.json", results), ("resolved.json", resolved)):
         if found:
             checkpoint.check_format(found, run / name)
@@ -44,11 +44,11 @@ def read(run: Path) -> Facts:
         "path": clean(str(run)),
         "folder": run,
         "resolved": resolved,
-        "status": _json(run / "status.json"),
+        "status": values(run / "status.json"),
         "results": results,
         "metrics": _metrics(run),
         "arrays": _arrays(run / "evaluation.npz", results),
-        "model": _json(run / "model" / "model.json"),
+        "model": values(run / "model" / "model.json"),
         "bad": _bad_images(run / "bad_images.csv"),
     }
 
@@ -71,7 +71,8 @@ def clean(value: Any) -> Any:
     return value
 
 
-def _json(path: Path) -> Facts:
+def values(path: Path) -> Facts:
+    """Those of a JSON file, {} where it cannot be read."""
     try:
         found = json.loads(checkpoint.read_text(path, errors="replace"))
         return clean(found) if isinstance(found, dict) else {}
