@@ -102,7 +102,6 @@ class DistillRecipe(Schedule):
         "student starts from random weights or, where it has the same shape, from the pretrained encoder",
         choices=("scratch", "pretrained"),
     )
-
     self_training: float = knob(
         0.0,
         "into the same network: no teacher, but its own answers of at least this probability (0.95); 0 = off",

@@ -105,11 +105,8 @@ def open_bundle(prefix: Path) -> Bundle:
         raise _bad(index, f"it speaks of {shards:,} files of data")
     if about.get(2, 0) != 0:
         raise _bad(index, "it was written on a big-endian machine")
-    entries = {}
-    for key, value in records.items():
-        name = key.decode("utf-8", "backslashreplace")
-        entries[name] = _entry(name, value, index)
-    bundle = Bundle(prefix, entries, shards)
+    named = ((key.decode("utf-8", "backslashreplace"), value) for key, value in records.items())
+    bundle = Bundle(prefix, {name: _entry(name, value, index) for name, value in named}, shards)
     _check_places(bundle)
     return bundle
 
@@ -147,9 +144,7 @@ def _entry(name: str, value: bytes, path: Path) -> Entry:
     kind = _whole(found.get(1, 0), path)
     shape = tuple(_shape(found.get(2, b""), path))
     shard, offset, size = (_whole(found.get(number, 0), path) for number in (3, 4, 5))
-    checksum = found.get(6)
-    if checksum is not None:
-        checksum = _whole(checksum, path)
+    checksum = _whole(found[6], path) if 6 in found else None
     if kind == TEXT:
         return Entry("text", shape, shard, offset, size, checksum)
     if kind not in TYPES:
@@ -338,14 +333,9 @@ def _prefix_in(folder: Path) -> Path:
 LANES = 1 << 15
 
 
-def _byte_table() -> np.ndarray:
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-    return table
-
-
-_TABLE = _byte_table()
+_TABLE = np.arange(256, dtype=np.uint32)  # what a byte becomes
+for _ in range(8):
+    _TABLE = np.where(_TABLE & 1, (_TABLE >> 1) ^ np.uint32(0x82F63B78), _TABLE >> 1)
 # Two bytes at once: the register after them is a lookup in 65,536 numbers
 _PAIRS = _TABLE[_TABLE[np.arange(1 << 16) & 255] & 255] ^ (_TABLE[np.arange(1 << 16) & 255] >> 8)
 _PAIRS = (_PAIRS ^ _TABLE[np.arange(1 << 16) >> 8]).astype(np.uint32)
