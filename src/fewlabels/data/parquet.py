@@ -63,7 +63,6 @@ class Parquet(Part):
         return self.ends[-1] if self.ends else 0
 
     def payloads(self) -> Iterator[Payload]:
-        """Each image's bytes."""
         return self._read(None)
 
     def sample(self, count: int) -> Iterator[Payload]:
@@ -83,7 +82,6 @@ class Parquet(Part):
         return Span(self.place, f":{row}", *spans[inside])
 
     def stamps(self) -> Iterator[bytes]:
-        """Of the file."""
         yield stamp(self.place)
 
     def _read(self, groups: list[int] | None) -> Iterator[Payload]:

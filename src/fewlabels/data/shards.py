@@ -135,7 +135,6 @@ class Tars(Part):
         return places.Span(self.shards.places[shard], name, begin, length, self.faults.get(row, ""))
 
     def stamps(self) -> Iterator[bytes]:
-        """Of every shard."""
         return iter(self.shards.states)
 
 

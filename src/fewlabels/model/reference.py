@@ -91,13 +91,11 @@ def load_reference(path: str | Path, *, ema: bool = False, tap: int | None = Non
             classifier = Classifier(network, head, tap=tap, num_classes=kernel[-1])
     assert isinstance(network, ResNet)
     read.check(_tensors(network, head, classifier))
-    for part in (network, head, classifier.linear if classifier else None):
-        if part is not None:
-            part.to_empty(device="cpu")
+    for part in filter(None, (network, head, classifier and classifier.linear)):
+        part.to_empty(device="cpu")
     read.fill(_tensors(network, head, classifier))
-    for module in (network, head, classifier):
-        if module is not None:
-            module.eval()
+    for module in filter(None, (network, head, classifier)):
+        module.eval()
     return Reference(network, head, classifier, name, tap, why, step, version, read.unread())
 
 
