@@ -158,9 +158,7 @@ def threads_while_training() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that nobody uses, torch's own spare ones too; 0 on a CPU, where images need no second
-    place.
-    """
+    """Bytes of a GPU's memory that nobody uses, torch's own spare ones too; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from fewlabels.data.decode import Payload
 from fewlabels.data.parts import UNREADABLE, Part, reading, sampled
@@ -208,19 +207,15 @@ def _part(place: str, column: str, metadata: Any) -> Parquet:
 
 
 def _file(place: str) -> Any:
-    # a large buffer_size and no pre_buffer read page by page, so that a row group of 1 GB is never held whole
-    source = open_file(place) if is_url(place) else place
-    return _pyarrow_parquet().ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
-
-
-def _pyarrow_parquet() -> ModuleType:
     try:
-        import pyarrow.parquet
+        from pyarrow import parquet
     except ImportError:
         raise UsageError(
             "parquet files need the package pyarrow, which is not installed", fix='pip install "fewlabels[data]"'
         ) from None
-    return cast(ModuleType, pyarrow.parquet)
+    # a large buffer_size and no pre_buffer read page by page, so that a row group of 1 GB is never held whole
+    source = open_file(place) if is_url(place) else place
+    return parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:

@@ -124,7 +124,6 @@ class Tars(Part):
 
     @property
     def away(self) -> bool:  # type: ignore[override]
-        """Whether a shard lies behind a URL."""
         return any(map(places.is_url, self.shards.places))
 
     def at(self, row: int) -> places.Span:

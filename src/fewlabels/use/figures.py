@@ -72,8 +72,7 @@ def losses(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> Markup:
     for axes, (title, curve) in zip(panels, stages.items(), strict=True):
         steps, values = _thinned(np.asarray(curve["step"], float), np.asarray(curve["loss"], float))
         axes.plot(steps, values, color=ACCENT)
-        axes.set_title(title)
-        axes.set_xlabel("step")
+        axes.set(title=title, xlabel="step")
         _quiet_axes(axes)
     panels[0].set_ylabel("loss")
     return _svg(figure, "losses")
@@ -108,8 +107,7 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> Markup:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
-    axes.set_xlabel("how sure it says it is")
-    axes.set_ylabel("how often it is right")
+    axes.set(xlabel="how sure it says it is", ylabel="how often it is right")
     _quiet_axes(axes)
     return _svg(figure, "reliability")
 
@@ -157,8 +155,7 @@ def confusion(matrix: npt.NDArray[np.integer[Any]]) -> Markup:
     axes = figure.subplots()
     blues = LinearSegmentedColormap.from_list("clear_to_blue", [(0.3, 0.45, 0.95, 0.04), (0.3, 0.45, 0.95, 1.0)])
     axes.imshow(shares**0.5, cmap=blues, vmin=0, vmax=1, extent=(0, size, size, 0), interpolation="nearest")
-    axes.set_xlabel("predicted class, by number")
-    axes.set_ylabel("true class, by number")
+    axes.set(xlabel="predicted class, by number", ylabel="true class, by number")
     return _svg(figure, "confusion")
 
 
