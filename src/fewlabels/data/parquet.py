@@ -19,6 +19,7 @@ from typing import Any
 from fewlabels.data.decode import Payload
 from fewlabels.data.parts import UNREADABLE, Part, reading, sampled
 from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
+from fewlabels.data.shards import called
 from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.told import with_sequence
 from fewlabels.errors import DataError, UsageError, nearest, printable
@@ -194,7 +195,7 @@ def _values(file: Any, column: str) -> list[Any]:
 
 def _names(place: str, paths: list[str | None]) -> tuple[str, ...]:
     """What images are called: as their paths, or as file:row where a path is missing or comes twice."""
-    once, file = Counter(paths), place.rpartition("/")[2]  # a name that comes twice could be in no table
+    once, file = Counter(paths), called(place).rpartition("/")[2]  # a name that comes twice could be in no table
     shown = (path if path and once[path] == 1 else f"{file}:{row}" for row, path in enumerate(paths))
     return tuple(map(printable, shown))
 
