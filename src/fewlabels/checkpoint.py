@@ -117,9 +117,8 @@ def text_file(path: Path) -> Iterator[TextIO]:
         stream = str(path.absolute().parent) in STREAMS or (path.exists() and not (path.is_file() or path.is_dir()))
         try:
             # backslashreplace: JSON's own form of odd bytes
-            with (path if stream else temporary).open(
-                "w", encoding="utf-8", errors="backslashreplace", newline=""
-            ) as file:
+            target = path if stream else temporary
+            with target.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 yield file
             if not stream:
                 sync(temporary)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
 
-from fewlabels.data.decode import Payload
+from fewlabels.data.decode import Inside, Payload
 from fewlabels.data.parts import UNREADABLE, Part, reading, sampled
 from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
 from fewlabels.data.shards import called
@@ -30,20 +30,14 @@ BETWEEN, PREFIX = 64 << 10, 4  # bytes that a page's header, and a value's lengt
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A picture as a row of a row group; name: what it is called in the file."""
+class Cell(Inside):
+    """A picture as a row of a row group."""
 
-    place: str
-    name: str
     column: str
     group: int
     row: int
 
-    def __str__(self) -> str:
-        return f"{self.place}{self.name}"
-
     def read(self) -> bytes:
-        """The picture's bytes. Raises OSError, ValueError, IndexError or StorageError."""
         block, row = divmod(self.row, ROWS)
         where = self.place, self.column, self.group, _state(self.place)
         return patiently(self.place, lambda: _rows(*where, block), str(self))[row]
@@ -62,14 +56,16 @@ class Parquet(Part):
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def payloads(self) -> Iterator[Payload]:
-        return self._read(None)
+    def payloads(self, groups: list[int] | None = None) -> Iterator[Payload]:
+        """Each image of these row groups, or of all."""
+        with reading(self.place), _file(self.place) as file:
+            yield from _images(file, self.column, groups)
 
     def sample(self, count: int) -> Iterator[Payload]:
         """At most count images, of at most 8 row groups from all over the file."""
         groups = sampled(len(self.ends), min(8, count)).tolist()
         for group in groups:
-            yield from islice(self._read([group]), count // len(groups))
+            yield from islice(self.payloads([group]), count // len(groups))
 
     def at(self, row: int) -> Payload:
         """A span of the file, where the image lies in it as it is, else a cell."""
@@ -83,10 +79,6 @@ class Parquet(Part):
 
     def stamps(self) -> Iterator[bytes]:
         yield stamp(self.place)
-
-    def _read(self, groups: list[int] | None) -> Iterator[Payload]:
-        with reading(self.place), _file(self.place) as file:
-            yield from _images(file, self.column, groups)
 
 
 def _state(place: str) -> bytes:

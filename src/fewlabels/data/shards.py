@@ -139,8 +139,7 @@ class Tars(Part):
         """The span, read by who decodes it."""
         shard = int(np.searchsorted(self.ends, row, side="right"))
         begin, length = self.spans[row].tolist()
-        name = f"/{self.members[row]}"
-        return places.Span(self.shards.places[shard], name, begin, length, self.faults.get(row, ""))
+        return places.Span(self.shards.places[shard], f"/{self.members[row]}", begin, length, self.faults.get(row, ""))
 
     def stamps(self) -> Iterator[bytes]:
         return iter(self.shards.states)

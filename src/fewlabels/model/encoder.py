@@ -197,8 +197,7 @@ class Stem(nn.Module):
             self.conv = conv(3, channels, kernel=3)
         elif resnet_d:
             half = max(1, channels // 2)
-            self.first.append(ConvNorm(3, half, kernel=3, stride=2))
-            self.first.append(ConvNorm(half, half, kernel=3))
+            self.first.extend([ConvNorm(3, half, kernel=3, stride=2), ConvNorm(half, half, kernel=3)])
             self.conv = conv(half, channels, kernel=3)
         else:
             self.conv = conv(3, channels, kernel=7, stride=2)

@@ -26,8 +26,7 @@ FOOTER = 48
 MOST_INDEX_BYTES = 16 << 20  # a ResNet-152 with selective kernels, optimizer and averages needs 0.4 MB
 MOST_ENTRIES, LONGEST_NAME, MOST_AXES, MOST_SHARDS = 100_000, 1024, 8, 1000
 MOST_TEXT_BYTES = 64 << 20
-TYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 10: "?", 14: "bfloat16", 19: "<f2"}
-TEXT = 7
+TYPES = {1: "<f4", 2: "<f8", 3: "<i4", 7: "text", 9: "<i8", 10: "?", 14: "bfloat16", 19: "<f2"}
 ITEM_BYTES = {"<f4": 4, "<f8": 8, "<i4": 4, "<i8": 8, "?": 1, "bfloat16": 2, "<f2": 2}
 
 
@@ -145,11 +144,9 @@ def _entry(name: str, value: bytes, path: Path) -> Entry:
     shape = tuple(_shape(found.get(2, b""), path))
     shard, offset, size = (_whole(found.get(number, 0), path) for number in (3, 4, 5))
     checksum = _whole(found[6], path) if 6 in found else None
-    if kind == TEXT:
-        return Entry("text", shape, shard, offset, size, checksum)
     if kind not in TYPES:
         raise _bad(path, f'"{name}" has the data type {kind}, which is no number that we know')
-    if math.prod(shape) * ITEM_BYTES[TYPES[kind]] != size:
+    if TYPES[kind] != "text" and math.prod(shape) * ITEM_BYTES[TYPES[kind]] != size:
         raise _bad(path, f'"{name}" has the shape {shape}, which does not make {size:,} bytes')
     return Entry(TYPES[kind], shape, shard, offset, size, checksum)
 

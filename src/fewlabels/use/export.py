@@ -163,12 +163,7 @@ def _write_torch(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
     torch.export.save(exported, file, extra_files={"fewlabels.json": json.dumps(facts)})
     path.write_bytes(file.getvalue())
     loaded = torch.export.load(path).module()
-
-    def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        with torch.inference_mode():
-            return loaded(torch.from_numpy(images)).numpy()  # type: ignore[no-any-return]
-
-    return run
+    return torch.inference_mode()(lambda images: loaded(torch.from_numpy(images)).numpy())
 
 
 def _compare(program: Program, run: Arrays, target: Path) -> None:
