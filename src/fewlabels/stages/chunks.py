@@ -55,7 +55,7 @@ class Chunks:
     def backward(self, stage: Pretrain, batch: Batch, precision: runtime.Precision) -> dict[str, Tensor]:
         """What Stage.backward does, chunk by chunk."""
         device, chunks, whole = batch.pixels.device, self.split(batch), self.norm == "batch"
-        running = running_statistics(stage, layers.BatchNorm, TIMMS_NORM)
+        running = running_statistics(stage.modules(), layers.BatchNorm, TIMMS_NORM)
         seeds = torch.randint(1 << 62, (len(chunks),)).tolist()  # from the CPU's generator: the step has seeded it
         with torch.no_grad(), precision.context(device), layers.statistics(stage, "keep" if whole else "own"):
             projections, keys = stage.look(batch) if whole else _look(stage, chunks, seeds, running)

@@ -227,7 +227,8 @@ def step(
     scalars = state.stage.backward(batch, precision)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     runtime.average_gradients(parameters)
-    runtime.average(running_statistics(state.stage, TIMMS_NORM))  # ours are of all ranks' images already
+    moved = (module for module in state.stage.modules() if module.training)
+    runtime.average(running_statistics(moved, TIMMS_NORM))  # ours are of all ranks' images already
     _stop_if_not_finite(state, scalars["loss"])
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -237,9 +238,9 @@ def step(
     return {name: value.detach() for name, value in scalars.items()} | {"learning_rate": learning_rate}
 
 
-def running_statistics(module: nn.Module, *kinds: type[nn.Module]) -> list[Tensor]:
-    """Those that a forward pass moves, of the batch norms of these kinds."""
-    norms = (m for m in module.modules() if isinstance(m, kinds) and m.training)
+def running_statistics(modules: Iterable[nn.Module], *kinds: type[nn.Module]) -> list[Tensor]:
+    """Of those modules that are batch norms of these kinds."""
+    norms = (module for module in modules if isinstance(module, kinds))
     return [buffer for norm in norms for buffer in norm.buffers(recurse=False) if buffer.is_floating_point()]
 
 
