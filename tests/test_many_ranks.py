@@ -123,9 +123,10 @@ def test_ranks_of_another_version_do_not_start(tmp_path: Path) -> None:
 
 def test_of_many_ranks_the_first_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     values = [1, 1, 1, 2, 2, 3, 1, 1]
+    monkeypatch.setattr(runtime, "world_size", lambda: 8)
     monkeypatch.setattr(runtime, "from_all", lambda facts: [facts | {"seed": value} for value in values])
     with pytest.raises(UsageError, match="the 8 processes of this job do not agree") as met:
-        agreement._compare({"size": 32, "seed": 1}, UsageError, fix="none")
+        agreement._compare(lambda: {"size": 32, "seed": 1}, UsageError, fix="none")
     assert met.value.details == ("seed: rank 0: 1; rank 3: 2",)
 
 

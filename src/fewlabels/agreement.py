@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,31 +23,28 @@ from fewlabels.prepare import versions
 from fewlabels.prepared import Prepared
 from fewlabels.runfolder import RunFolder
 
+SAME_IMAGES = "give every process the same images and labels, on a disk that all machines see"
+
 
 def on_wishes(asked: Asked) -> None:
     """The same program, asked for the same, before any file is read."""
-    if runtime.world_size() == 1:
-        return
-    where = "cuda" if torch.cuda.is_available() and asked.device != "cpu" else "cpu"
-    facts = {
-        "code": _code(), **versions(), "processes": runtime.world_size(), "device": where,
-        **asked.wishes(), "until": asked.until,
-    }  # fmt: skip
+
+    def facts() -> dict[str, Any]:
+        where = "cuda" if torch.cuda.is_available() and asked.device != "cpu" else "cpu"
+        program = {"code": _code(), **versions(), "processes": runtime.world_size(), "device": where}
+        return program | asked.wishes() | {"until": asked.until}
+
     _compare(facts, UsageError, fix="start every process with the same command, the same fewlabels and the same torch")
 
 
 def on_source(source: Source) -> None:
     """The same images by name, with the same labels and splits."""
-    if runtime.world_size() == 1:
-        return
-    facts = {"images": _digest(source.names), "labels": _digest(source.labels), "splits": _digest(source.splits)}
-    _compare(facts, DataError, fix="give every process the same images and labels, on a disk that all machines see")
+    told = {"images": source.names, "labels": source.labels, "splits": source.splits}
+    _compare(lambda: {name: _digest(each) for name, each in told.items()}, DataError, fix=SAME_IMAGES)
 
 
 def on_folder(folder: RunFolder) -> None:
     """One run folder, not one on every machine."""
-    if runtime.world_size() == 1:
-        return
     runtime.barrier()  # rank 0 has made it
     try:
         with (folder.path / ".lock").open() as file:  # opening asks a network disk anew
@@ -55,23 +52,22 @@ def on_folder(folder: RunFolder) -> None:
         lock = f"its lock is file {found.st_ino}, made {int(found.st_mtime)} s after 1970"
     except OSError:
         lock = f"there is none at {folder.path.absolute()}"
-    _compare({"run folder": lock}, UsageError, fix="put --out on a disk that all machines see")
+    _compare(lambda: {"run folder": lock}, UsageError, fix="put --out on a disk that all machines see")
 
 
 def on_plan(prepared: Prepared) -> None:
     """The same pixels, recipe and number format, before the first step."""
+    labels = hashlib.sha256(prepared.dataset.labels[prepared.dataset.train].tobytes()).hexdigest()
+    _compare(lambda: {"pixels": prepared.dataset.digest, "known labels": labels}, DataError, fix=SAME_IMAGES)
+    recipe = {"precision": prepared.precision.name, "seed": prepared.seed, **asdict(prepared.recipe)}
+    _compare(lambda: recipe, UsageError, fix="start every process with the same command")
+
+
+def _compare(facts: Callable[[], dict[str, Any]], kind: type[FewlabelsError], fix: str) -> None:
+    """Raise kind on every rank if a fact differs, naming it, rank 0's value, and the first rank with another one."""
     if runtime.world_size() == 1:
         return
-    labels = prepared.dataset.labels[prepared.dataset.train]
-    data = {"pixels": prepared.dataset.digest, "known labels": hashlib.sha256(labels.tobytes()).hexdigest()}
-    _compare(data, DataError, fix="give every process the same images and labels, on a disk that all machines see")
-    recipe = {"precision": prepared.precision.name, "seed": prepared.seed, **asdict(prepared.recipe)}
-    _compare(recipe, UsageError, fix="start every process with the same command")
-
-
-def _compare(facts: Mapping[str, Any], kind: type[FewlabelsError], fix: str) -> None:
-    """Raise kind on every rank if a fact differs, naming it, rank 0's value, and the first rank with another one."""
-    everyone = [config.flat(each) for each in runtime.from_all(dict(facts))]
+    everyone = [config.flat(each) for each in runtime.from_all(facts())]
     details = []
     for name in sorted({name for each in everyone for name in each}):
         values = [str(each.get(name, "not given")) for each in everyone]

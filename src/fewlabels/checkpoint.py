@@ -117,9 +117,8 @@ def text_file(path: Path) -> Iterator[TextIO]:
         stream = str(path.absolute().parent) in STREAMS or (path.exists() and not (path.is_file() or path.is_dir()))
         try:
             # backslashreplace: JSON's own form of odd bytes
-            with (path if stream else temporary).open(
-                "w", encoding="utf-8", errors="backslashreplace", newline=""
-            ) as file:
+            target = path if stream else temporary
+            with target.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 yield file
             if not stream:
                 sync(temporary)
@@ -275,7 +274,12 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
     target = folder / f"step-{step:08d}"
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _check_space(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
+        needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(folder).free
+    if free < needed * 1.1 + 1e6:
+        raise StorageError(
+            f"{folder} needs {needed / 1e6:,.0f} MB for a checkpoint, {free / 1e6:,.0f} MB are free",
+            fix="free some space and run the same command again: it goes on from the last save",
+        )
     with publish(target) as temporary:
         write_tensors(temporary / TENSORS, tensors)
         (temporary / VALUES).write_text(json.dumps({**values, "step": step}, indent=1), encoding="utf-8")
@@ -284,15 +288,6 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
     for rest in (*there[:own], *there[own + KEEP :], *folder.glob(".step-*")):  # and the drafts of killed processes
         shutil.rmtree(rest, ignore_errors=True)
     return target
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.1 + 1e6:
-        raise StorageError(
-            f"{folder} needs {needed / 1e6:,.0f} MB for a checkpoint, {free / 1e6:,.0f} MB are free",
-            fix="free some space and run the same command again: it goes on from the last save",
-        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -102,7 +102,6 @@ class DistillRecipe(Schedule):
         "student starts from random weights or, where it has the same shape, from the pretrained encoder",
         choices=("scratch", "pretrained"),
     )
-
     self_training: float = knob(
         0.0,
         "into the same network: no teacher, but its own answers of at least this probability (0.95); 0 = off",
@@ -165,11 +164,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         faults = list(_faults(self, ""))
-        if self.finetune.tap > self.pretrain.head_layers:
-            faults.append(
-                f"finetune.tap = {self.finetune.tap}, but the projection head has "
-                f"pretrain.head_layers = {self.pretrain.head_layers} layers"
-            )
+        if (tap := self.finetune.tap) > (layers := self.pretrain.head_layers):
+            faults.append(f"finetune.tap = {tap}, but the projection head has pretrain.head_layers = {layers} layers")
         if self.pretrain.queue and not self.pretrain.momentum:
             faults.append("pretrain.queue needs a momentum encoder: set pretrain.momentum, e.g. 0.999")
         if self.pretrain.chunk == 1:

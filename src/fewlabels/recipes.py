@@ -87,7 +87,6 @@ def simclrv2(facts: Facts) -> Recipe:
             temperature=0.5 if small else 0.1,
             strength=0.5 if small else 1.0,
             blur=not small,
-            momentum=0.0,
         ),
         finetune=FinetuneRecipe(
             # 60 epochs at 1 % of ImageNet's labels, 30 at 10 %: the fewer labels, the more epochs
@@ -96,7 +95,6 @@ def simclrv2(facts: Facts) -> Recipe:
             learning_rate=0.005,
             warmup=0.0,
             weight_decay=0.0,
-            tap=1,
         ),
         distill=DistillRecipe(epochs=400 if facts.on_gpu else 50, batch=batch, self_temperature=0.1),
     )
@@ -133,9 +131,7 @@ def best(facts: Facts) -> Recipe:
             epochs=round(pretrain.epochs * 2 / 4 / base.resolution**2),  # for as many pixels
         )  # fmt: skip
         distill = replace(distill, optimizer="muon", learning_rate=_muon_rate(distill.batch))
-    return replace(
-        base, name="best", kind=_kind(facts), pretrain=pretrain, finetune=_finetune(facts), distill=distill
-    )  # fmt: skip
+    return replace(base, name="best", kind=_kind(facts), pretrain=pretrain, finetune=_finetune(facts), distill=distill)
 
 
 def auto(facts: Facts) -> Recipe:

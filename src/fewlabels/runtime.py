@@ -158,9 +158,7 @@ def threads_while_training() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that nobody uses, torch's own spare ones too; 0 on a CPU, where images need no second
-    place.
-    """
+    """Bytes of a GPU's memory that nobody uses, torch's own spare ones too; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -259,32 +257,13 @@ def _seconds_per_convolution(form: Precision) -> float:
 # --- what ranks say to each other --------------------------------------------------------------------------
 
 
-class _Gather(torch.autograd.Function):
-    """All-gather along dim 0 whose backward sums what every rank's loss says about our rows.
-
-    A plain all_gather would drop those cross terms.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rows = x.shape[0]
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        first = dist.get_rank() * ctx.rows
-        return total[first : first + ctx.rows]
-
-
 def gather(x: Tensor) -> Tensor:
-    """(n, ...) of every rank -> (world_size * n, ...) in rank order, differentiable. Alone: x itself."""
+    """(n, ...) of every rank -> (world_size * n, ...) in rank order, not differentiable. Alone: x itself."""
     if world_size() == 1:
         return x
-    return _Gather.apply(x)  # type: ignore[no-any-return]
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

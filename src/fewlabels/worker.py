@@ -178,9 +178,8 @@ class Worker:
         """Stage 1 on all training images, or the model that was given in its place."""
         if self.pretrained is None and self.recipe.pretrained is not None:
             classifier, head, _ = artefact.read_whole(Path(self.recipe.pretrained))
-            for module in (classifier, head):
-                if module is not None:
-                    self.prepared.precision.layout(module.to(self.device).requires_grad_(True))
+            for module in filter(None, (classifier, head)):
+                self.prepared.precision.layout(module.to(self.device).requires_grad_(True))
             self.pretrained = Pretrained(classifier.encoder, head)
             if not len(self.dataset.labeled):
                 self.classifiers["finetune"] = classifier

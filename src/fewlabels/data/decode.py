@@ -22,10 +22,12 @@ import stat
 import struct
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -34,15 +36,19 @@ from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 from fewlabels.errors import StorageError
 
 
-class Inside(Protocol):
+@dataclass(frozen=True)
+class Inside(ABC):
     """A picture in a larger file, read when and where it is decoded (places.Span, parquet.Cell)."""
 
-    @property
-    def place(self) -> str:
-        """The file."""
+    place: str  # the file
+    name: str  # what the picture is called in there
 
+    def __str__(self) -> str:
+        return f"{self.place}{self.name}"
+
+    @abstractmethod
     def read(self) -> bytes:
-        """Its bytes."""
+        """Its bytes. Raises BadPicture, StorageError, or what reading a file that is gone or damaged can raise."""
 
 
 Payload = Path | bytes | npt.NDArray[np.uint8] | Image.Image | Inside

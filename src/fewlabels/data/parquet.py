@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
-from fewlabels.data.decode import Payload
+from fewlabels.data.decode import Inside, Payload
 from fewlabels.data.parts import UNREADABLE, Part, reading, sampled
 from fewlabels.data.places import Span, is_url, open_file, patiently, stamp
+from fewlabels.data.shards import called
 from fewlabels.data.source import Source, unlabeled
 from fewlabels.data.told import with_sequence
 from fewlabels.errors import DataError, UsageError, nearest, printable
@@ -30,20 +30,14 @@ BETWEEN, PREFIX = 64 << 10, 4  # bytes that a page's header, and a value's lengt
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A picture as a row of a row group; name: what it is called in the file."""
+class Cell(Inside):
+    """A picture as a row of a row group."""
 
-    place: str
-    name: str
     column: str
     group: int
     row: int
 
-    def __str__(self) -> str:
-        return f"{self.place}{self.name}"
-
     def read(self) -> bytes:
-        """The picture's bytes. Raises OSError, ValueError, IndexError or StorageError."""
         block, row = divmod(self.row, ROWS)
         where = self.place, self.column, self.group, _state(self.place)
         return patiently(self.place, lambda: _rows(*where, block), str(self))[row]
@@ -62,15 +56,16 @@ class Parquet(Part):
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def payloads(self) -> Iterator[Payload]:
-        """Each image's bytes."""
-        return self._read(None)
+    def payloads(self, groups: list[int] | None = None) -> Iterator[Payload]:
+        """Each image of these row groups, or of all."""
+        with reading(self.place), _file(self.place) as file:
+            yield from _images(file, self.column, groups)
 
     def sample(self, count: int) -> Iterator[Payload]:
         """At most count images, of at most 8 row groups from all over the file."""
         groups = sampled(len(self.ends), min(8, count)).tolist()
         for group in groups:
-            yield from islice(self._read([group]), count // len(groups))
+            yield from islice(self.payloads([group]), count // len(groups))
 
     def at(self, row: int) -> Payload:
         """A span of the file, where the image lies in it as it is, else a cell."""
@@ -83,12 +78,7 @@ class Parquet(Part):
         return Span(self.place, f":{row}", *spans[inside])
 
     def stamps(self) -> Iterator[bytes]:
-        """Of the file."""
         yield stamp(self.place)
-
-    def _read(self, groups: list[int] | None) -> Iterator[Payload]:
-        with reading(self.place), _file(self.place) as file:
-            yield from _images(file, self.column, groups)
 
 
 def _state(place: str) -> bytes:
@@ -197,7 +187,7 @@ def _values(file: Any, column: str) -> list[Any]:
 
 def _names(place: str, paths: list[str | None]) -> tuple[str, ...]:
     """What images are called: as their paths, or as file:row where a path is missing or comes twice."""
-    once, file = Counter(paths), place.rpartition("/")[2]  # a name that comes twice could be in no table
+    once, file = Counter(paths), called(place).rpartition("/")[2]  # a name that comes twice could be in no table
     shown = (path if path and once[path] == 1 else f"{file}:{row}" for row, path in enumerate(paths))
     return tuple(map(printable, shown))
 
@@ -210,19 +200,15 @@ def _part(place: str, column: str, metadata: Any) -> Parquet:
 
 
 def _file(place: str) -> Any:
-    # a large buffer_size and no pre_buffer read page by page, so that a row group of 1 GB is never held whole
-    source = open_file(place) if is_url(place) else place
-    return _pyarrow_parquet().ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
-
-
-def _pyarrow_parquet() -> ModuleType:
     try:
-        import pyarrow.parquet
+        from pyarrow import parquet
     except ImportError:
         raise UsageError(
             "parquet files need the package pyarrow, which is not installed", fix='pip install "fewlabels[data]"'
         ) from None
-    return cast(ModuleType, pyarrow.parquet)
+    # a large buffer_size and no pre_buffer read page by page, so that a row group of 1 GB is never held whole
+    source = open_file(place) if is_url(place) else place
+    return parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:

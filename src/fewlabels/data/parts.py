@@ -80,11 +80,9 @@ class Files(Part):
         return len(self.paths)
 
     def at(self, row: int) -> Payload:
-        """The path."""
         return Path(self.paths[row])
 
     def stamps(self) -> Iterator[bytes]:
-        """Of every file."""
         return map(stamp, self.paths)
 
 
@@ -105,7 +103,6 @@ class Array(Part):
             _give_back(self.images)
 
     def at(self, row: int) -> Payload:
-        """A view."""
         return cast(npt.NDArray[np.uint8], self.images[row])
 
     def stamps(self) -> Iterator[bytes]:
@@ -127,7 +124,6 @@ class ArrayFile(Part):
         return self.shape[0]
 
     def payloads(self) -> Iterator[Payload]:
-        """Images as they come out of the file."""
         step, size = rows_of(self.shape), prod(self.shape[1:])
         with _opened(self.path, self.member) as (stream, *_):
             for first in range(0, len(self), step):
@@ -138,14 +134,12 @@ class ArrayFile(Part):
                 yield from np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
 
     def at(self, row: int) -> Payload:
-        """One image."""
         size = prod(self.shape[1:])
         with _opened(self.path, self.member) as (stream, *_):
             stream.seek(row * size, 1)
             return np.frombuffer(stream.read(size), np.uint8).reshape(self.shape[1:])
 
     def stamps(self) -> Iterator[bytes]:
-        """Of the file."""
         yield stamp(self.path)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from fewlabels.data.decode import MAX_BYTES, BadPicture
+from fewlabels.data.decode import MAX_BYTES, BadPicture, Inside
 from fewlabels.errors import FewlabelsError, StorageError, UsageError
 
 URL = re.compile(r"([a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # in a path it means nothing
@@ -34,20 +34,14 @@ TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_mod
 
 
 @dataclass(frozen=True)
-class Span:
-    """A picture as bytes of a file; name: what it is called in there. fault: why it is refused, "" if it is not."""
+class Span(Inside):
+    """A picture as bytes of a file. fault: why it is refused, "" if it is not."""
 
-    place: str
-    name: str
     begin: int
     length: int
     fault: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.place}{self.name}"
-
     def read(self) -> bytes:
-        """The bytes. Raises BadPicture, StorageError, or OSError for a file that is gone."""
         if self.fault:
             raise BadPicture(self.fault)
         if self.length > MAX_BYTES:

@@ -68,8 +68,12 @@ def find(images: str) -> Shards:
         names = places.below(root, ENDINGS) if places.is_url(root) else folders.scan(Path(root), is_shard)
         found = [f"{root}/{name}" for name in names]
     else:
-        root, found = BRACES.split(images)[0].rpartition("/")[0], _expanded(images)
-        names = [file[len(root) :].lstrip("/") if root else file for file in found]
+        found = _expanded(images)
+        whole, names = called(images), [called(file) for file in found]
+        if len(set(names)) < len(found):  # ?part={1..9}
+            whole, names = images, found
+        root = BRACES.split(whole)[0].rpartition("/")[0]
+        names = [name[len(root) :].lstrip("/") if root else name for name in names]
     with ThreadPoolExecutor(places.AT_ONCE) as pool:
         states = list(pool.map(places.stamp, found))
     missing = [file for file, state in zip(found, states, strict=True) if state == b"missing"]
@@ -83,10 +87,15 @@ def find(images: str) -> Shards:
     return Shards(found, names, states, [_split_of(name) if is_folder else "train" for name in names])
 
 
+def called(place: str) -> str:
+    """What people call a place: a URL of a shard without its query, which may be a signature that is renewed."""
+    before = place.partition("?")[0]
+    return before if places.is_url(place) and before.lower().endswith(ENDINGS) else place
+
+
 def ending(place: str) -> str:
-    """The one of ENDINGS that a place has, a URL maybe before its query (?download=true); "" for none."""
-    ways = (place.partition("?")[0], place) if places.is_url(place) else (place,)
-    return next((known for way in ways for known in ENDINGS if way.lower().endswith(known)), "")
+    """The one of ENDINGS that a place has; "" for none."""
+    return next((known for known in ENDINGS if called(place).lower().endswith(known)), "")
 
 
 def is_shard(path: str) -> bool:
@@ -124,18 +133,15 @@ class Tars(Part):
 
     @property
     def away(self) -> bool:  # type: ignore[override]
-        """Whether a shard lies behind a URL."""
         return any(map(places.is_url, self.shards.places))
 
     def at(self, row: int) -> places.Span:
         """The span, read by who decodes it."""
         shard = int(np.searchsorted(self.ends, row, side="right"))
         begin, length = self.spans[row].tolist()
-        name = f"/{self.members[row]}"
-        return places.Span(self.shards.places[shard], name, begin, length, self.faults.get(row, ""))
+        return places.Span(self.shards.places[shard], f"/{self.members[row]}", begin, length, self.faults.get(row, ""))
 
     def stamps(self) -> Iterator[bytes]:
-        """Of every shard."""
         return iter(self.shards.states)
 
 

@@ -53,12 +53,8 @@ def encoder(name: str) -> Encoder:
             f'unknown encoder "{name}"{nearest(name, names)}',
             fix=f"use resnetDEPTH[_WIDTHx][_sk][_small] with depth {_listed(BLOCKS)}, or timm:NAME",
         )
-    return resnet(
-        int(match[1]),
-        width=float(match[2] or 1),
-        selective_kernel=match[3] is not None,
-        stem="small" if match[4] else "imagenet",
-    )
+    stem = "small" if match[4] else "imagenet"
+    return resnet(int(match[1]), width=float(match[2] or 1), selective_kernel=match[3] is not None, stem=stem)
 
 
 def resnet(depth: int, *, width: float = 1, selective_kernel: bool = False, stem: str = "imagenet") -> ResNet:
@@ -201,8 +197,7 @@ class Stem(nn.Module):
             self.conv = conv(3, channels, kernel=3)
         elif resnet_d:
             half = max(1, channels // 2)
-            self.first.append(ConvNorm(3, half, kernel=3, stride=2))
-            self.first.append(ConvNorm(half, half, kernel=3))
+            self.first.extend([ConvNorm(3, half, kernel=3, stride=2), ConvNorm(half, half, kernel=3)])
             self.conv = conv(half, channels, kernel=3)
         else:
             self.conv = conv(3, channels, kernel=7, stride=2)

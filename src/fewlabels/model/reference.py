@@ -71,7 +71,10 @@ def load_reference(path: str | Path, *, ema: bool = False, tap: int | None = Non
     bundle = tensorbundle.open_bundle(tensorbundle.find_prefix(Path(path).expanduser()))
     keys, version = _names(bundle)
     if ema:
-        keys = _averaged(keys, bundle.prefix)
+        averages = {name.removeprefix("ema/"): key for name, key in keys.items() if name.startswith("ema/")}
+        if not averages:
+            raise UsageError(f"{bundle.prefix} has no moving averages", fix="leave out ema (--ema)")
+        keys |= averages
     shapes = {name: bundle.entries[key].shape for name, key in keys.items()}
     empty = [f"{keys[plain]} is {shape}" for plain, shape in shapes.items() if 0 in shape]
     if empty or len(shapes.get("head_supervised/kernel", (1, 1))) != 2:
@@ -88,13 +91,11 @@ def load_reference(path: str | Path, *, ema: bool = False, tap: int | None = Non
             classifier = Classifier(network, head, tap=tap, num_classes=kernel[-1])
     assert isinstance(network, ResNet)
     read.check(_tensors(network, head, classifier))
-    for part in (network, head, classifier.linear if classifier else None):
-        if part is not None:
-            part.to_empty(device="cpu")
+    for part in filter(None, (network, head, classifier and classifier.linear)):
+        part.to_empty(device="cpu")
     read.fill(_tensors(network, head, classifier))
-    for module in (network, head, classifier):
-        if module is not None:
-            module.eval()
+    for module in filter(None, (network, head, classifier)):
+        module.eval()
     return Reference(network, head, classifier, name, tap, why, step, version, read.unread())
 
 
@@ -139,13 +140,6 @@ def _plain(keys: Mapping[str, str]) -> dict[str, str]:
         order = {number: k for k, number in enumerate(sorted({number for number, _, _ in members}))}
         found |= {f"{kind}/{order[number]}/{leaf}": key for number, leaf, key in members}
     return found
-
-
-def _averaged(keys: Mapping[str, str], prefix: Path) -> dict[str, str]:
-    averages = {name.removeprefix("ema/"): key for name, key in keys.items() if name.startswith("ema/")}
-    if not averages:
-        raise UsageError(f"{prefix} has no moving averages", fix="leave out ema (--ema)")
-    return {**keys, **averages}
 
 
 # --- what the network is ---------------------------------------------------------------------------------------

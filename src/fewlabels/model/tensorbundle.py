@@ -26,8 +26,7 @@ FOOTER = 48
 MOST_INDEX_BYTES = 16 << 20  # a ResNet-152 with selective kernels, optimizer and averages needs 0.4 MB
 MOST_ENTRIES, LONGEST_NAME, MOST_AXES, MOST_SHARDS = 100_000, 1024, 8, 1000
 MOST_TEXT_BYTES = 64 << 20
-TYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 10: "?", 14: "bfloat16", 19: "<f2"}
-TEXT = 7
+TYPES = {1: "<f4", 2: "<f8", 3: "<i4", 7: "text", 9: "<i8", 10: "?", 14: "bfloat16", 19: "<f2"}
 ITEM_BYTES = {"<f4": 4, "<f8": 8, "<i4": 4, "<i8": 8, "?": 1, "bfloat16": 2, "<f2": 2}
 
 
@@ -105,11 +104,8 @@ def open_bundle(prefix: Path) -> Bundle:
         raise _bad(index, f"it speaks of {shards:,} files of data")
     if about.get(2, 0) != 0:
         raise _bad(index, "it was written on a big-endian machine")
-    entries = {}
-    for key, value in records.items():
-        name = key.decode("utf-8", "backslashreplace")
-        entries[name] = _entry(name, value, index)
-    bundle = Bundle(prefix, entries, shards)
+    named = ((key.decode("utf-8", "backslashreplace"), value) for key, value in records.items())
+    bundle = Bundle(prefix, {name: _entry(name, value, index) for name, value in named}, shards)
     _check_places(bundle)
     return bundle
 
@@ -147,14 +143,10 @@ def _entry(name: str, value: bytes, path: Path) -> Entry:
     kind = _whole(found.get(1, 0), path)
     shape = tuple(_shape(found.get(2, b""), path))
     shard, offset, size = (_whole(found.get(number, 0), path) for number in (3, 4, 5))
-    checksum = found.get(6)
-    if checksum is not None:
-        checksum = _whole(checksum, path)
-    if kind == TEXT:
-        return Entry("text", shape, shard, offset, size, checksum)
+    checksum = _whole(found[6], path) if 6 in found else None
     if kind not in TYPES:
         raise _bad(path, f'"{name}" has the data type {kind}, which is no number that we know')
-    if math.prod(shape) * ITEM_BYTES[TYPES[kind]] != size:
+    if TYPES[kind] != "text" and math.prod(shape) * ITEM_BYTES[TYPES[kind]] != size:
         raise _bad(path, f'"{name}" has the shape {shape}, which does not make {size:,} bytes')
     return Entry(TYPES[kind], shape, shard, offset, size, checksum)
 
@@ -338,14 +330,9 @@ def _prefix_in(folder: Path) -> Path:
 LANES = 1 << 15
 
 
-def _byte_table() -> np.ndarray:
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-    return table
-
-
-_TABLE = _byte_table()
+_TABLE = np.arange(256, dtype=np.uint32)  # what a byte becomes
+for _ in range(8):
+    _TABLE = np.where(_TABLE & 1, (_TABLE >> 1) ^ np.uint32(0x82F63B78), _TABLE >> 1)
 # Two bytes at once: the register after them is a lookup in 65,536 numbers
 _PAIRS = _TABLE[_TABLE[np.arange(1 << 16) & 255] & 255] ^ (_TABLE[np.arange(1 << 16) & 255] >> 8)
 _PAIRS = (_PAIRS ^ _TABLE[np.arange(1 << 16) >> 8]).astype(np.uint32)

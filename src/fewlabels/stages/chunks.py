@@ -25,11 +25,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewlabels import runtime
 from fewlabels.data.loader import Batch
 from fewlabels.model import layers
+from fewlabels.stages.loop import TIMMS_NORM, running_statistics
 
 if TYPE_CHECKING:
     from fewlabels.stages.pretrain import Pretrain
@@ -54,7 +55,7 @@ class Chunks:
     def backward(self, stage: Pretrain, batch: Batch, precision: runtime.Precision) -> dict[str, Tensor]:
         """What Stage.backward does, chunk by chunk."""
         device, chunks, whole = batch.pixels.device, self.split(batch), self.norm == "batch"
-        running = _running_statistics(stage)
+        running = running_statistics(stage.modules(), layers.BatchNorm, TIMMS_NORM)
         seeds = torch.randint(1 << 62, (len(chunks),)).tolist()  # from the CPU's generator: the step has seeded it
         with torch.no_grad(), precision.context(device), layers.statistics(stage, "keep" if whole else "own"):
             projections, keys = stage.look(batch) if whole else _look(stage, chunks, seeds, running)
@@ -93,12 +94,6 @@ def _look(
 def _by_image(rows: Tensor, stage: Pretrain) -> Tensor:
     """(V B, D), first views before second ones -> (V, B, D)."""
     return rows.view(stage.num_views, len(rows) // stage.num_views, -1)
-
-
-def _running_statistics(module: nn.Module) -> list[Tensor]:
-    """Of all batch norms, a timm model's own among them."""
-    norms = (m for m in module.modules() if isinstance(m, layers.BatchNorm | nn.modules.batchnorm._BatchNorm))
-    return [buffer for norm in norms for buffer in norm.buffers(recurse=False) if buffer.is_floating_point()]
 
 
 @contextlib.contextmanager

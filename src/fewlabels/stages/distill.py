@@ -43,12 +43,11 @@ class Distill(Stage):
             taught = self.answers(batch, lambda rows: self.teacher(view[rows])) if self.answers else self.teacher(view)
         logits = self.student(view)  # (B, K), as taught
         # Unscaled, the paper's 0.1 has ten times the gradient at the same rate: it diverged (docs/method.md)
-        distilled = distillation_loss(logits, taught, self.temperature, scale_by_temperature_squared=True)
-        scalars = {"agreement": (logits.argmax(dim=1) == taught.argmax(dim=1)).float().mean()}
-        if not self.label_weight:
-            return {"loss": distilled} | scalars
-        labeled = label_loss(logits.float(), batch.labels)
-        return {"loss": (1 - self.label_weight) * distilled + self.label_weight * labeled} | scalars
+        loss = distillation_loss(logits, taught, self.temperature, scale_by_temperature_squared=True)
+        if self.label_weight:
+            labeled = label_loss(logits.float(), batch.labels)
+            loss = (1 - self.label_weight) * loss + self.label_weight * labeled
+        return {"loss": loss, "agreement": (logits.argmax(dim=1) == taught.argmax(dim=1)).float().mean()}
 
     def before_save(self) -> None:
         if self.answers:

@@ -20,6 +20,8 @@ from fewlabels import runtime
 from fewlabels.data.loader import Batch
 from fewlabels.errors import Diverged
 
+TIMMS_NORM = nn.modules.batchnorm._BatchNorm  # the base of torch's own batch norms
+
 
 class Stage(nn.Module):
     """What a stage may add to a plain module."""
@@ -225,7 +227,8 @@ def step(
     scalars = state.stage.backward(batch, precision)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     runtime.average_gradients(parameters)
-    runtime.average(_statistics_of_one_rank(state.stage))
+    moved = (module for module in state.stage.modules() if module.training)
+    runtime.average(running_statistics(moved, TIMMS_NORM))  # ours are of all ranks' images already
     _stop_if_not_finite(state, scalars["loss"])
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -235,9 +238,9 @@ def step(
     return {name: value.detach() for name, value in scalars.items()} | {"learning_rate": learning_rate}
 
 
-def _statistics_of_one_rank(stage: Stage) -> list[Tensor]:
-    """Running statistics that this forward pass moved by one rank's images: those of timm's batch norms."""
-    norms = (m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
+def running_statistics(modules: Iterable[nn.Module], *kinds: type[nn.Module]) -> list[Tensor]:
+    """Of those modules that are batch norms of these kinds."""
+    norms = (module for module in modules if isinstance(module, kinds))
     return [buffer for norm in norms for buffer in norm.buffers(recurse=False) if buffer.is_floating_point()]
 
 

@@ -173,9 +173,8 @@ def read_whole(folder: Path) -> tuple[Classifier, ProjectionHead | None, Card]:
     except SafetensorError as error:
         raise _unusable(folder / WEIGHTS, str(error)) from error
     network, head = _rebuilt(card, tensors, folder)
-    for module in (network, head):
-        if module is not None:
-            module.eval().requires_grad_(False)
+    for module in filter(None, (network, head)):
+        module.eval().requires_grad_(False)
     return network, head, card
 
 

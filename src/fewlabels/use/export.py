@@ -62,9 +62,10 @@ def export(model: Model, folder: str | os.PathLike[str], *, format: str) -> Path
     if format not in FORMATS:
         raise UsageError(f'unknown export format "{format}"', fix="use " + " or ".join(f'"{f}"' for f in FORMATS))
     model.check_classifies()
-    if format == "onnx" and sum(p.nbytes for p in model.network.parameters()) > LARGEST_ONNX:
-        raise UsageError("the model is too large for one ONNX file, which holds 2 GiB", fix="use --format torch")
-    _require(("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ())
+    if format == "onnx":
+        if sum(p.nbytes for p in model.network.parameters()) > LARGEST_ONNX:
+            raise UsageError("the model is too large for one ONNX file, which holds 2 GiB", fix="use --format torch")
+        _require("onnx", "onnxscript", "onnxruntime")
     target = Path(folder) / FORMATS[format]
     if target.parent.exists() and not target.parent.is_dir():
         raise CannotCreate(f"{folder} is a file", why="a program is written into a folder", fix="give another --out")
@@ -102,7 +103,7 @@ def _facts(model: Model) -> dict[str, str]:
     }
 
 
-def _require(packages: tuple[str, ...]) -> None:
+def _require(*packages: str) -> None:
     try:
         for package in packages:
             importlib.import_module(package)
@@ -136,8 +137,7 @@ def _write_onnx(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
         dynamic_shapes=_dynamic(),
         verbose=False,
     )
-    if written is None:
-        raise RuntimeError("torch.onnx.export returned nothing")
+    assert written is not None
     proto = written.model_proto
     del proto.metadata_props[:]
     for node in [*proto.graph.node, *(node for function in proto.functions for node in function.node)]:
@@ -150,11 +150,7 @@ def _write_onnx(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        return session.run(["probabilities"], {"images": images})[0]  # type: ignore[no-any-return]
-
-    return run
+    return lambda images: session.run(["probabilities"], {"images": images})[0]
 
 
 def _write_torch(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
@@ -167,12 +163,7 @@ def _write_torch(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
     torch.export.save(exported, file, extra_files={"fewlabels.json": json.dumps(facts)})
     path.write_bytes(file.getvalue())
     loaded = torch.export.load(path).module()
-
-    def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        with torch.inference_mode():
-            return loaded(torch.from_numpy(images)).numpy()  # type: ignore[no-any-return]
-
-    return run
+    return torch.inference_mode()(lambda images: loaded(torch.from_numpy(images)).numpy())
 
 
 def _compare(program: Program, run: Arrays, target: Path) -> None:

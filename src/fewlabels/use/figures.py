@@ -64,87 +64,84 @@ STYLE: Any = {
 }
 
 
+@matplotlib.rc_context(STYLE)
 def losses(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> Markup:
     """One panel a stage. stages: title -> {"step": (P,), "loss": (P,)}."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 2.5), layout="constrained")
-        panels = figure.subplots(1, len(stages), squeeze=False)[0]
-        for axes, (title, curve) in zip(panels, stages.items(), strict=True):
-            steps, values = _thinned(np.asarray(curve["step"], float), np.asarray(curve["loss"], float))
-            axes.plot(steps, values, color=ACCENT)
-            axes.set_title(title)
-            axes.set_xlabel("step")
-            _quiet_axes(axes)
-        panels[0].set_ylabel("loss")
-        return _svg(figure, "losses")
+    figure = Figure(figsize=(9.0, 2.5), layout="constrained")
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axes, (title, curve) in zip(panels, stages.items(), strict=True):
+        steps, values = _thinned(np.asarray(curve["step"], float), np.asarray(curve["loss"], float))
+        axes.plot(steps, values, color=ACCENT)
+        axes.set(title=title, xlabel="step")
+        _quiet_axes(axes)
+    panels[0].set_ylabel("loss")
+    return _svg(figure, "losses")
 
 
+@matplotlib.rc_context(STYLE)
 def probes(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Markup:
     """Accuracy on frozen features while pretraining. curves: name -> (steps (P,), accuracies (P,) in [0, 1])."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 2.6), layout="constrained")
-        axes = figure.subplots()
-        for (name, (steps, values)), colour in zip(curves.items(), (ACCENT, WARM, MUTED), strict=False):
-            axes.plot(steps, values, color=colour, marker="o", markersize=3.5, label=name)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_xlabel("step of pretraining")
-        axes.legend(loc="lower right", ncols=3)
-        _quiet_axes(axes)
-        return _svg(figure, "probes")
+    figure = Figure(figsize=(9.0, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, (steps, values)), colour in zip(curves.items(), (ACCENT, WARM, MUTED), strict=False):
+        axes.plot(steps, values, color=colour, marker="o", markersize=3.5, label=name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("step of pretraining")
+    axes.legend(loc="lower right", ncols=3)
+    _quiet_axes(axes)
+    return _svg(figure, "probes")
 
 
+@matplotlib.rc_context(STYLE)
 def reliability(bins: Sequence[Mapping[str, Any]]) -> Markup:
     """Confidence against accuracy, as `measure` bins them; the size of a dot is its share of the images."""
     used = [b for b in bins if b["n"]]
     total = sum(b["n"] for b in used)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 4.3), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 4)))
-        for b in used:
-            colour = ACCENT if b["accuracy"] >= b["confidence"] else WARM
-            axes.plot([b["confidence"]] * 2, [b["confidence"], b["accuracy"]], color=colour, linewidth=1.5, alpha=0.7)
-            axes.plot(
-                b["confidence"], b["accuracy"], marker="o", color=colour, markersize=4 + 14 * (b["n"] / total) ** 0.5
-            )
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
-        axes.set_xlabel("how sure it says it is")
-        axes.set_ylabel("how often it is right")
-        _quiet_axes(axes)
-        return _svg(figure, "reliability")
+    figure = Figure(figsize=(4.6, 4.3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 4)))
+    for b in used:
+        colour = ACCENT if b["accuracy"] >= b["confidence"] else WARM
+        axes.plot([b["confidence"]] * 2, [b["confidence"], b["accuracy"]], color=colour, linewidth=1.5, alpha=0.7)
+        axes.plot(b["confidence"], b["accuracy"], marker="o", color=colour, markersize=4 + 14 * (b["n"] / total) ** 0.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axes.set(xlabel="how sure it says it is", ylabel="how often it is right")
+    _quiet_axes(axes)
+    return _svg(figure, "reliability")
 
 
+@matplotlib.rc_context(STYLE)
 def feature_map(points: Floats, labels: npt.NDArray[np.integer[Any]], classes: Sequence[str]) -> Markup:
     """Images as dots coloured by class. points: (M, 2); labels: (M,), -1 = unlabeled (gray)."""
     points, labels = np.asarray(points, float), np.asarray(labels)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 5.6), layout="constrained")
-        axes = figure.subplots()
-        axes.set_axis_off()
-        low, high = points.min(axis=0), points.max(axis=0)
-        margin = 0.04 * (high - low) + 1e-6
-        axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
-        axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
-        rest = labels < 0
-        axes.plot(*points[rest].T, linestyle="", marker="o", markersize=3, color=MUTED, alpha=0.35, markeredgewidth=0)
-        for number in np.unique(labels[~rest]):
-            here = points[labels == number]
-            axes.plot(
-                *here.T, linestyle="", marker="o", markersize=4.5, color=_colour(number, len(classes)), alpha=0.8,
-                markeredgewidth=0,
+    figure = Figure(figsize=(7.6, 5.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_axis_off()
+    low, high = points.min(axis=0), points.max(axis=0)
+    margin = 0.04 * (high - low) + 1e-6
+    axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
+    axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
+    rest = labels < 0
+    axes.plot(*points[rest].T, linestyle="", marker="o", markersize=3, color=MUTED, alpha=0.35, markeredgewidth=0)
+    for number in np.unique(labels[~rest]):
+        here = points[labels == number]
+        axes.plot(
+            *here.T, linestyle="", marker="o", markersize=4.5, color=_colour(number, len(classes)), alpha=0.8,
+            markeredgewidth=0,
+        )  # fmt: skip
+        if len(classes) <= MOST_NAMED:
+            x, y = np.median(here, axis=0)
+            axes.text(
+                x, y, short(classes[number], 26), ha="center", va="center", fontsize=10,
+                fontweight="bold",
+                bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.78, "boxstyle": "round,pad=0.25"},
             )  # fmt: skip
-            if len(classes) <= MOST_NAMED:
-                x, y = np.median(here, axis=0)
-                axes.text(
-                    x, y, short(classes[number], 26), ha="center", va="center", fontsize=10,
-                    fontweight="bold",
-                    bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.78, "boxstyle": "round,pad=0.25"},
-                )  # fmt: skip
-        return _svg(figure, "map")
+    return _svg(figure, "map")
 
 
+@matplotlib.rc_context(STYLE | {"axes.grid": False})
 def confusion(matrix: npt.NDArray[np.integer[Any]]) -> Markup:
     """A large confusion matrix (K, K) as a picture; rows are the truth, each row scaled to its own sum."""
     counts = np.asarray(matrix, float)
@@ -154,14 +151,12 @@ def confusion(matrix: npt.NDArray[np.integer[Any]]) -> Markup:
     if bins > 1:
         padded = np.pad(shares, (0, -size % bins))
         shares = padded.reshape(len(padded) // bins, bins, -1, bins).max(axis=(1, 3))
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(5.6, 5.2), layout="constrained")
-        axes = figure.subplots()
-        blues = LinearSegmentedColormap.from_list("clear_to_blue", [(0.3, 0.45, 0.95, 0.04), (0.3, 0.45, 0.95, 1.0)])
-        axes.imshow(shares**0.5, cmap=blues, vmin=0, vmax=1, extent=(0, size, size, 0), interpolation="nearest")
-        axes.set_xlabel("predicted class, by number")
-        axes.set_ylabel("true class, by number")
-        return _svg(figure, "confusion")
+    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
+    axes = figure.subplots()
+    blues = LinearSegmentedColormap.from_list("clear_to_blue", [(0.3, 0.45, 0.95, 0.04), (0.3, 0.45, 0.95, 1.0)])
+    axes.imshow(shares**0.5, cmap=blues, vmin=0, vmax=1, extent=(0, size, size, 0), interpolation="nearest")
+    axes.set(xlabel="predicted class, by number", ylabel="true class, by number")
+    return _svg(figure, "confusion")
 
 
 def _colour(number: int, num_classes: int) -> str:
