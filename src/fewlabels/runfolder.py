@@ -26,6 +26,11 @@ LOG_SECONDS = 30.0  # one plain line this often where stderr is not a terminal
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 OUTSIDE = "outside of training; finished stages are saved"
 
+WISHES = {
+    "recipe": str, "student": str | None, "budget": int | float | None, "seed": int, "keep_labels": str | int | None,
+    "overrides": dict,
+}  # fmt: skip
+
 
 class RunFolder:
     """The files of a run by name, and the few ways to change them."""
@@ -99,9 +104,12 @@ class RunFolder:
             "too_weak": str,
         }  # fmt: skip
         wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
-        if wrong or not isinstance(found["asked"].get("recipe"), str) or "labeled" not in found["understood"]:
+        if not wrong:
+            asked = {"overrides": {}, "seed": 0} | found["asked"]
+            wrong = [f"asked.{name}" for name, kind in WISHES.items() if not isinstance(asked.get(name), kind)]
+        if wrong or "labeled" not in found["understood"]:
             raise DataError(
-                f"{self.resolved_file} does not say what was begun: {', '.join(wrong) or 'the recipe or the labels'}",
+                f"{self.resolved_file} does not say what was begun: {', '.join(wrong) or 'the labels'}",
                 fix="give a new --out, or restore the file",
             )
         return found
