@@ -185,7 +185,7 @@ def test_a_model_of_before_the_present_training_is_told(
     monkeypatch.setattr(export, "export", lambda model, folder, **_: folder)
     shutil.copytree(run, tmp_path / "run")
     status, test = tmp_path / "run" / "status.json", str(photos / "test")
-    told = f"note: {tmp_path / 'run'} is being trained anew; this is its earlier model\n"
+    told = f"note: {tmp_path / 'run'} is not trained to the end; this is the last model it made\n"
     for text, is_told in (('{"state": "stopped"}', True), ("{", False), (status.read_text(), False)):
         status.write_text(text)
         for words in (["evaluate", test], ["predict", test, "--out", str(tmp_path / "p.csv")], ["export"]):

@@ -472,7 +472,7 @@ def test_what_a_command_leaves_out_is_that_of_the_run(tmp_path: Path, capsys: py
     assert asked.of_run(later, folder) == replace(later, seed=0), "nothing has begun"
     (folder.path / "pretrain" / "step-00000001").mkdir(parents=True)
     assert asked.of_run(later, folder) == begun
-    told = "--student resnet18_0.25x, --budget 30.0s, --seed 5, --keep-labels 9, --size 32"
+    told = "--student resnet18_0.25x, --budget 30s, --seed 5, --keep-labels 9, --size 32"
     assert f"kept from the run: {told}, --finetune.epochs 1, --finetune.batch 8\n" in capsys.readouterr().err
     assert asked.of_run(begun, folder) == begun
     assert capsys.readouterr().err == "", "the same command"
@@ -488,6 +488,28 @@ def test_what_a_command_leaves_out_is_that_of_the_run(tmp_path: Path, capsys: py
     (folder.path / "resolved.json").write_text(json.dumps(stored))
     found = asked.of_run(replace(later, student="resnet18_1x"), folder)
     assert (found.student, found.overrides["distill"]) == ("resnet18_1x", {"student": "resnet18_1x"})
+    stored |= {"asked": begun.wishes(), "inputs": {"images": str(tmp_path)}}
+    del stored["asked"]["seed"]  # a damaged one, or somebody else's
+    (folder.path / "resolved.json").write_text(json.dumps(stored))
+    assert (asked.of_run(later, folder).keep_labels, asked.of_run(later, folder).seed) == (9, 0)
+    assert asked.of_run(replace(later, images="b.csv", same_labels=True), folder).keep_labels is None
+
+
+@pytest.mark.parametrize(
+    ("before", "new", "kept"),
+    [
+        ({"optimizer": "sgd", "learning_rate": 0.3}, {"optimizer": "muon"}, {"optimizer": "muon"}),
+        ({"optimizer": "sgd", "learning_rate": 0.3}, {"optimizer": "sgd"}, {"optimizer": "sgd", "learning_rate": 0.3}),
+        ({"self_training": 0.9}, {"self_temperature": 0.1}, {"self_temperature": 0.1}),
+        ({"teacher_epochs": 3, "epochs": 2}, {"self_training": 0.9}, {"self_training": 0.9, "epochs": 2}),
+    ],
+    ids=str,
+)
+def test_what_goes_with_an_option_goes_with_it(
+    before: dict[str, Any], new: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    """As config.override has it where both are given at once."""
+    assert asked._joined({"distill": before}, {"distill": new}) == {"distill": kept}
 
 
 @pytest.mark.parametrize(

@@ -140,12 +140,18 @@ def test_a_folder_of_a_run_may_lie_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"asked": 1}, {"asked": {}}, {"recipe": []}, {"understood": {}}, {"precision": 3}, {"inputs": 2}]
+    "changes",
+    [{"asked": 1}, {"asked": {}}, {"recipe": []}, {"understood": {}}, {"precision": 3}, {"inputs": 2}]
+    + [
+        {"asked": BEGUN["asked"] | wish}
+        for wish in ({"seed": "5"}, {"overrides": [1]}, {"student": 3}, {"budget": "1h"})
+    ],
 )
 def test_facts_of_strange_kinds_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     run = RunFolder(tmp_path)
     run.resolved_file.write_text(json.dumps(BEGUN))
-    assert run.resolved() == BEGUN | {"inputs": {}, "budget": [], "too_weak": ""}
+    wishes = {"overrides": {}, "seed": 0} | BEGUN["asked"]
+    assert run.resolved() == BEGUN | {"asked": wishes, "inputs": {}, "budget": [], "too_weak": ""}
     run.resolved_file.write_text(json.dumps(BEGUN | changes))
     with pytest.raises(DataError, match="does not say what was begun"):
         run.resolved()

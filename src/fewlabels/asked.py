@@ -24,6 +24,12 @@ from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder, say
 from fewlabels.use import artefact
 
+# Naming another one leaves what these were before, as config.override has it
+GO_TOGETHER = {
+    "optimizer": ("learning_rate", "scaling"), "self_training": config.FROZEN,
+    **dict.fromkeys(config.FROZEN, ("self_training",)),
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -56,8 +62,9 @@ class Asked:
             if not fits:
                 raise UsageError(f"{name} {getattr(self, name)!r} cannot be used", fix=f"give {words}")
         for name in ("images", "labels", "test", "out"):  # a shell leaves the ~ in --out=~/run as it is
-            if isinstance(value := getattr(self, name), str | Path):
-                object.__setattr__(self, name, at_home(Path(value) if name == "out" else value))
+            value = Path(self.out) if name == "out" else getattr(self, name)
+            if isinstance(value, str | Path):
+                object.__setattr__(self, name, at_home(value))
 
     def inputs(self) -> dict[str, str]:
         """Paths that a later command on the same run folder may leave out."""
@@ -94,9 +101,15 @@ def _plain(value: Any) -> Any:
 
 
 def _joined(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a recipe, knob by knob; where both name one, the second counts."""
-    both = [name for name in config.SECTIONS if all(isinstance(part.get(name), Mapping) for part in (first, then))]
-    return {**first, **then, **{name: {**first[name], **then[name]} for name in both}}
+    """Values of a recipe, knob by knob; where both name one, the second counts, and what went with the first's goes."""
+    found = {**first, **then}
+    for name in config.SECTIONS:
+        old, new = first.get(name), then.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            other = [knob for knob, value in new.items() if value and value != old.get(knob)]
+            gone = {knob for each in other for knob in GO_TOGETHER.get(each, ())}
+            found[name] = {knob: value for knob, value in old.items() if knob not in gone} | dict(new)
+    return found
 
 
 def _absolute(word: str) -> str:
@@ -127,24 +140,28 @@ def of_run(asked: Asked, folder: RunFolder) -> Asked:
             why="one run follows one recipe; nothing was changed",
             fix=f"give a new --out, or undo the change ({folder.path / 'recipe.toml'} has what the run follows)",
         )
-    return _kept(asked, stored["asked"]) if stored and begun else replace(asked, seed=asked.seed or 0)
+    return _kept(asked, stored) if stored and begun else replace(asked, seed=asked.seed or 0)
 
 
-def _kept(asked: Asked, before: Mapping[str, Any]) -> Asked:
+def _kept(asked: Asked, stored: Mapping[str, Any]) -> Asked:
     """asked, with the wishes that a run was begun with where it says nothing of them; these are told.
 
-    A budget is that of one command: what is left to do gets all of it. Of other labels than before all count.
+    Of labels that are named, as of other images than before, all count.
     """
-    old, new = before.get("overrides", {}), config.flat(asked.overrides)
+    before, new = stored["asked"], config.flat(asked.overrides)
+    old, known = before["overrides"], stored["inputs"].get("images")
+    same = asked.same_labels or asked.labels is None
+    same = same and (known is None or real(str(known)) == real(str(asked.inputs().get("images"))))
     if asked.student and "distill.student" in config.flat(old):  # the other name of it
         old = _joined(old, {"distill": {"student": asked.student}})
-    fits = {"keep_labels": asked.same_labels or asked.labels is None, "student": "distill.student" not in new}
+    fits = {"keep_labels": same, "student": "distill.student" not in new}
     names = [name for name in ("student", "budget", "seed", "keep_labels") if fits.get(name, True)]
     kept: dict[str, Any] = {name: before.get(name) for name in names if getattr(asked, name) is None}
     told = kept | {name: value for name, value in config.flat(old).items() if name not in new}
     told = {name: value for name, value in told.items() if value is not None and (name, value) != ("seed", 0)}
     if told:
-        words = (f"--{name.replace('_', '-')} {value}{'s' * (name == 'budget')}" for name, value in told.items())
+        told |= {"budget": f"{told['budget']:g}s"} if "budget" in told else {}
+        words = (f"--{name.replace('_', '-')} {value}" for name, value in told.items())
         say(f"kept from the run: {', '.join(words)}")
     return replace(asked, **kept, overrides=_joined(old, asked.overrides))
 
@@ -278,7 +295,8 @@ def on_command_line(**values: Any) -> Asked:
     if images is not None and ("images" not in known or real(known["images"]) != real(images)):
         known = {}  # other images have other labels
     values["same_labels"] = values.get("labels") is None
-    again = f"fewlabels fit NEW_FOLDER{' --labels CSV' * ('labels' in known)} --out {shlex.quote(str(out))}"
+    more = "".join(words for name, words in (("labels", " --labels CSV"), ("test", " --test IMAGES")) if name in known)
+    again = f"fewlabels fit NEW_FOLDER{more} --out {shlex.quote(str(out))}"
     for name in ("images", "labels", "test"):
         if values.get(name) is None and name in known:
             place = values[name] = str(known[name])

@@ -96,12 +96,12 @@ def _check(command: Fit) -> None:
 
 
 def _model(command: Use) -> Any:
-    """The model of a command that uses one, which may be older than its run is: that is told."""
+    """The model of a command that uses one; that its run has not ended is told."""
     from fewlabels.use import facts, predict
 
     model = predict.load(command.run, balanced=command.balanced)
     if facts.values(Path(command.run) / "status.json").get("state", "finished") != "finished":
-        tell(f"note: {printable(command.run)} is being trained anew; this is its earlier model")
+        tell(f"note: {printable(command.run)} is not trained to the end; this is the last model it made")
     return model
 
 

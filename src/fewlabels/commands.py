@@ -79,8 +79,8 @@ class Demo:
 
     out: str = "fewlabels-demo"
     """The run folder."""
-    seed: int = 0
-    """Decides which 20 labels are kept, and the rest."""
+    seed: Annotated[int | None, said("INT")] = None
+    """Decides which 20 labels are kept, and the rest. Left out: that of the run folder, 0 for a new one."""
     student: Annotated[str | None, said("NAME")] = None
     """Encoder to deploy."""
     json: bool = False

@@ -22,8 +22,9 @@ from fewlabels.use.predict import Model
 class FewLabelClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Pretrain, fine-tune and distill behind scikit-learn's contract.
 
-    recipe: name of a recipe. student: encoder to deploy, None = the same network. random_state: the seed, None = 0.
-    out: the run folder; None = a temporary one that lives as long as the fitted model needs it.
+    recipe: name of a recipe. student: encoder to deploy, None = the same network, or that of a run begun in out.
+    random_state: the seed, None = 0. out: the run folder; None = a temporary one that lives as long as the fitted model
+    needs it.
 
     Learned: classes_ (K,), model_, run_dir_ (only where out was given), n_features_in_ is not set: X are images,
     uint8 (N, H, W[, 3]).

@@ -71,7 +71,8 @@ def fit(
 ) -> Run:  # fmt: skip
     """Pretrain, fine-tune and distill on images, in the run folder `out`; call it again to resume.
 
-    A run that has begun keeps what is left out: recipe, student, budget, overrides, and a seed that is None.
+    A run that has begun keeps what is left out: recipe, student, budget, overrides, keep_labels where
+    labels are left out too, and a seed that is None.
 
     images: folder, labels CSV, tar, parquet, npz, URL of shards, numpy uint8 (N, H, W[, 3]) or list of paths.
     labels: CSV path or one label an image; -1, None or "" = unlabeled. Without labels only stage 1 runs.
@@ -85,7 +86,7 @@ def fit(
     Raises a FewlabelsError for every fault a user can mend.
     """
     asked = Asked(
-        images=images, labels=labels, out=Path(out) if isinstance(out, str) else out, recipe=str(recipe), test=test,
+        images=images, labels=labels, out=out, recipe=str(recipe), test=test,  # type: ignore[arg-type]
         student=student, budget=parse_budget(budget), device=str(device), keep_labels=keep_labels, max_bad=max_bad,
         seed=int(seed) if seed is not None and hasattr(seed, "__index__") else seed, until=until, overrides=overrides,
     )  # fmt: skip

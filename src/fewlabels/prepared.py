@@ -11,6 +11,7 @@ import torch
 from fewlabels import config, plan, runtime
 from fewlabels.config import Recipe
 from fewlabels.data.labels import Dataset, Ints
+from fewlabels.data.tables import composed
 from fewlabels.recipes import Facts
 from fewlabels.runfolder import RunFolder
 from fewlabels.use import artefact, compare, propagate
@@ -46,7 +47,8 @@ class Prepared:
         then cross-validated on its features says nothing.
         """
         given = self.recipe.pretrained
-        return given is not None and not set(self.dataset.classes).isdisjoint(artefact.read_card(Path(given)).classes)
+        learned = () if given is None else map(composed, artefact.read_card(Path(given)).classes)
+        return not set(self.dataset.classes).isdisjoint(learned)
 
     @property
     def spreads(self) -> bool:

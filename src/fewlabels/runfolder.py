@@ -105,8 +105,8 @@ class RunFolder:
         }  # fmt: skip
         wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
         if not wrong:
-            asked = {"overrides": {}, "seed": 0} | found["asked"]
-            wrong = [f"asked.{name}" for name, kind in WISHES.items() if not isinstance(asked.get(name), kind)]
+            found["asked"] = {"overrides": {}, "seed": 0} | found["asked"]
+            wrong = [f"asked.{name}" for name, kind in WISHES.items() if not isinstance(found["asked"].get(name), kind)]
         if wrong or "labeled" not in found["understood"]:
             raise DataError(
                 f"{self.resolved_file} does not say what was begun: {', '.join(wrong) or 'the labels'}",

@@ -266,9 +266,9 @@ def test_results_of_before_are_called_so_while_it_is_trained_anew(run: Path) -> 
     title = report.headline(facts.read(run))["title"]
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["stage"] == "pretrain"))
-    assert "Before this training" not in page_of(run).text, "nothing of the new training has begun"
+    assert "Not trained to the end" not in page_of(run).text, "nothing of the new training has begun"
     change(run / "status.json", state="stopped", reason="stopped by Ctrl-C")
-    assert f"Before this training: {title}" in page_of(run).text
+    assert f"Not trained to the end; so far: {title}" in page_of(run).text
 
 
 def test_a_run_without_labels_is_not_called_unfinished(run: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from numbers import Real
 from typing import Self
 
 import torch
@@ -67,7 +68,7 @@ def resnet(depth: int, *, width: float = 1, selective_kernel: bool = False, stem
     """
     if depth not in list(BLOCKS):
         raise UsageError(f"there is no ResNet of depth {depth!r}", fix=f"use depth {_listed(BLOCKS)}")
-    if not (isinstance(width, int | float) and 1 / 64 <= width < math.inf):
+    if not (isinstance(width, Real) and 1 / 64 <= width < math.inf):
         raise UsageError(
             f"width = {width!r}, but it multiplies the channels",
             why="below 1/64 the first layer has none left",
