@@ -99,7 +99,8 @@ def _images() -> list[Case]:
 
 def _classes() -> list[Case]:
     twins = {
-        "upper and lower case": ("Cat", "cat"), "two forms of Unicode": ("caf\u00e9", "cafe\u0301"),
+        "upper and lower case": ("Cat", "cat"), "a ligature": ("\ufb01sh", "fish"),
+        "UTF-8 taken for Windows-1252": ("caf\u00c3\u00a9", "caf\u00e9"),
         "wide letters": ("\uff43at", "cat"), "leading zeros": ("01", "1"), "a whole number as a fraction": ("1", "1.0"),
         "spaces and underscores": ("polar bear", "polar_bear"), "hyphens": ("x-ray", "x ray"),
         "two spaces": ("polar bear", "polar  bear"), "quotes that do not quote": ("'cat'", "cat"),
@@ -263,10 +264,16 @@ def harmless() -> list[Case]:
         "empty splits": "image,label,split\na.png,cat,\nb.png,dog,TRAIN\n",
         "lines without a label": plain + "c.png,\nsub/d.png, \n",
     }  # fmt: skip
+    accent = Case(
+        "accents beside their letters",
+        f"{H}a.png,cafe\u0301\nb.png,dog\n",
+        labels=(("a.png", "caf\u00e9"), ("b.png", "dog")),
+    )
     both = (("a.png", "cat"), ("b.png", "dog"))
     names = {"a comma": '"cat, grey"', "a slash": "cat/grey", "letters of the world": "кошка", "numbers": "0",
              "quotes": '"the ""cat"""', "a formula": "=1+1", "markup": "<b>cat</b>"}  # fmt: skip
     return [
+        accent,
         *(Case(kind, content, labels=both) for kind, content in forms.items()),
         *(
             Case(f"{kind} in a class", f"{H}a.png,{name}\nb.png,dog\n", labels=(("a.png", _unquoted(name)), both[1]))
