@@ -176,7 +176,7 @@ def visible(name: str, seen: browser.Seen) -> None:
 def whole_run(folder: Path, tally: Tally) -> tuple[Path, list[str]]:
     """One run of all names as folders and files; returns it and its classes as they are told."""
     images, classes = photos(folder / "photos")
-    run = folder / "run"
+    classes, run = [unicodedata.normalize("NFC", name) for name in classes], folder / "run"
     with tally.fault("check"):
         said(["check", str(images), "--recipe", "smoke", "--max-bad", "1"], folder)
     with tally.fault("fit"):
@@ -226,7 +226,7 @@ def run_of_a_table(folder: Path, tally: Tally) -> tuple[Path, list[str]]:
     with tally.fault("fit of a labels CSV"):
         said(["fit", str(table), "--out", str(run), "--recipe", "smoke"], folder)
         said(["predict", str(run), str(table), "--out", str(folder / "predictions.csv")], folder)
-        header = rows(folder / "predictions.csv")[0]
+        header, told = rows(folder / "predictions.csv")[0], [unicodedata.normalize("NFC", name) for name in told]
         assert sorted(header[3:-1]) == sorted(f"p:{name}" for name in told)
         said(["suggest", str(run), "-n", "1", "--out", str(folder / "suggested.csv")], folder, 65)  # all have labels
     return run, told
