@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import tomllib
@@ -518,6 +519,29 @@ def test_what_goes_with_an_option_goes_with_it(
 def test_a_wish_of_another_kind_is_a_mistake_of_usage(wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         fl.fit(np.zeros((4, 8, 8), np.uint8), **({"out": tmp_path / "run"} | wrong))
+
+
+def test_a_wrong_name_is_compared_with_all_that_fit_takes() -> None:
+    assert inspect.signature(fl.fit).parameters.keys() - {"images", "overrides"} == config.OF_FIT
+
+
+def test_an_out_may_be_any_path(tmp_path: Path) -> None:
+    class Place:
+        def __fspath__(self) -> str:
+            return str(tmp_path)
+
+    assert asked.Asked(images="x", out=Place()).out == tmp_path  # type: ignore[arg-type]
+
+
+def test_held_out_images_that_are_gone_are_to_be_named(tmp_path: Path) -> None:
+    stored = {
+        "format_version": 1, "asked": {"recipe": "smoke"}, "understood": {"labeled": 9}, "precision": "fp32",
+        "recipe": {}, "inputs": {"images": str(tmp_path), "test": str(tmp_path / "gone")},
+    }  # fmt: skip
+    (tmp_path / "resolved.json").write_text(json.dumps(stored))
+    with pytest.raises(MissingInput, match="gone is not there, the test of") as refused:
+        asked.on_command_line(out=str(tmp_path))
+    assert "--test IMAGES" in refused.value.fix
 
 
 def test_a_home_that_no_shell_has_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

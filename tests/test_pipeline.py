@@ -31,10 +31,11 @@ from fewlabels.data import pixels, views
 from fewlabels.data.loader import Batch
 from fewlabels.data.sources import open_source
 from fewlabels.errors import CannotCreate, DataError, Diverged, MissingInput, RunAgain, Stopped, UsageError
+from fewlabels.prepared import Prepared
 from fewlabels.runfolder import Interrupts, RunFolder
 from fewlabels.stages import loop
 from fewlabels.stages.finetune import Finetune
-from fewlabels.use import propagate
+from fewlabels.use import artefact, propagate
 from fewlabels.use.learned import open_run
 from fewlabels.worker import STREAMS, Worker
 
@@ -137,6 +138,7 @@ def test_it_learns_and_the_table_is_whole(run: fl.Run) -> None:
     assert rows["distill"]["n"] == 40
     assert rows["distill"]["parameters"] > 100_000
     assert run.metrics["measurement"]["top1"]["accuracy"] == rows["distill"]["accuracy"]
+    assert run.metrics["tap"] == 1, "as the paper's recipe, and the verdict where nothing is held out"
 
 
 def test_pretraining_sees_the_views_that_its_recipe_asks_for(
@@ -270,6 +272,25 @@ def test_a_refusal_names_some_images(run: fl.Run, photos: Path, tmp_path: Path) 
     names = [f"train/unlabeled/{path.name}" for path in images[:3]]
     gone = f"no longer there: {', '.join(names)}, ..."
     assert raised.value.details[1:] == (gone, "not there before: train/unlabeled/renamed.png")
+
+
+def test_renamed_pictures_are_no_other_images(run: fl.Run) -> None:
+    """A run is refused by pixels, so nobody is to be sent away for names."""
+    dataset, _ = open_run(run.path)
+    renamed = replace(dataset, names=tuple(f"new/{name}" for name in dataset.names))
+    assert identity.other_images(run.path, renamed) == []
+    fewer = replace(renamed, splits=np.where(np.arange(len(renamed.splits)) == dataset.train[0], 3, renamed.splits))
+    gone, new = identity.other_images(run.path, fewer)
+    assert gone.startswith("no longer there: ") and new.startswith("not there before: new/")
+
+
+@pytest.mark.parametrize("apart", ["Ka\u0308fer", "K\u00e4fer", "x"])
+def test_a_given_model_of_a_macs_folders_has_learned_the_same_class(
+    apart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artefact, "read_card", lambda _: SimpleNamespace(classes=(apart,)))
+    told = SimpleNamespace(recipe=SimpleNamespace(pretrained="m"), dataset=SimpleNamespace(classes=("K\u00e4fer",)))
+    assert Prepared.learned_before.fget(told) is (apart != "x")  # type: ignore[attr-defined]
 
 
 def test_a_run_that_is_not_there_is_a_missing_input(run: fl.Run, tmp_path: Path) -> None:

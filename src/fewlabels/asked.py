@@ -221,16 +221,12 @@ def _begin_with(recipe: Recipe, explicit: Mapping[str, Any], facts: Facts) -> Re
     size = recipe.size if "size" in explicit else card.size
     fitting = min(facts.side, card.canvas if card.canvas and "size" not in explicit else round(1.5 * size))
     return replace(
-        recipe,
-        pretrained=str(folder),
-        encoder=card.encoder,
-        size=size,
-        resolution=1.0,
+        recipe, pretrained=str(folder), encoder=card.encoder, size=size, resolution=1.0,
         kind=recipe.kind if "kind" in explicit else card.kind,
         working_size=recipe.working_size if "working_size" in explicit else fitting,
         pretrain=replace(recipe.pretrain, head_layers=max(1, card.head_layers), head_out=card.head_out),
         finetune=replace(recipe.finetune, tap=min(recipe.finetune.tap, kept)),
-    )
+    )  # fmt: skip
 
 
 def same_plan(stored: dict[str, Any], asked: Asked, facts: Facts, begun: set[str]) -> bool:

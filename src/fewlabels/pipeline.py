@@ -321,7 +321,7 @@ def _publish(prepared: Prepared, worker: Worker, final: str) -> None:
         prepared.dataset, worker.pretrain(), worker.classifiers, final, setting, worker.names(),
         spread=prepared.spreads, learned_before=prepared.learned_before,
     )  # fmt: skip
-    compare.write(path, results, arrays)
+    compare.write(path, results | {"tap": recipe.finetune.tap}, arrays)
     classifier, head = worker.classifiers.get(final), None
     if classifier is None:  # that of pretraining is a model too: it has features, and --pretrained can begin with it
         classifier, head = Classifier(worker.pretrain().encoder, None, tap=0, num_classes=1), worker.pretrain().head

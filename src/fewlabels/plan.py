@@ -164,12 +164,9 @@ def schedule_of(recipe: Recipe, stage: str, labeled: int, ranks: int) -> Schedul
 
 
 def cost(
-    recipe: Recipe,
-    images: dict[str, int],
-    per_step: dict[str, float],
-    ranks: int,
+    recipe: Recipe, images: dict[str, int], per_step: dict[str, float], ranks: int,
     done: Mapping[str, int] | None = None,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Seconds of everything that will be trained, at the measured seconds a step, without the steps that are done.
 
     per_step: of pretrain, and with labels of finetune, supervised where images are held out, distill, and distill_self

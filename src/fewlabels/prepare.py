@@ -176,7 +176,7 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
     """images.csv, recipe.toml and resolved.json: what is there, what was asked and what will be run."""
     if not runtime.is_main():
         return
-    recipe, understood = prepared.recipe, prepared.dataset.understood
+    recipe, understood, place = prepared.recipe, prepared.dataset.understood, prepared.device
     labels.write_images(prepared.dataset, prepared.folder.images_file)
     checkpoint.write_text(prepared.folder.path / "recipe.toml", config.to_toml(prepared.followed))
     checkpoint.write_json(
@@ -195,7 +195,7 @@ def write_resolved(prepared: Prepared, asked: Asked, sums: list[str]) -> None:
             "too_weak": prepared.too_weak,
             "derived": {stage: asdict(numbers) for stage, numbers in prepared.planned.items()},
             "versions": versions(),
-            "device": device_name(prepared.device),
+            "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU ({platform.machine()})",
             "precision": prepared.precision.name,
             "channels_last": prepared.precision.channels_last,
             "threads": torch.get_num_threads(),
@@ -215,10 +215,3 @@ def versions() -> dict[str, str]:
         "numba": sys.modules["numba"].__version__ if "numba" in sys.modules else "not there: plain views on a CPU",
         "python": platform.python_version(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()})"

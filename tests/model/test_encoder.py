@@ -222,6 +222,7 @@ def test_wrong_arguments():
     for width in ("2", None):
         with pytest.raises(UsageError, match="width = "):
             resnet(50, width=width)
+    assert resnet(18, width=np.int64(1)).feature_dim == 512
     for name in (None, 3):
         with pytest.raises(UsageError, match="unknown encoder"):
             encoder(name)

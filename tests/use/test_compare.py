@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +24,6 @@ def test_features_that_are_all_alike_have_no_map(spread: float, points: int, mon
     places, labels = compare.feature_map(dataset, np.arange(12), None, None)  # type: ignore[arg-type]
     assert (places.shape, labels.shape) == ((points, 2), (points,))
     assert np.isfinite(places).all()
-
-
-def test_results_say_the_tap_of_the_recipe(tmp_path: Path) -> None:
-    """The verdict is on it, as the headline is."""
-    (tmp_path / "resolved.json").write_text(json.dumps({"format_version": 1, "recipe": {"finetune": {"tap": 2}}}))
-    compare.write(tmp_path, {"rows": []}, {})
-    assert json.loads((tmp_path / "results.json").read_text()) == {"rows": [], "tap": 2}
 
 
 @pytest.mark.parametrize(("name", "expected", "sure", "confidence"), [

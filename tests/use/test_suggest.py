@@ -244,7 +244,7 @@ def test_a_run_that_was_interrupted_says_how_to_suggest(pretrained: fl.Run, tmp_
     (run / "results.json").unlink()
     with pytest.raises(MissingInput, match="no model yet") as refused:
         suggest.suggest(run, 5)
-    command = refused.value.fix.partition(" ends after")[0]
+    *_, command, _ = refused.value.fix.split("`")
     assert cli.main(shlex.split(command)[1:]) == 0
     assert fl.Run(run).suggest(5) == pretrained.suggest(5)
 

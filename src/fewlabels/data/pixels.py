@@ -191,16 +191,9 @@ def open_store(folder: Path, at: Callable[[int], Payload] | None = None) -> Pixe
 
 
 def build(
-    source: Source,
-    folder: Path,
-    *,
-    working_size: int | None,
-    bad_csv: Path,
-    max_bad_share: float = 0.05,
-    threads: int,
-    store: str = "auto",
-    accept: Callable[[PixelStore, npt.NDArray[np.int64]], None] = lambda _store, _kept: None,
-) -> tuple[PixelStore, npt.NDArray[np.int64], list[BadImage]]:
+    source: Source, folder: Path, *, working_size: int | None, bad_csv: Path, max_bad_share: float = 0.05, threads: int,
+    store: str = "auto", accept: Callable[[PixelStore, npt.NDArray[np.int64]], None] = lambda _store, _kept: None,
+) -> tuple[PixelStore, npt.NDArray[np.int64], list[BadImage]]:  # fmt: skip
     """Decode all images of source into a store at folder (replaced if it is there).
 
     working_size: the canvas side; None = the longest side in a sample of headers, at most 256. bad_csv: the file that

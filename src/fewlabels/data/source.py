@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,14 +88,11 @@ def unlabeled(description: str, names: tuple[str, ...], part: Part) -> Source:
 def join(*sources: Source) -> Source:
     """All sources as one; declared classes stay only where all declare the same."""
     first = sources[0]
+    one_after_another: dict[str, Any] = {
+        name: tuple(chain.from_iterable(getattr(each, name) for each in sources))
+        for name in ("names", "labels", "splits", "parts", "notes")
+    }
+    classes = first.classes if all(each.classes == first.classes for each in sources) else None
     lines = [np.zeros(len(each), np.int32) if each.lines is None else each.lines for each in sources]
-    return replace(
-        first,
-        names=tuple(chain.from_iterable(each.names for each in sources)),
-        labels=tuple(chain.from_iterable(each.labels for each in sources)),
-        splits=tuple(chain.from_iterable(each.splits for each in sources)),
-        classes=first.classes if all(each.classes == first.classes for each in sources) else None,
-        parts=tuple(chain.from_iterable(each.parts for each in sources)),
-        lines=np.concatenate(lines),
-        notes=tuple(dict.fromkeys(chain.from_iterable(each.notes for each in sources))),
-    )
+    found = replace(first, **one_after_another, classes=classes, lines=np.concatenate(lines))
+    return replace(found, notes=tuple(dict.fromkeys(found.notes)))

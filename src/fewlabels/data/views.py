@@ -97,20 +97,9 @@ class Paint:
 
 
 def pretrain(
-    pixels: Tensor,
-    extent: Tensor,
-    ids: Tensor,
-    *,
-    size: int,
-    epoch: int,
-    seed: int,
-    view: int,
-    strength: float = 1.0,
-    blur: bool = True,
-    kind: str = "photo",
-    smallest_crop: float = AREA_DRAWN,
-    shared_blur_sigma: bool = False,
-) -> Tensor:
+    pixels: Tensor, extent: Tensor, ids: Tensor, *, size: int, epoch: int, seed: int, view: int, strength: float = 1.0,
+    blur: bool = True, kind: str = "photo", smallest_crop: float = AREA_DRAWN, shared_blur_sigma: bool = False,
+) -> Tensor:  # fmt: skip
     """A view for contrastive learning (SimCLRv2's pretraining augmentation; tf2/data_util.py preprocess_for_train).
 
     Args:
@@ -217,13 +206,9 @@ def draw_paint(ids: Tensor, *, epoch: int, seed: int, view: int, strength: float
     factors = torch.cat([1 + 0.8 * strength * signed[:, :3], 0.2 * strength * signed[:, 3:]], dim=1)
     low, high = BLUR_SIGMA
     return Paint(
-        jitter=numbers[:, 0] < 0.8,
-        order=numbers[:, 8:12].argsort(dim=1, stable=True),
-        factors=factors,
-        gray=numbers[:, 1] < 0.2,
-        blur=numbers[:, 2] < 0.5,
-        sigma=low + (high - low) * numbers[:, 3],
-    )
+        jitter=numbers[:, 0] < 0.8, order=numbers[:, 8:12].argsort(dim=1, stable=True), factors=factors,
+        gray=numbers[:, 1] < 0.2, blur=numbers[:, 2] < 0.5, sigma=low + (high - low) * numbers[:, 3],
+    )  # fmt: skip
 
 
 def _draw_boxes(extent: Tensor, numbers: Tensor, smallest: float, *, official: bool) -> Tensor:

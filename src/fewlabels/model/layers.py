@@ -233,15 +233,9 @@ class ConvNorm(nn.Module):
     """
 
     def __init__(
-        self,
-        channels_in: int,
-        channels: int,
-        *,
-        kernel: int = 1,
-        stride: int = 1,
-        relu: bool = True,
+        self, channels_in: int, channels: int, *, kernel: int = 1, stride: int = 1, relu: bool = True,
         zero_scale: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         # oneDNN's gradient of a strided 1x1 kernel writes beyond its buffer in channels_last below 16 channels (its
         # issue 6035; torch 2.14: segmentation faults on 2 threads). Every n-th pixel at stride 1 is the same product.

@@ -74,12 +74,9 @@ def contrast_accuracy(first: Tensor, second: Tensor) -> Tensor:
 
 
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float = 1.0,
-    *,
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *,
     scale_by_temperature_squared: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Cross-entropy of the student to the teacher's softened labels (paper eq. 2), mean over the batch; a scalar.
 
     student_logits, teacher_logits: (B, K); no gradient goes to the teacher. Both are divided by the temperature.

@@ -82,13 +82,11 @@ def pace(derived: Derived, seed: int, *, evaluate: bool) -> Plan:
     """How often a stage logs, evaluates and saves. The same on every rank, so that all of them save together."""
     total = derived.total_steps
     return Plan(
-        total_steps=total,
-        learning_rate=derived.learning_rate,
+        total_steps=total, learning_rate=derived.learning_rate, seed=seed,
         log_every=max(1, min(MOST_STEPS_SILENT, total // LOGS)),
         eval_every=max(1, total // EVALUATIONS) if evaluate else 0,
         save_every=max(1, min(MOST_STEPS_UNSAVED, total // SAVES)),
-        seed=seed,
-    )
+    )  # fmt: skip
 
 
 def run(job: Job, at: Workplace) -> None:

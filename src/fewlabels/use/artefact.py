@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ def place(folder: Path) -> Path:
         raise MissingInput(
             f"the run {folder} has no model yet",
             why=f"it holds {listing(folder)}, and model/ is written when the last stage is done",
-            fix=f"run the same `fewlabels fit ... --out {folder}` again: it goes on where it stopped",
+            fix=f"run the same `fewlabels fit ... --out {folder}` again: it goes on where it stopped; for suggestions "
+            f"and features stage 1 will do, `fewlabels pretrain --out {shlex.quote(str(folder))}`",
         )
     raise MissingInput(
         f"{folder} is neither a run nor a model",

@@ -30,8 +30,7 @@ from fewlabels.data import views
 from fewlabels.data.labels import TEST, Dataset
 from fewlabels.data.loader import in_order
 from fewlabels.model.heads import Classifier, ProjectionHead
-from fewlabels.runfolder import read_json
-from fewlabels.use import evaluate, facts, propagate
+from fewlabels.use import evaluate, propagate
 
 Floats = npt.NDArray[np.float32]
 
@@ -269,16 +268,10 @@ def pixels_as_features(view: Tensor) -> list[Tensor]:
 
 
 def compare(
-    dataset: Dataset,
-    pretrained: tuple[nn.Module, ProjectionHead | None],
-    networks: Mapping[str, Classifier],
-    final: str,
-    setting: Setting,
-    names: Mapping[str, str] = NAMES,
-    *,
-    spread: bool = False,
+    dataset: Dataset, pretrained: tuple[nn.Module, ProjectionHead | None], networks: Mapping[str, Classifier],
+    final: str, setting: Setting, names: Mapping[str, str] = NAMES, *, spread: bool = False,
     learned_before: bool = False,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:  # fmt: skip
     """Every row of the table, and the arrays that the report draws.
 
     final: the key of the deployed network. spread: whether labels were spread over the neighbour graph before
@@ -339,10 +332,9 @@ def feature_map(
 
 
 def write(run: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """results.json, with the tap that the run's recipe fine-tunes from, and evaluation.npz, each by one rename."""
-    tuned = facts.part(facts.part(read_json(run / "resolved.json") or {}, "recipe"), "finetune")
+    """results.json and evaluation.npz, each replaced by one rename."""
     temporary = run / ".evaluation.tmp.npz"
     with checkpoint.storage_errors(run):
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         temporary.replace(run / "evaluation.npz")
-    checkpoint.write_json(run / "results.json", results | {"tap": tuned.get("tap", 0)})
+    checkpoint.write_json(run / "results.json", results)

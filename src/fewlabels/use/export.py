@@ -129,14 +129,9 @@ def _write_onnx(program: Program, path: Path, facts: dict[str, str]) -> Arrays:
     onnx = importlib.import_module("onnx")
     onnxruntime = importlib.import_module("onnxruntime")
     written = torch.onnx.export(
-        program,
-        (_example(),),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamic_shapes=_dynamic(),
-        verbose=False,
-    )
+        program, (_example(),), dynamo=True, input_names=["images"], output_names=["probabilities"],
+        dynamic_shapes=_dynamic(), verbose=False,
+    )  # fmt: skip
     assert written is not None
     proto = written.model_proto
     del proto.metadata_props[:]

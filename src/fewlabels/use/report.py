@@ -74,20 +74,11 @@ def render(run: Facts) -> str:
     )  # fmt: skip
     environment.filters |= {"percent": percent, "number": "{:,}".format, "short": short}
     return environment.get_template("report.html.j2").render(
-        run=run,
-        version=__version__,
-        progress=progress(run),
-        headline=headline(run),
-        methods=methods({"tap": tap, **results}) if results else None,
-        taps=taps(results) if results else "",
-        quality=quality(run),
-        mistakes=mistakes(run),
-        map=feature_map(run),
-        curves=curves(run["metrics"]),
-        data=data_facts(run),
-        setup=setup(run),
-        commands=commands(run["path"], results or {}),
-    )
+        run=run, version=__version__, progress=progress(run), headline=headline(run),
+        methods=methods({"tap": tap, **results}) if results else None, taps=taps(results) if results else "",
+        quality=quality(run), mistakes=mistakes(run), map=feature_map(run), curves=curves(run["metrics"]),
+        data=data_facts(run), setup=setup(run), commands=commands(run["path"], results or {}),
+    )  # fmt: skip
 
 
 # --- what the page says ------------------------------------------------------------------------------------------

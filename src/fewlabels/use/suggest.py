@@ -11,7 +11,6 @@ Shapes: N images, D features, n suggestions, K classes.
 from __future__ import annotations
 
 import os
-import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import nn
 from fewlabels import runtime
 from fewlabels.data.labels import LEAKED, SPLIT_WORDS, TEST, TRAIN, VAL, Dataset, as_table
 from fewlabels.data.tables import FORMULA_STARTS, through_links
-from fewlabels.errors import DataError, MissingInput, UsageError
+from fewlabels.errors import DataError, UsageError
 from fewlabels.runfolder import RunFolder
 from fewlabels.use import artefact, compare, evaluate
 from fewlabels.use.learned import open_run
@@ -90,12 +89,6 @@ def suggest(run: Path, count: int, *, device: str = "auto") -> Suggestions:
     """
     if count < 1:
         raise UsageError(f"{count} images to label were asked for", fix="ask for at least 1")
-    folder = RunFolder(run)
-    begun = folder.resolved() or {"inputs": {}}
-    if begun.get("recipe", {}).get("pretrained", "") is None and not folder.model.is_dir():
-        why = "images are compared by the network in model/, which is written when a command is done"
-        fix = f"fewlabels pretrain --out {shlex.quote(str(run))} ends after stage 1; `fewlabels fit` can go on later"
-        raise MissingInput(f"the run {run} has no model yet", why=why, fix=fix)
     network, head, card = artefact.read_whole(artefact.place(run))
     dataset, tested_apart = open_run(run)
     known, pool = candidates(dataset)
@@ -107,7 +100,7 @@ def suggest(run: Path, count: int, *, device: str = "auto") -> Suggestions:
     body.to(place)
     setting = compare.Setting(card.size, card.kind, place, runtime.precision(place, "fp32"))
     (features,) = compare.outputs(dataset, rows, setting, lambda view: [body(view)])
-    images = Path(begun["inputs"].get("images", os.devnull))
+    images = Path((RunFolder(run).resolved() or {})["inputs"].get("images", os.devnull))
     root = (images.parent if images.is_file() else images).resolve()  # a CSV's names start beside it
     return Suggestions(dataset, rows[choose(features, dataset.labels[rows], count)].tolist(), tested_apart, root)
 
